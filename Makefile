@@ -1,0 +1,67 @@
+# Two cores are enough for everything here; name another interpreter with `make PYTHON=python3.12 ...`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+# One thread a process is fastest for the tests' tiny models; the pocket model gains from two.
+TEST_THREADS ?= 1
+RUN_THREADS  ?= 2
+
+# An extra package index for torch only, such as PyTorch's own index of wheels without CUDA.
+TORCH_INDEX ?=
+
+PYTEST_ARGS ?=
+
+# Where training writes; the weights that ship lie in dspy_greater/pocket/weights.
+POCKET_OUT ?= checkpoints/pocket
+
+export TOKENIZERS_PARALLELISM := false
+export LITELLM_LOCAL_MODEL_COST_MAP := True
+
+.NOTPARALLEL:
+.PHONY: install demo test test-quick lint format types check pocket clean
+
+install: $(STAMP)
+
+# torch goes first and alone, so that nothing else decides which build of it is taken.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt needs Python 3.11 or later: make PYTHON=python3.11 install")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# BBH names a directory with the BIG-Bench Hard files; without it the demo looks on the hub.
+BBH  ?=
+TASK ?= navigate
+
+demo: install
+	OMP_NUM_THREADS=$(RUN_THREADS) $(BIN)/python examples/quickstart.py --task $(TASK) $(if $(BBH),--bbh $(BBH))
+
+test: install
+	OMP_NUM_THREADS=$(TEST_THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+test-quick: PYTEST_ARGS += -m "not slow"
+test-quick: test
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: install
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# The tests come last, so that their summary is what one reads at the end.
+check: lint types test
+
+pocket: install
+	OMP_NUM_THREADS=$(RUN_THREADS) $(BIN)/python -m dspy_greater.pocket.train --out $(POCKET_OUT)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

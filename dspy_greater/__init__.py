@@ -1,0 +1,47 @@
+"""GReaTer as a drop-in DSPy optimizer: gradients through a local model's own reasoning.
+
+Importing this package imports neither torch nor DSPy; each public name brings in what it needs
+when it is first used.
+
+Example:
+    >>> import dspy_greater
+    >>> sorted(dspy_greater.__all__)
+    ['GReaTerTeleprompter', 'GreaterError', 'Settings', '__version__', 'local_lm']
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .errors import GreaterError
+    from .lm import local_lm
+    from .settings import Settings
+    from .teleprompter import GReaTerTeleprompter
+
+__version__ = "0.1.0"
+
+__all__ = ["GReaTerTeleprompter", "GreaterError", "Settings", "__version__", "local_lm"]
+
+_HOME = {
+    "GReaTerTeleprompter": "teleprompter",
+    "GreaterError": "errors",
+    "Settings": "settings",
+    "local_lm": "lm",
+}
+
+
+if not TYPE_CHECKING:  # a type checker that saw this would accept every misspelt name
+
+    def __getattr__(name: str) -> object:
+        home = _HOME.get(name)
+        if home is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value: object = getattr(import_module(f"{__name__}.{home}"), name)
+        globals()[name] = value  # the next use finds it without coming here
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,171 @@
+"""Algorithm 1 of arXiv 2412.09722: propose -> reason -> gradient over reasoning -> select, one position at a time.
+
+`minimise` is the loop, `take_step` its body. Each stage is a module: `propose`, `objective`
+(reasoning and exact losses), `gradient`, `select`, and `search` for what comes next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from .errors import LossError
+from .gradient import TokenGradient, gradient_over_reasoning
+from .objective import Instruction, Objective
+from .propose import propose
+from .run.events import Candidate, Evaluation, StepTaken
+from .search import SearchState, advance, begin, step_random
+from .select import select
+from .settings import Settings
+
+Proposed = dict[Instruction, float]  # candidate -> mean log-probability of its token, likeliest first
+
+
+def minimise(
+    objective: Objective,
+    seed: Evaluation,
+    settings: Settings,
+    *,
+    predictor: str,
+    random_seed: int,
+    recorded: Iterable[StepTaken] = (),
+) -> Iterator[tuple[SearchState, StepTaken, bool]]:
+    """Algorithm 1: T steps from the seed instruction, each yielded with the state after it.
+
+    Args:
+        objective: the task loss of the predictor's instruction.
+        seed: p_init, evaluated.
+        settings: T, k, q, λ, μ and the rest.
+        predictor: the predictor's name, for events and the randomness of the steps.
+        random_seed: decides which rows propose at each step.
+        recorded: steps of an interrupted run; they are replayed instead of taken.
+
+    Yields:
+        The state, the step that led to it, and whether the step was taken now (not replayed).
+
+    Raises:
+        LossError: several steps in a row had no candidate with a finite loss.
+    """
+    state = begin(seed, settings)
+    replay = iter(recorded)
+    while not state.finished(settings):
+        known = next(replay, None)
+        step = known or take_step(objective, state, settings, predictor=predictor, random_seed=random_seed)
+        evaluated = [each.evaluation for each in step.candidates if each.evaluation is not None]
+        objective.recall([*evaluated, step.chosen])
+        failed = bool(evaluated) and all(math.isinf(each.objective[0]) for each in evaluated)
+        state = advance(state, step.chosen, evaluated, settings, failed=failed)
+        _give_up_if_failing(state, settings, predictor)
+        yield state, step, known is None
+
+
+def take_step(
+    objective: Objective, state: SearchState, settings: Settings, *, predictor: str, random_seed: int
+) -> StepTaken:
+    """Lines 7 to 18 for the state's position."""
+    engine, position = objective.engine, state.position
+    before = engine.counters
+
+    proposed = _propose(objective, state, settings, random_seed=random_seed, predictor=predictor)
+    current = _with_placeholder(objective, state, proposed)  # p, one token longer if the sentence goes on
+    edits = {each.token_ids[position]: each for each in proposed if each.text != current.instruction}
+    gradient = _differentiate(objective, current, position, list(edits), settings)
+    selected = gradient.most_negative(settings.selections) if gradient else ()
+    evaluated = objective.evaluate([edits[token] for token in selected])
+    selection = select(current, evaluated)
+
+    return StepTaken(
+        predictor=predictor,
+        step=state.step,
+        position=position,
+        current_token=current.token_ids[position] if position < len(current.token_ids) else -1,
+        candidates=_told(engine.tokenizer, position, proposed, gradient, current, evaluated),
+        chosen=selection.chosen,
+        reason=selection.reason,
+        spent=asdict(engine.counters - before),
+    )
+
+
+def _propose(
+    objective: Objective, state: SearchState, settings: Settings, *, random_seed: int, predictor: str
+) -> Proposed:
+    """Equations 3 and 4: legal instructions with another token at the position, or one more at the end."""
+    ids, position, layout = state.current.token_ids, state.position, objective.layout
+    appends = position == len(ids)
+    contexts = objective.proposal_contexts(state.current, position)
+    if not contexts or not (appends or position in layout.positions(ids)):
+        return {}
+
+    def canonical(token: int) -> Instruction | None:
+        found = layout.append(ids, token) if appends else layout.replace(ids, position, token)
+        return Instruction(*found) if found else None
+
+    proposal = propose(
+        objective.engine,
+        contexts,
+        top_k=settings.top_k,
+        sample_size=settings.proposal_rows,
+        draws=settings.proposal_draws,
+        minimum=settings.minimum_candidates,
+        generator=step_random(random_seed, predictor, state.step),
+        canonical=canonical,
+    )
+    likeliest_last = zip(reversed(proposal.canonical), reversed(proposal.mean_log_probabilities), strict=True)
+    distinct = dict(likeliest_last)  # two tokens can be deployed as one: the likelier counts
+    return dict(sorted(distinct.items(), key=lambda pair: -pair[1]))
+
+
+def _with_placeholder(objective: Objective, state: SearchState, proposed: Proposed) -> Evaluation:
+    """The current instruction; where the step appends, with the likeliest token as the one to improve on."""
+    if state.position < len(state.current.token_ids) or not proposed:
+        return state.current
+    (longer,) = objective.evaluate([next(iter(proposed))])
+    return longer
+
+
+def _differentiate(
+    objective: Objective, current: Evaluation, position: int, candidates: list[int], settings: Settings
+) -> TokenGradient | None:
+    """Equations 5 to 7 on the rows' own reasoning; None when there is nothing to differentiate."""
+    supervised = objective.supervised(current)
+    if not candidates or not supervised:
+        return None
+    return gradient_over_reasoning(
+        objective.engine,
+        supervised,
+        position=position,
+        candidates=candidates,
+        answer_temperature=settings.answer_temperature,
+        fluency_weight=settings.fluency_weight,
+        max_batch_tokens=settings.max_batch_tokens,
+    )
+
+
+def _told(
+    tokenizer: Any,
+    position: int,
+    proposed: Proposed,
+    gradient: TokenGradient | None,
+    current: Evaluation,
+    evaluated: list[Evaluation],
+) -> tuple[Candidate, ...]:
+    """What became of each candidate, for the record."""
+    slopes = dict(zip(gradient.candidates, gradient.predicted_change, strict=True)) if gradient else {}
+    outcomes = {each.instruction: each for each in [current, *evaluated]}
+
+    def tell(candidate: Instruction, log_probability: float) -> Candidate:
+        token = candidate.token_ids[position]
+        text: Callable[..., str] = tokenizer.decode
+        return Candidate(token, text([token]), log_probability, slopes.get(token), outcomes.get(candidate.text))
+
+    return tuple(tell(candidate, log_probability) for candidate, log_probability in proposed.items())
+
+
+def _give_up_if_failing(state: SearchState, settings: Settings, predictor: str) -> None:
+    if state.failed_steps >= settings.max_failed_steps:
+        raise LossError(
+            f"Predictor `{predictor}`: no candidate had a finite loss in {state.failed_steps} steps in a row. Load "
+            "the model in a wider dtype (local_lm(..., dtype='float32')) and check its weights."
+        )

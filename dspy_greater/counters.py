@@ -1,0 +1,36 @@
+"""What an engine has computed: the unit of budgets, cost reports and regression tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What an engine has computed so far; the numbers only grow, and `later - earlier` is the cost between.
+
+    Attributes:
+        forwards: forward passes of the model.
+        prefilled_tokens: prompt tokens read, without padding; a prefix that rows share counts once.
+        generated_tokens: tokens written, without the stop token.
+        padded_tokens: token slots computed for nothing (padding, rows that had already finished).
+        lm_head_rows: hidden states turned into vocabulary logits.
+        backward_tokens: tokens of forward passes that a backward pass went through.
+
+    Example:
+        >>> Counters(forwards=5) - Counters(forwards=2) == Counters(forwards=3)
+        True
+    """
+
+    forwards: int = 0
+    prefilled_tokens: int = 0
+    generated_tokens: int = 0
+    padded_tokens: int = 0
+    lm_head_rows: int = 0
+    backward_tokens: int = 0
+
+    def __sub__(self, other: Counters) -> Counters:
+        return Counters(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
+    def __add__(self, other: Counters) -> Counters:
+        return Counters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

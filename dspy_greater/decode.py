@@ -1,0 +1,258 @@
+"""The decode loop: rows of token ids in, written tokens out, on a left-padded batch with a key-value cache.
+
+Finished rows leave the batch, the part of the prompts that all rows share is read once, and the cache is
+written in place. A row's result does not depend on which rows it shares a batch with: its random numbers
+are its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+_SHARED_PREFIX_LEAST = 16  # shorter shared prefixes are not worth a forward of their own
+_NOISE_BLOCK = 64
+_GROWTH_LEAST = 64  # tokens by which a cache grows at least
+_COMPACT_BELOW = 0.875  # finished rows leave once they are an eighth of the batch
+
+Tally = Callable[..., None]
+
+
+@dataclass
+class Row:
+    """One sequence on its way: what it reads, how it is sampled, and what it has written so far."""
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    stop_token_ids: frozenset[int]
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    on_token: Callable[[int], bool | None] | None = None
+    written: list[int] = field(default_factory=list)
+    finish_reason: Literal["stop", "length"] | None = None
+    _noise: list[float] = field(default_factory=list)
+    _generator: torch.Generator | None = None
+
+    @property
+    def context(self) -> tuple[int, ...]:
+        """The prompt and what was written: a row interrupted by a lack of memory goes on from here."""
+        return (*self.prompt, *self.written)
+
+    def uniform(self) -> float:
+        """The random number in [0, 1) of the token that is about to be written."""
+        if self._generator is None:
+            self._generator = torch.Generator().manual_seed(self.seed)
+        while len(self._noise) <= len(self.written):
+            block = torch.rand(_NOISE_BLOCK, generator=self._generator, dtype=torch.float64)
+            self._noise.extend(block.tolist())
+        return self._noise[len(self.written)]
+
+    def accept(self, token: int) -> None:
+        """Take the next token: a stop token ends the row unwritten, a full row ends by length."""
+        if token in self.stop_token_ids:
+            self.finish_reason = "stop"
+            return
+        self.written.append(token)
+        if self.on_token is not None and self.on_token(token):
+            self.finish_reason = "stop"
+        elif len(self.written) >= self.max_new_tokens:
+            self.finish_reason = "length"
+
+
+def row_seed(seed: int, row: int) -> int:
+    """A 63-bit seed for one row, a fixed function of the call's seed and the row's place in the call."""
+    digest = hashlib.blake2b(f"{seed}:{row}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class _InPlaceLayer(DynamicLayer):
+    """A growing cache layer that writes into a buffer instead of copying all earlier tokens every step.
+
+    The buffer grows by quarters up to `limit` tokens: a row may be allowed thousands of tokens and write
+    few, so the memory for all of them is not taken at once.
+    """
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self._limit = limit
+        self._buffers: tuple[Tensor, Tensor] | None = None  # two of [rows, heads, room, head size]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        stop = start + key_states.shape[-2]
+        if self._buffers is None or stop > self._buffers[0].shape[-2]:
+            self._buffers = (
+                self._grown(self.keys, key_states, start, stop),
+                self._grown(self.values, value_states, start, stop),
+            )
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:stop] = new
+        self.keys = self._buffers[0][:, :, :stop]
+        self.values = self._buffers[1][:, :, :stop]
+        return self.keys, self.values
+
+    def _grown(self, old: Tensor | None, new: Tensor, start: int, stop: int) -> Tensor:
+        rows, heads, _, size = new.shape
+        room = max(stop, min(self._limit, stop + max(_GROWTH_LEAST, stop // 4)))
+        buffer = new.new_empty(rows, heads, room, size)
+        if start and old is not None:
+            buffer[:, :, :start] = old
+        return buffer
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._buffers = None
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.get_seq_length() > 0:  # views: the next update copies them into a buffer
+            self.keys, self.values = (
+                held.expand(repeats, -1, -1, -1) for held in (self.keys, self.values) if held is not None
+            )
+        self._buffers = None
+
+
+def _new_cache(model: Any, limit: int) -> tuple[DynamicCache, bool]:
+    """A cache for this model, and whether a shared prefix may be read into it once and spread over rows."""
+    cache = DynamicCache(config=model.config)
+    plain = bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
+    if plain:
+        cache.layers[:] = [_InPlaceLayer(limit) for _ in cache.layers]
+    return cache, plain
+
+
+def _shared_length(contexts: Sequence[tuple[int, ...]]) -> int:
+    """How many leading tokens all contexts share, leaving every context at least one of its own."""
+    least, greatest = min(contexts), max(contexts)
+    most = min(len(context) for context in contexts) - 1
+    return next((i for i in range(most) if least[i] != greatest[i]), most)
+
+
+@torch.no_grad()
+def decode(model: Any, rows: Sequence[Row], *, pad_token_id: int, tally: Tally) -> None:
+    """Write every row to its end, greedily where its temperature is 0, by its own random numbers otherwise.
+
+    Rows are changed in place, so what was written before an out-of-memory error is not lost.
+    """
+    batch = _Batch(model, rows, pad_token_id, tally)
+    logits = batch.read()  # [rows, V]
+    while True:
+        before = sum(len(row.written) for row in batch.rows)
+        for row, token in zip(batch.rows, choose(logits, batch.rows), strict=True):
+            if row.finish_reason is None:
+                row.accept(token)
+        tally(generated_tokens=sum(len(row.written) for row in batch.rows) - before)
+        if not batch.drop_finished():
+            return
+        logits = batch.step()
+
+
+class _Batch:
+    """The tensors of one batch: cache, mask, positions, in the layout [shared prefix | pads | own part]."""
+
+    def __init__(self, model: Any, rows: Sequence[Row], pad_token_id: int, tally: Tally) -> None:
+        self.model, self.rows, self.tally, self._pad = model, list(rows), tally, pad_token_id
+        self._device = model.get_input_embeddings().weight.device
+        self._contexts = [row.context for row in rows]
+        steps = max(row.max_new_tokens - len(row.written) for row in rows)
+        self._capacity = max(map(len, self._contexts)) + steps
+        self.cache, self._plain = _new_cache(model, self._capacity)
+        keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if keep else {}
+
+    def read(self) -> Tensor:
+        """Prefill: the shared prefix once, then each row's own part. Returns next-token logits [rows, V]."""
+        shared = _shared_length(self._contexts) if self._plain and len(self.rows) > 1 else 0
+        if shared < _SHARED_PREFIX_LEAST:
+            shared = 0
+        if shared:
+            prefix = torch.tensor([self._contexts[0][:shared]], device=self._device)  # [1, shared]
+            self._forward(prefix, torch.ones_like(prefix), torch.arange(shared, device=self._device)[None])
+            self.cache.batch_repeat_interleave(len(self.rows))
+        own = [context[shared:] for context in self._contexts]
+        width = max(map(len, own))
+        ids = torch.tensor([[self._pad] * (width - len(part)) + list(part) for part in own])  # [rows, width]
+        lengths = torch.tensor([len(part) for part in own])[:, None]
+        steps = torch.arange(width)[None]
+        real = (steps >= width - lengths).long()
+        self._mask = torch.ones(len(own), self._capacity + width, dtype=torch.long)
+        self._mask[:, shared : shared + width] = real
+        self._mask = self._mask.to(self._device)
+        positions = (shared + steps - (width - lengths)).clamp(min=0)
+        self._positions = positions[:, -1:].to(self._device)  # [rows, 1], of the newest token
+        self._length = shared + width
+        padded = int(real.numel() - real.sum())
+        self.tally(prefilled_tokens=shared + real.numel() - padded, padded_tokens=padded)
+        return self._forward(ids.to(self._device), self._mask[:, : self._length], positions.to(self._device))
+
+    def step(self) -> Tensor:
+        """Read the newest token of every row; rows that have finished but not left read a pad token."""
+        live = [row.finish_reason is None for row in self.rows]
+        pairs = zip(self.rows, live, strict=True)
+        newest = [[row.written[-1] if alive else self._pad] for row, alive in pairs]
+        self._length += 1
+        self._positions = self._positions + 1
+        self.tally(padded_tokens=len(live) - sum(live))
+        ids = torch.tensor(newest, device=self._device)
+        return self._forward(ids, self._mask[:, : self._length], self._positions)
+
+    def drop_finished(self) -> bool:
+        """Let finished rows leave once they are enough to pay for moving the others; False: none left."""
+        keep = [index for index, row in enumerate(self.rows) if row.finish_reason is None]
+        if keep and len(keep) <= _COMPACT_BELOW * len(self.rows):
+            indices = torch.tensor(keep, device=self._device)
+            self.cache.batch_select_indices(indices)
+            self._mask, self._positions = self._mask[indices], self._positions[indices]
+            self.rows = [self.rows[index] for index in keep]
+        return bool(keep)
+
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            **self._last_only,
+        )
+        self.tally(forwards=1, lm_head_rows=output.logits.shape[0] * output.logits.shape[1])
+        return output.logits[:, -1]
+
+
+def choose(logits: Tensor, rows: Sequence[Row]) -> list[int]:
+    """The next token of every row from its logits [rows, V].
+
+    Greedy is the arg max. Otherwise the inverse of the cumulative distribution, in token order, at the
+    row's own uniform number: the same number gives the same token whatever else is in the batch.
+    """
+    tokens = logits.argmax(-1).tolist()
+    drawn = [i for i, row in enumerate(rows) if row.temperature > 0 and row.finish_reason is None]
+    if not drawn:
+        return tokens
+    exact = torch.float32 if logits.device.type == "mps" else torch.float64
+    options = {"device": logits.device, "dtype": exact}
+    heat = torch.tensor([rows[i].temperature for i in drawn], **options)[:, None]
+    nucleus = torch.tensor([rows[i].top_p for i in drawn], **options)[:, None]
+    noise = torch.tensor([rows[i].uniform() for i in drawn], **options)[:, None]
+    probabilities = torch.softmax(logits[drawn].to(exact) / heat, -1)  # [drawn, V]
+    if bool((nucleus < 1).any()):
+        ranked, order = torch.sort(probabilities, stable=True, dim=-1, descending=True)
+        outside = ranked.cumsum(-1) - ranked >= nucleus
+        outside[:, 0] = False  # the likeliest token always stays
+        probabilities = probabilities.masked_fill(outside.gather(-1, order.argsort(-1)), 0)
+    cumulative = probabilities.cumsum(-1)
+    # Strictly above, so that a token of probability 0 is never drawn.
+    above = cumulative > noise * cumulative[:, -1:]
+    for i, token in zip(drawn, above.int().argmax(-1).tolist(), strict=True):
+        tokens[i] = token
+    return tokens

@@ -1,0 +1,46 @@
+"""Every error this package raises on purpose, under one root.
+
+Each message says what is wrong, where, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class GreaterError(Exception):
+    """Root of all errors that `dspy_greater` raises on purpose."""
+
+
+class SettingsError(GreaterError, ValueError):
+    """A setting has a value that cannot work; raised when the optimizer is built."""
+
+
+class DataError(GreaterError, ValueError):
+    """The train or validation rows cannot be used; names the rows and the field."""
+
+
+class MetricError(GreaterError, TypeError):
+    """The metric raised on every row, or returned something that is not a score."""
+
+
+class ProgramError(GreaterError, ValueError):
+    """The program has nothing to optimise, or a predictor that is not supported."""
+
+
+class WeightsError(GreaterError, ValueError):
+    """No open weights are known for a predictor's LM, or they could not be loaded."""
+
+
+class LayoutError(GreaterError, ValueError):
+    """A rendered prompt could not be mapped to token ids with an instruction span."""
+
+
+class ContextLengthError(LayoutError):
+    """A prompt leaves no room for an answer in the model's context window."""
+
+
+class LossError(GreaterError, ArithmeticError):
+    """The task loss was not finite, too often in a row for the search to go on."""
+
+
+class RunDirectoryError(GreaterError, OSError):
+    """The run directory cannot be written, or belongs to another run."""

@@ -1,0 +1,87 @@
+"""A user's metric -> a number per row: bool, float, or anything with a `score`."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import MetricError
+
+Metric = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a metric said of one row; `error` says why it counts as a failure, if it does."""
+
+    value: float
+    error: str | None = None
+
+
+class RowMetric:
+    """Calls a metric as DSPy's evaluation does, `metric(example, prediction)`, and coerces the result.
+
+    A metric that raises, or returns NaN, makes its row a failure (0.0). One that returns
+    something that is no score at all is a mistake in the metric and is reported at once.
+    What it takes besides (`trace`, and two more in GEPA's form) is left at its default, or None.
+
+    Raises:
+        MetricError: the metric is not callable.
+
+    Example:
+        >>> RowMetric(lambda example, prediction, trace=None: example == prediction)(1, 1)
+        Score(value=1.0, error=None)
+    """
+
+    def __init__(self, metric: Metric) -> None:
+        if not callable(metric):
+            raise MetricError(
+                f"metric={metric!r} cannot be called. Pass a function metric(example, prediction, trace=None) -> "
+                "number, to GReaTerTeleprompter(metric=...) or to compile(..., metric=...)."
+            )
+        self._metric = metric
+        self._extra = _extra_arguments(metric)
+
+    def __call__(self, example: Any, prediction: Any) -> Score:
+        """The score of one row.
+
+        Raises:
+            MetricError: the metric returned something that is not a score.
+        """
+        try:
+            value = self._metric(example, prediction, *self._extra)
+        except MetricError:
+            raise
+        except Exception as error:  # a user's metric may fail on a row; the row then counts as wrong
+            return Score(0.0, f"the metric raised {type(error).__name__}: {error}")
+        return _coerced(value)
+
+
+def _extra_arguments(metric: Metric) -> tuple[None, ...]:
+    """None for each parameter that has to be given after (example, prediction): `trace`, and GEPA's two more."""
+    try:
+        parameters = inspect.signature(metric).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return tuple(None for parameter in positional[2:] if parameter.default is parameter.empty)
+
+
+def _coerced(value: Any) -> Score:
+    score = value
+    if not isinstance(value, (bool, int, float)):
+        score = value.get("score") if isinstance(value, dict) else getattr(value, "score", value)
+    to_python = getattr(score, "item", None)
+    if callable(to_python) and math.prod(getattr(score, "shape", ())) == 1:
+        score = to_python()  # a number of numpy or torch
+    if not isinstance(score, (bool, int, float)):
+        raise MetricError(
+            f"The metric returned {value!r} of type {type(value).__name__}, which is not a score. Return a bool, a "
+            "number, or a dspy.Prediction(score=...)."
+        )
+    if math.isnan(score) or math.isinf(score):
+        return Score(0.0, f"the metric returned {score}")
+    return Score(float(score))

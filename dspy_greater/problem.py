@@ -1,0 +1,194 @@
+"""Student, rows, metric and LMs -> a checked problem, or an error that says what to do.
+
+Everything that can be refused is refused here, before the first token is generated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .engine import Engine
+from .errors import ContextLengthError, DataError, MetricError
+from .layout import Layout
+from .lm import weights_behind
+from .metric import Metric, RowMetric
+from .program import PredictorSite, check_examples, predictors_of, refuse_unsupported, supervised_field
+from .rollout import pin_lms
+from .run.serialise import JSON
+from .settings import Settings
+
+
+@dataclass(frozen=True)
+class Target:
+    """A predictor that will be optimised, the field it is supervised on and the weights behind it."""
+
+    site: PredictorSite
+    field: str
+    engine: Engine
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All that the search needs, checked."""
+
+    program: Any  # a copy of the student in which every predictor holds its LM
+    targets: tuple[Target, ...]
+    train: tuple[Any, ...]
+    validation: tuple[Any, ...]
+    metric: RowMetric
+    settings: Settings
+    seed: int
+    extractor: str | None = None
+
+    def identity(self) -> dict[str, JSON]:
+        """What must be the same for an interrupted run to be continued."""
+        return {
+            "settings": asdict(self.settings),
+            "seed": self.seed,
+            "extractor": self.extractor,
+            "predictors": {
+                target.site.name: {
+                    "instruction": target.site.instruction,
+                    "field": target.field,
+                    "weights": target.engine.identity,
+                }
+                for target in self.targets
+            },
+            "train": _fingerprint(self.train),
+            "validation": _fingerprint(self.validation),
+        }
+
+
+def pose(
+    student: Any,
+    trainset: Sequence[Any],
+    metric: Metric | None,
+    valset: Sequence[Any] | None,
+    *,
+    settings: Settings,
+    seed: int,
+    weights: Any = None,
+    extractor: str | None = None,
+) -> Problem:
+    """Check everything and gather it.
+
+    Raises:
+        DataError: rows are missing, lack gold values or do not say which fields are inputs.
+        MetricError: there is no metric, or it cannot be called.
+        ProgramError: nothing to optimise, or a predictor that is not supported.
+        WeightsError: a predictor's LM has no open weights that are known.
+        ContextLengthError: a row's prompt leaves no room in the model's context.
+    """
+    check_examples(trainset)
+    if valset is not None:
+        check_examples(valset, name="valset")
+    if metric is None:
+        raise MetricError(
+            "There is no metric. Pass one as GReaTerTeleprompter(metric=...) or compile(student, trainset, metric)."
+        )
+    row_metric = RowMetric(metric)
+    train, validation = split(trainset, valset, settings=settings, seed=seed)
+    sites = predictors_of(student)
+    refuse_unsupported(sites)
+    targets = tuple(
+        Target(site, field, weights_behind(site.lm, weights=_weights_of(weights, site), predictor_name=site.name))
+        for site in sites
+        if (field := supervised_field(site, trainset)) is not None
+    )
+    if not targets:
+        outputs = sorted({name for site in sites for name in site.output_fields})
+        raise DataError(
+            "No predictor has an output field with gold values in the trainset. The program's output fields are "
+            f"{', '.join(outputs)}; the rows' labels are {', '.join(sorted(trainset[0].labels().keys())) or 'none'}. "
+            "Give the examples a value for one of those fields, under the same name."
+        )
+    _warn_of_the_rest(sites, targets)
+    for target in targets:
+        if len(sites) == 1:  # the inputs of later predictors are known only once the program runs
+            _check_context(target, [*train, *validation])
+    return Problem(pin_lms(student), targets, train, validation, row_metric, settings, seed, extractor)
+
+
+def split(
+    trainset: Sequence[Any], valset: Sequence[Any] | None, *, settings: Settings, seed: int
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The rows to train and to validate on: seeded samples, disjoint where there is no valset.
+
+    Without a valset, at most half of the trainset is kept for validation; a trainset of one
+    row has to serve as both, with a warning.
+    """
+    rng = random.Random(f"{seed}/rows")
+    rows = rng.sample(list(trainset), len(trainset))
+    if valset is None:
+        kept = min(settings.validation_rows, len(rows) // 2)
+        validation, rows = rows[:kept], rows[kept:]
+    else:
+        validation = rng.sample(list(valset), min(settings.validation_rows, len(valset)))
+    train = rows[: settings.train_rows]
+    if not validation:
+        validation = list(train)
+    shared = len({_key(row) for row in train} & {_key(row) for row in validation})
+    if shared:
+        warnings.warn(
+            f"{shared} of {len(validation)} validation rows are also training rows, so the validation score is "
+            "optimistic. Pass a valset of other rows.",
+            stacklevel=4,
+        )
+    return tuple(train), tuple(validation)
+
+
+def _weights_of(weights: Any, site: PredictorSite) -> Any:
+    """The part of `weights` that is meant for a predictor: by its name, by its LM's name, or all of it."""
+    if not isinstance(weights, Mapping):
+        return weights
+    if site.name in weights:
+        return weights[site.name]
+    return weights.get(getattr(site.lm, "model", None))
+
+
+def _warn_of_the_rest(sites: Sequence[PredictorSite], targets: Sequence[Target]) -> None:
+    optimised = {target.site.name for target in targets}
+    rest = [site.name for site in sites if site.name not in optimised]
+    if rest:
+        warnings.warn(
+            f"Predictors {', '.join(rest)} have no gold values in the trainset and keep their instructions. "
+            "Only predictors with an output field that the rows have a value for are optimised.",
+            stacklevel=4,
+        )
+
+
+def _check_context(target: Target, rows: Sequence[Any]) -> None:
+    """Refuse a row whose prompt fills the context, naming the longest."""
+    limit = target.engine.context_length
+    if limit is None:
+        return
+    site = target.site
+    layout = Layout(target.engine.tokenizer, site.adapter, site.signature, demos=site.demos)
+    inputs = [{name: row[name] for name in site.input_fields if name in row} for row in rows]
+    index, tokens = layout.longest(inputs, site.instruction)
+    if tokens >= limit:
+        raise ContextLengthError(
+            f"The prompt of predictor `{site.name}` takes {tokens} tokens for the row "
+            f"{_shortened(inputs[index])}, and {target.engine.name} has a context of {limit} tokens, which leaves "
+            "no room for an answer. Leave out or shorten such rows, use fewer demos, or use a model with a longer "
+            "context."
+        )
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _key(row: Any) -> str:
+    return json.dumps(row.toDict(), sort_keys=True, default=str)
+
+
+def _fingerprint(rows: Sequence[Any]) -> str:
+    return hashlib.sha256("\n".join(_key(row) for row in rows).encode()).hexdigest()[:16]

@@ -1,0 +1,259 @@
+"""What a run has done so far, on disk, so that an interrupted one goes on where it was.
+
+`journal.jsonl` starts with a header that says which format it has and what the run depends on
+(settings, data, weights); each further line is one event. Nothing that is read from it is executed,
+unpickled or used as a path.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, cast
+
+from ..errors import RunDirectoryError
+from . import lines
+from .events import Event
+from .lines import LineFile
+from .lock import DirectoryLock
+from .serialise import JSON, from_json, to_json
+
+_FORMAT = "dspy_greater journal"
+_VERSION = 1
+_MOST_DIFFERENCES = 20
+_WIDEST_VALUE = 80  # characters
+_ABSENT = "absent"
+
+
+class Journal:
+    """The events of a run, in order: those of its interrupted beginning and those appended since.
+
+    Example:
+        >>> from dspy_greater.run.events import Warned
+        >>> with Journal.open(None, {"seed": 0}) as journal:
+        ...     journal.append(Warned("careful"))
+        ...     journal.recorded(), journal.events()
+        ((), (Warned(message='careful'),))
+    """
+
+    def __init__(
+        self,
+        recorded: tuple[Event, ...] = (),
+        file: LineFile | None = None,
+        resources: ExitStack | None = None,
+    ) -> None:
+        """Use `open`."""
+        self._recorded = recorded
+        self._appended: list[Event] = []
+        self._file = file
+        self._resources = resources or ExitStack()
+        self._closed = False
+
+    @classmethod
+    def open(cls, directory: str | Path | None, identity: Mapping[str, JSON]) -> Journal:
+        """Begin a run in a directory, or go on with the one that was interrupted there.
+
+        `identity` is everything that the run's events depend on; a run goes on only with the identity
+        that it began with. `directory` is created where it does not exist; None keeps the journal
+        in memory. Until `close`, no other run can open the directory.
+
+        Raises:
+            RunDirectoryError: the directory cannot be written, is in use by another run, belongs to a
+                run with another identity or format, or its journal is damaged before the last line.
+        """
+        if directory is None:
+            return cls()
+        folder = Path(directory).expanduser()
+        try:
+            with ExitStack() as resources:
+                folder.mkdir(parents=True, exist_ok=True)
+                resources.callback(DirectoryLock.acquire(folder).release)
+                file = LineFile(folder / "journal.jsonl")
+                resources.callback(file.close)
+                recorded = _begin_or_resume(file, identity)
+                lines.sync_directory(folder)
+                return cls(recorded, file, resources.pop_all())
+        except RunDirectoryError:
+            raise
+        except OSError as error:
+            raise RunDirectoryError(
+                f"The run directory {folder} cannot be created or written: {error.strerror or error}. Give "
+                "log_dir a directory that can be, or log_dir=None to run without a journal."
+            ) from error
+
+    def recorded(self) -> tuple[Event, ...]:
+        """The events of the interrupted run, in order; empty for a new run."""
+        return self._recorded
+
+    def events(self) -> tuple[Event, ...]:
+        """All events of the run: the recorded ones and those appended since."""
+        return (*self._recorded, *self._appended)
+
+    def append(self, event: Event) -> None:
+        """Record one event; it is on disk when this returns.
+
+        When the file can no longer be written, warns once and goes on in memory.
+
+        Raises:
+            EventFormatError: a field of the event holds a value of another type than it declares.
+            RunDirectoryError: the journal is closed.
+        """
+        if self._closed:
+            raise RunDirectoryError("This journal is closed. Open it again to append to it.")
+        payload = _dump(to_json(event))
+        file = self._file
+        if file is not None:
+            try:
+                file.append(payload)
+            except OSError as error:
+                self._file = None  # first, in case the user's filter turns the warning into an error
+                self._appended.append(event)
+                _warn_not_written(file.path, error)
+                return
+        self._appended.append(event)
+
+    def close(self) -> None:
+        """Close the file and give the directory back; a second call does nothing."""
+        self._closed = True
+        self._file = None
+        self._resources.close()
+
+    def __enter__(self) -> Journal:
+        """The journal itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes the journal."""
+        self.close()
+
+
+def _dump(value: JSON) -> bytes:
+    """One line of plain ASCII; everything else is escaped, so that no line separator is left."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def _warn_not_written(path: Path, error: OSError) -> None:
+    warnings.warn(
+        f"The journal {path} can no longer be written: {error.strerror or error}. The search goes on and "
+        "will return its program, but if it is interrupted, it resumes from before this step. Free the disk, "
+        "or use another log_dir, before the next run.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def _begin_or_resume(file: LineFile, identity: Mapping[str, JSON]) -> tuple[Event, ...]:
+    """The recorded events; afterwards the file ends with an intact line."""
+    now = json.loads(json.dumps(identity))
+    content = file.content()
+    intact = lines.read(content)
+    if intact.payloads:
+        _check_header(file.path, json.loads(intact.payloads[0]), now)
+    if intact.damaged_line is not None:
+        _refuse_damage(file.path, content, intact)
+    recorded = tuple(_events(file.path, intact.payloads[1:]))
+    file.resume(intact)
+    if not intact.payloads:
+        file.append(json.dumps({"format": _FORMAT, "version": _VERSION, "identity": now}).encode("ascii"))
+    return recorded
+
+
+def _events(path: Path, payloads: tuple[bytes, ...]) -> Iterator[Event]:
+    for number, payload in enumerate(payloads, start=2):
+        try:
+            yield from_json(json.loads(payload))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise RunDirectoryError(
+                f"Line {number} of {path} is intact, but it is not an event of this version: {error} Use the "
+                "version of dspy_greater that wrote it, or another log_dir."
+            ) from error
+
+
+def _check_header(path: Path, header: Any, now: dict[str, JSON]) -> None:
+    known = cast("dict[str, Any]", header) if isinstance(header, dict) else {}
+    if known.get("format") != _FORMAT:
+        raise RunDirectoryError(f"{path} is not a journal. Move it away, or use another log_dir.")
+    if known.get("version") != _VERSION:
+        raise RunDirectoryError(
+            f"{path} has format version {known.get('version')}, and this dspy_greater reads version "
+            f"{_VERSION}. Use the dspy_greater that wrote it, or another log_dir."
+        )
+    differences = list(_differences(_flat(known.get("identity")), _flat(now)))
+    if not differences:
+        return
+    shown = differences[:_MOST_DIFFERENCES]
+    if len(differences) > len(shown):
+        shown.append(f"and {len(differences) - len(shown)} more")
+    raise RunDirectoryError(
+        f"{path} belongs to a run that began otherwise (then -> now):\n  "
+        + "\n  ".join(shown)
+        + f"\nGo on with what it began with, use another log_dir, or delete {path} to begin again."
+    )
+
+
+def _refuse_damage(path: Path, content: bytes, intact: lines.Intact) -> NoReturn:
+    number = cast("int", intact.damaged_line)
+    try:
+        kept = f"A copy is in {_back_up(path, content)}."
+    except OSError as error:
+        kept = f"No copy could be made: {error.strerror or error}."
+    if number == 1:
+        fix = f"Delete {path} to begin again, or use another log_dir."
+    else:
+        fix = (
+            f"Delete line {number} and all after it to go on from the {number - 2} events before it, "
+            f"delete {path} to begin again, or use another log_dir."
+        )
+    raise RunDirectoryError(f"Line {number} of {path} is damaged. {kept} {fix}")
+
+
+def _back_up(path: Path, content: bytes) -> Path:
+    """A copy beside the file; the same damage is copied once."""
+    for number in itertools.count(1):
+        copy = path.with_name(f"{path.name}.damaged-{number}")
+        try:
+            with open(copy, "xb") as file:
+                file.write(content)
+            return copy
+        except FileExistsError:
+            if copy.read_bytes() == content:
+                return copy
+    raise NotImplementedError  # the count does not end
+
+
+def _flat(value: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], str]:
+    """Every value inside nested mappings as JSON text, by its keys."""
+    if not isinstance(value, dict) or not value:
+        return {path: json.dumps(value, sort_keys=True, ensure_ascii=False)}
+    flat: dict[tuple[str, ...], str] = {}
+    for key, inner in cast("dict[str, Any]", value).items():
+        flat.update(_flat(inner, (*path, key)))
+    return flat
+
+
+def _differences(then: dict[tuple[str, ...], str], now: dict[tuple[str, ...], str]) -> Iterator[str]:
+    """One line per key whose value is not the same."""
+    for path in dict.fromkeys((*then, *now)):
+        before, after = then.get(path, _ABSENT), now.get(path, _ABSENT)
+        if before != after:
+            # Long values often differ late: show the place.
+            same = len(os.path.commonprefix([before, after]))
+            is_long = max(len(before), len(after)) > _WIDEST_VALUE
+            start = max(0, same - _WIDEST_VALUE // 4) if is_long else 0
+            yield f"{'.'.join(path) or 'identity'}: {_excerpt(before, start)} -> {_excerpt(after, start)}"
+
+
+def _excerpt(text: str, start: int) -> str:
+    stop = start + _WIDEST_VALUE
+    return ("..." if start else "") + text[start:stop] + ("..." if stop < len(text) else "")

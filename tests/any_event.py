@@ -1,0 +1,93 @@
+"""Events of every shape, for property tests, and when two of them are the same in every bit."""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from hypothesis import strategies as st
+
+from dspy_greater.run.events import (
+    Candidate,
+    Evaluation,
+    RowOutcome,
+    SearchStarted,
+    StepTaken,
+    Validated,
+    Warned,
+)
+
+numbers = st.floats(allow_nan=True, allow_infinity=True)
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | numbers | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text() | st.sampled_from(["$tuple", "$float", "type"]), inner, max_size=3)
+        | st.dictionaries(st.integers() | st.tuples(st.text()), inner, max_size=2)
+    ),
+    max_leaves=6,
+)
+outcomes = st.builds(
+    RowOutcome,
+    row=st.integers(0, 99),
+    score=numbers,
+    inputs=st.dictionaries(st.text(), plain, max_size=2),
+    written=st.dictionaries(st.text(), st.text(), max_size=2),
+    cross_entropy=numbers,
+    error=st.none() | st.text(),
+)
+evaluations = st.builds(
+    Evaluation,
+    token_ids=st.lists(st.integers(0, 200_000), max_size=4).map(tuple),
+    instruction=st.text(),
+    rows=st.lists(outcomes, max_size=2).map(tuple),
+    score=numbers,
+    cross_entropy=numbers,
+    fluency_nll=numbers,
+    objective=st.tuples(numbers, numbers),
+)
+candidates = st.builds(
+    Candidate,
+    token=st.integers(),
+    text=st.text(),
+    log_probability=numbers,
+    gradient=st.none() | numbers,
+    evaluation=st.none() | evaluations,
+)
+events = st.one_of(
+    st.builds(SearchStarted, predictor=st.text(), seed=evaluations, steps=st.integers()),
+    st.builds(
+        StepTaken,
+        predictor=st.text(),
+        step=st.integers(),
+        position=st.integers(),
+        current_token=st.integers(),
+        candidates=st.lists(candidates, max_size=2).map(tuple),
+        chosen=evaluations,
+        reason=st.text(),
+        spent=st.dictionaries(st.text(), st.integers(), max_size=2),
+    ),
+    st.builds(
+        Validated,
+        predictor=st.text(),
+        scores=st.dictionaries(st.text(), numbers, max_size=2),
+        winner=st.text(),
+    ),
+    st.builds(Warned, message=st.text()),
+)
+
+
+def bits(value: Any) -> Any:
+    """A value in which two floats are equal only if they are the same float, NaN too."""
+    if isinstance(value, float):
+        return ("float", "nan" if math.isnan(value) else struct.pack("<d", value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return (type(value), [bits(getattr(value, field.name)) for field in fields(value)])
+    if isinstance(value, dict):
+        return ("dict", [(bits(key), bits(entry)) for key, entry in value.items()])
+    if isinstance(value, (list, tuple)):
+        return (type(value), [bits(entry) for entry in value])
+    return (type(value), value)

@@ -1,0 +1,310 @@
+"""Which part of the package may import what, read from the source and tried in fresh interpreters.
+
+A module that is named below on neither side is held to the strictest rule, so a new or moved file
+is caught until somebody says here what it may import.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import dspy_greater
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "dspy_greater"
+IMPORT_NAME = {"dspy-ai": "dspy"}  # where the distribution is called otherwise
+
+DSPY_FAMILY = {"dspy", "litellm"}
+TORCH_FAMILY = {"torch", "transformers", "tokenizers", "safetensors", "accelerate"}
+
+# Runs on machines that have these packages and no others.
+TOKEN_CORE = ("engine", "decode", "weights", "propose", "loss", "gradient", "pocket")
+TOKEN_CORE_MAY_IMPORT = {"torch", "transformers", "tokenizers", "safetensors", "numpy"}
+
+# Knows DSPy, and brings torch in only when it is used.
+DSPY_SIDE = ("lm", "lm_request", "program", "layout", "assistant", "rollout", "writeback", "gradsum")
+
+# Where the two sides meet: these hold stages of both together, and import neither framework themselves.
+MEETING_POINT = ("problem", "objective", "algorithm", "teleprompter")
+MEETING_POINT_MAY_IMPORT = {"teleprompter": {"dspy"}}  # its base class
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module, by its full dotted name."""
+
+    target: str
+    line: int
+    when: str  # "load": as the module is imported; "call": inside a function
+
+    @property
+    def top(self) -> str:
+        return self.target.partition(".")[0]
+
+
+def module_paths() -> dict[str, Path]:
+    """Full dotted name -> file, for every module of the package."""
+    folder = ROOT / PACKAGE
+    names = {}
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+MODULES = module_paths()
+
+
+def side(name: str) -> str:
+    """'core', 'dspy', 'meeting', 'root' or 'neither'."""
+    if name == PACKAGE:
+        return "root"
+    part = name.split(".")[1]
+    sides = {"core": TOKEN_CORE, "dspy": DSPY_SIDE, "meeting": MEETING_POINT}
+    return next((name for name, members in sides.items() if part in members), "neither")
+
+
+def of_side(*sides: str) -> list[str]:
+    return [name for name in MODULES if side(name) in sides]
+
+
+def is_type_checking(test: ast.expr) -> bool:
+    return "TYPE_CHECKING" in (getattr(test, "id", ""), getattr(test, "attr", ""))
+
+
+def statements(node: ast.AST, when: str = "load") -> Iterator[tuple[ast.AST, str]]:
+    """Every node that can run, with when it runs; what only a type checker reads is left out."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and is_type_checking(child.test):
+            for other in child.orelse:
+                yield other, when
+                yield from statements(other, when)
+            continue
+        inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        yield child, when
+        yield from statements(child, "call" if inside else when)
+
+
+def names_imported(node: ast.AST, module: str, is_package: bool) -> list[str]:
+    """The dotted names that an import statement, or a call of import_module with a literal, asks for."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            parts = module.split(".")
+            parts = parts[: len(parts) - node.level + is_package]
+            base = ".".join([*parts, base] if base else parts)
+        submodules = [f"{base}.{alias.name}" for alias in node.names]
+        inner = [name for name in submodules if name in MODULES]
+        return [base, *inner]
+    if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+        called = getattr(node.func, "id", "") or getattr(node.func, "attr", "")
+        if called in {"import_module", "__import__"} and isinstance(node.args[0].value, str):
+            name = node.args[0].value
+            return [f"{module if is_package else module.rpartition('.')[0]}{name}" if name.startswith(".") else name]
+    return []
+
+
+def imports_in(source: str, module: str, is_package: bool) -> list[Import]:
+    found = []
+    for node, when in statements(ast.parse(source)):
+        for name in names_imported(node, module, is_package):
+            found.append(Import(name, getattr(node, "lineno", 0), when))
+    return found
+
+
+@cache
+def imports_of(module: str) -> list[Import]:
+    path = MODULES[module]
+    return imports_in(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
+
+
+def reached(module: str, when: set[str]) -> dict[str, str]:
+    """Third-party top-level package -> the chain of imports by which `module` comes to it."""
+    outside: dict[str, str] = {}
+    seen = {module}
+    stack = [(module, module)]
+    while stack:
+        here, chain = stack.pop()
+        for entry in imports_of(here):
+            if entry.when not in when:
+                continue
+            step = f"{chain} (line {entry.line}) -> {entry.target}"
+            if entry.top != PACKAGE:
+                outside.setdefault(entry.top, step)
+                continue
+            # Importing a.b.c imports a.b too; the root itself is lazy and has a test of its own.
+            parts = entry.target.split(".")
+            for name in (".".join(parts[:n]) for n in range(2, len(parts) + 1)):
+                if name in MODULES and name not in seen:
+                    seen.add(name)
+                    stack.append((name, step))
+    return {top: chain for top, chain in outside.items() if top not in sys.stdlib_module_names}
+
+
+def run_python(code: str) -> str:
+    """The standard output of a fresh interpreter that finds the package where this test found it."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def loaded_after(statement: str, families: set[str]) -> list[str]:
+    code = f"import sys\n{statement}\nprint(*sorted(set(sys.modules) & {families!r}))"
+    return run_python(code).split()
+
+
+# --- the check itself ---
+
+
+def test_there_is_a_package_to_check() -> None:
+    assert (ROOT / PACKAGE / "__init__.py").is_file(), f"no package at {ROOT / PACKAGE}"
+    assert Path(dspy_greater.__file__).resolve() == ROOT / PACKAGE / "__init__.py"
+    assert f"{PACKAGE}.errors" in MODULES
+    assert of_side("core"), f"none of {TOKEN_CORE} is among {sorted(MODULES)}"
+    assert of_side("dspy"), f"none of {DSPY_SIDE} is among {sorted(MODULES)}"
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import torch.nn as nn", [("torch.nn", "load")]),
+        ("def f():\n    from torch import nn", [("torch", "call")]),
+        ("class A:\n    import torch", [("torch", "load")]),
+        ("try:\n    import torch\nexcept ImportError:\n    pass", [("torch", "load")]),
+        ("if TYPE_CHECKING:\n    import torch", []),
+        ("if typing.TYPE_CHECKING:\n    import torch\nelse:\n    import json", [("json", "load")]),
+        ("if not TYPE_CHECKING:\n    import torch", [("torch", "load")]),
+        ("async def f():\n    import torch", [("torch", "call")]),
+        ("import_module('torch')", [("torch", "load")]),
+        ("from .errors import GreaterError", [("dspy_greater.errors", "load")]),
+        ("from . import errors", [("dspy_greater", "load"), ("dspy_greater.errors", "load")]),
+        ("from .. import errors", [("", "load")]),
+    ],
+)
+def test_imports_are_read_as_python_runs_them(source: str, expected: list[tuple[str, str]]) -> None:
+    found = imports_in(source, "dspy_greater.settings", is_package=False)
+    assert [(entry.target, entry.when) for entry in found] == expected
+
+
+def test_relative_imports_of_a_subpackage_resolve_against_it() -> None:
+    inside = imports_in("from ..errors import X\nfrom .. import errors", "dspy_greater.pocket.train", False)
+    package = imports_in("from ..errors import X\nfrom .train import Y", "dspy_greater.pocket", True)
+    assert {entry.target for entry in inside} == {"dspy_greater.errors", "dspy_greater"}
+    assert [entry.target for entry in package] == ["dspy_greater.errors", "dspy_greater.pocket.train"]
+
+
+# --- what the source says ---
+
+
+@pytest.mark.parametrize("module", of_side("core"))
+def test_the_token_level_core_imports_only_what_a_bare_machine_has(module: str) -> None:
+    extra = {top: how for top, how in reached(module, {"load", "call"}).items() if top not in TOKEN_CORE_MAY_IMPORT}
+    assert not extra, "\n".join(extra.values())
+
+
+@pytest.mark.parametrize("module", of_side("dspy"))
+def test_the_dspy_side_loads_without_torch(module: str) -> None:
+    heavy = {top: how for top, how in reached(module, {"load"}).items() if top in TORCH_FAMILY}
+    assert not heavy, "\n".join(heavy.values())
+
+
+@pytest.mark.parametrize("module", of_side("meeting"))
+def test_where_the_sides_meet_no_framework_is_used_directly(module: str) -> None:
+    path = MODULES[module]
+    direct = {entry.top for entry in imports_in(path.read_text(encoding="utf-8"), module, is_package=False)}
+    allowed = MEETING_POINT_MAY_IMPORT.get(path.stem, set())
+    assert not direct & (DSPY_FAMILY | TORCH_FAMILY) - allowed
+
+
+@pytest.mark.parametrize("module", of_side("neither"))
+def test_the_rest_knows_neither_dspy_nor_torch(module: str) -> None:
+    found = {top: how for top, how in reached(module, {"load", "call"}).items() if top in DSPY_FAMILY | TORCH_FAMILY}
+    assert not found, "\n".join(found.values())
+
+
+@pytest.mark.parametrize("module", list(MODULES))
+def test_no_module_goes_through_the_lazy_root(module: str) -> None:
+    through = [
+        f"{module}, line {node.lineno}: from the package root: {alias.name}"
+        for node, _ in statements(ast.parse(MODULES[module].read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.name in set(dspy_greater.__all__) - {"__version__"}
+        and PACKAGE in names_imported(node, module, MODULES[module].name == "__init__.py")
+    ]
+    assert not through, "\n".join(through)
+
+
+def test_every_third_party_import_is_a_declared_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = {re.split(r"[^\w-]", requirement)[0] for requirement in project["dependencies"]}
+    names = {IMPORT_NAME.get(name, name) for name in names}
+    undeclared = [
+        f"{module}, line {entry.line}: {entry.target}"
+        for module in MODULES
+        for entry in imports_of(module)
+        if entry.top not in sys.stdlib_module_names | names | {PACKAGE}
+    ]
+    assert not undeclared, "\n".join(undeclared)
+
+
+# --- what a fresh interpreter does ---
+
+
+def test_importing_the_package_brings_in_neither_torch_nor_dspy() -> None:
+    assert loaded_after(f"import {PACKAGE}; dir({PACKAGE})", DSPY_FAMILY | TORCH_FAMILY) == []
+
+
+def test_the_dspy_side_brings_in_no_torch() -> None:
+    assert loaded_after("import " + ", ".join(of_side("dspy", "neither")), {"torch", "transformers"}) == []
+
+
+def test_the_token_level_core_works_where_dspy_is_not_installed() -> None:
+    core = of_side("core")
+    code = f"""
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {DSPY_FAMILY | {"datasets"}!r}:
+            raise ModuleNotFoundError(f"{{name}} is not installed here", name=name)
+
+sys.meta_path.insert(0, Missing())
+import {", ".join(core)}
+print("loaded", {len(core)})
+"""
+    assert run_python(code) == f"loaded {len(core)}"
+
+
+# --- the public names ---
+
+
+def test_every_public_name_is_listed_and_resolves() -> None:
+    assert set(dspy_greater.__all__) <= set(dir(dspy_greater))
+    for name in dspy_greater.__all__:
+        assert getattr(dspy_greater, name) is not None
+
+
+def test_an_unknown_name_is_an_ordinary_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'dspy_greater' has no attribute 'GreaterTeleprompter'"):
+        _ = dspy_greater.GreaterTeleprompter

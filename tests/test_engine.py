@@ -1,0 +1,255 @@
+"""The engine: batches that equal one row at a time, counters, memory, and a model left as it was."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import random
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import save_tiny, tiny_model, tiny_tokenizer
+
+from dspy_greater import decode as decode_module
+from dspy_greater.engine import Counters, Engine, EngineMemoryError, GenerationRequest
+from dspy_greater.errors import ContextLengthError, LayoutError, WeightsError
+from dspy_greater.weights import shared_engine
+
+KINDS = ["llama", "qwen2", "gemma2"]
+
+
+def build(kind: Any = "llama", *, max_batch_rows: int | None = None, **settings: Any) -> Engine:
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(kind, len(tokenizer), **settings)
+    return Engine(model, tokenizer, name=f"tiny-{kind}", max_batch_rows=max_batch_rows)
+
+
+def random_prompts(count: int, *, shared: int = 0, seed: int = 0) -> list[tuple[int, ...]]:
+    source = random.Random(seed)
+    prefix = [source.randrange(5, 500) for _ in range(shared)]
+    lengths = [source.randrange(1, 90) for _ in range(count)]
+    return [(*prefix, *(source.randrange(5, 500) for _ in range(length))) for length in lengths]
+
+
+def slow_twin(model: Any, prompt: tuple[int, ...], stop: frozenset[int], most: int) -> tuple[int, ...]:
+    """One row, no cache, no padding, no batch: the obvious way to decode greedily."""
+    ids = list(prompt)
+    for _ in range(most):
+        with torch.no_grad():
+            token = int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        if token in stop:
+            break
+        ids.append(token)
+    return tuple(ids[len(prompt) :])
+
+
+@pytest.mark.parametrize("shared", [0, 40])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_writes_what_one_row_at_a_time_would(kind: str, shared: int) -> None:
+    engine = build(kind)
+    prompts = random_prompts(12, shared=shared)
+    stop = frozenset({*range(200, 230), 2, 4})
+    written = engine.generate(prompts, max_new_tokens=24, stop_token_ids=sorted(stop))
+    assert [row.token_ids for row in written] == [slow_twin(engine.model, p, stop, 24) for p in prompts]
+
+
+def test_a_stop_token_ends_a_row_and_is_not_part_of_it() -> None:
+    engine = build()
+    [whole] = engine.generate([(5, 6)], max_new_tokens=8, stop_token_ids=[])
+    last = whole.token_ids[5]
+    [cut] = engine.generate([(5, 6)], max_new_tokens=8, stop_token_ids=[last])
+    assert cut.token_ids == whole.token_ids[: whole.token_ids.index(last)]
+    assert (whole.finish_reason, cut.finish_reason) == ("length", "stop")
+
+
+def test_the_result_does_not_depend_on_the_batch_or_the_order() -> None:
+    prompts = random_prompts(20, shared=30)
+    whole = build().generate(prompts, max_new_tokens=16)
+    assert build(max_batch_rows=3).generate(prompts, max_new_tokens=16) == whole
+    assert build().generate(prompts[::-1], max_new_tokens=16) == whole[::-1]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_a_sampled_row_is_the_same_alone_and_in_a_batch(top_p: float) -> None:
+    engine = build()
+    prompts = random_prompts(6)
+    settings: dict[str, Any] = {"max_new_tokens": 20, "temperature": 1.0, "top_p": top_p, "seed": 7}
+    batch = engine.generate(prompts, **settings)
+    assert build(max_batch_rows=1).generate(prompts, **settings) == batch
+    assert engine.generate(prompts, **{**settings, "seed": 8}) != batch
+    first, second = engine.generate([prompts[0]] * 2, **settings)
+    assert first != second
+
+
+def test_sampled_tokens_follow_the_distribution() -> None:
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 1)
+    rows = [decode_module.Row((1,), 1, frozenset(), temperature=1.0, seed=i) for i in range(4000)]
+    counts = torch.bincount(torch.tensor(decode_module.choose(logits, rows)), minlength=4) / 4000
+    assert torch.allclose(counts, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03)
+    for row in rows:
+        row.top_p = 0.6
+    assert set(decode_module.choose(logits, rows)) == {0, 1}  # 0.5 alone does not reach 0.6
+
+
+def test_sampling_leaves_the_global_random_state_alone() -> None:
+    state = torch.get_rng_state()
+    build().generate(random_prompts(3), max_new_tokens=5, temperature=1.0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_counters_count_tokens_without_padding() -> None:
+    engine = build()
+    before = engine.counters
+    engine.generate([(5, 6, 7), (8,)], max_new_tokens=4, stop_token_ids=[])
+    spent = engine.counters - before
+    assert spent == Counters(forwards=4, prefilled_tokens=4, generated_tokens=8, padded_tokens=2, lm_head_rows=8)
+    engine.tally(backward_tokens=3)
+    assert engine.counters.backward_tokens == 3
+
+
+def test_a_shared_prefix_is_read_once() -> None:
+    engine = build()
+    prefix = tuple(range(10, 50))
+    engine.generate([(*prefix, 60), (*prefix, 61, 62)], max_new_tokens=1)
+    assert engine.counters.prefilled_tokens == 43
+
+
+def test_finished_rows_leave_the_batch() -> None:
+    engine = build()
+    rows = [GenerationRequest((5, 6, i), 2 if i < 18 else 12, stop_token_ids=()) for i in range(10, 20)]
+    engine.complete(rows)
+    assert engine.counters.padded_tokens == 0
+    assert engine.counters.lm_head_rows == 8 * 2 + 2 * 12
+
+
+def test_out_of_memory_halves_the_batch_keeps_what_was_written_and_remembers(monkeypatch: Any) -> None:
+    prompts = random_prompts(10)
+    expected = build().generate(prompts, max_new_tokens=12)
+    engine = build(max_batch_rows=10)
+    forward, calls = engine.model.forward, []
+
+    def starved(*args: Any, **options: Any) -> Any:
+        calls.append(options["input_ids"].shape)
+        if options["input_ids"].shape[0] > 4 and len(calls) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return forward(*args, **options)
+
+    starved.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    monkeypatch.setattr(engine.model, "forward", starved)
+    seen: list[tuple[int, int]] = []
+    assert engine.generate(prompts, max_new_tokens=12, on_token=lambda *pair: seen.append(pair)) == expected
+    assert engine.max_batch_rows <= 4
+    assert len(seen) == sum(len(row.token_ids) for row in expected)  # no token was reported twice
+
+
+def test_a_single_row_that_does_not_fit_says_what_to_do(monkeypatch: Any) -> None:
+    engine = build()
+
+    def starved(*args: Any, logits_to_keep: int = 0, **options: Any) -> Any:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 TB")
+
+    monkeypatch.setattr(engine.model, "forward", starved)
+    with pytest.raises(EngineMemoryError, match=r"One row alone .* 'tiny-llama' .*smaller dtype"):
+        engine.generate([(5, 6)], max_new_tokens=2)
+
+
+def test_other_runtime_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: Any) -> None:
+    engine = build()
+
+    def broken(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(engine.model, "forward", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        engine.generate([(5, 6)], max_new_tokens=2)
+
+
+def test_a_prompt_without_room_names_its_length_the_limit_and_the_remedy() -> None:
+    engine = build(context=32)
+    with pytest.raises(ContextLengthError, match=r"40 tokens .* context of 32 tokens .*shorten the input"):
+        engine.generate([tuple(range(10, 50))], max_new_tokens=5)
+    [full] = engine.generate([tuple(range(10, 40))], max_new_tokens=50, stop_token_ids=[])
+    assert (len(full.token_ids), full.finish_reason) == (2, "length")
+    with pytest.raises(LayoutError, match="no tokens"):
+        engine.generate([()], max_new_tokens=5)
+
+
+def test_on_token_ends_a_row() -> None:
+    engine = build()
+    written = engine.generate(
+        [(5, 6), (7, 8)], max_new_tokens=9, stop_token_ids=[], on_token=lambda row, token: row == 1
+    )
+    assert [len(row.token_ids) for row in written] == [9, 1]
+    assert written[1].finish_reason == "stop"
+
+
+def test_the_end_of_turn_token_of_the_chat_template_stops_a_row() -> None:
+    tokenizer = tiny_tokenizer()
+    engine = Engine(tiny_model(vocab_size=len(tokenizer), eos_token_id=2), tokenizer, name="tiny")
+    assert engine.stop_token_ids == {2, 4}
+
+
+def test_a_model_that_was_handed_in_is_left_as_it_was() -> None:
+    engine = build()
+    engine.model.train()
+    engine.model.model.layers[0].eval()
+    engine.model.get_input_embeddings().weight.requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in engine.model.parameters()]
+    modes = [module.training for module in engine.model.modules()]
+    with engine.exclusive(), engine.exclusive():
+        assert not any(parameter.requires_grad for parameter in engine.model.parameters())
+        assert not any(module.training for module in engine.model.modules())
+    with pytest.raises(ContextLengthError):
+        engine.generate([(5,) * 2000], max_new_tokens=1)
+    assert [parameter.requires_grad for parameter in engine.model.parameters()] == flags
+    assert [module.training for module in engine.model.modules()] == modes
+
+
+def test_weights_are_never_copied() -> None:
+    engine = build()
+    assert copy.deepcopy({"engine": engine})["engine"] is engine
+    assert copy.copy(engine) is engine
+
+
+def test_the_identity_names_weights_version_and_type(tmp_path: Any) -> None:
+    one, other = build(), build(seed=1)
+    assert one.identity == build().identity
+    assert one.identity.startswith("tiny-llama@") and one.identity.endswith(":float32")
+    assert other.identity != one.identity
+    half = build(dtype=torch.bfloat16)
+    assert half.identity.endswith(":bfloat16") and half.dtype == torch.bfloat16
+
+
+def test_a_directory_is_loaded_frozen_and_once(tmp_path: Any) -> None:
+    path = save_tiny(tmp_path / "model")
+    engine = shared_engine(path)
+    assert shared_engine(path) is engine
+    assert engine.embedding_weight.shape == (512, 32) and engine.context_length == 1024
+    assert not any(parameter.requires_grad for parameter in engine.model.parameters())
+    assert engine.identity == f"{path}@{engine.revision}:float32"
+    built = build()
+    prompts = random_prompts(3)
+    assert engine.generate(prompts, max_new_tokens=6) == built.generate(prompts, max_new_tokens=6)
+
+
+def test_pickled_weights_and_missing_files_are_refused(tmp_path: Any) -> None:
+    path = save_tiny(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    torch.save({}, tmp_path / "model" / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(WeightsError, match=r"not be loaded .*safetensors.*pickled weights are not read"):
+        Engine.from_pretrained(path)
+    with pytest.raises(WeightsError, match="not a transformers causal language model"):
+        Engine(object(), tiny_tokenizer(), name="nothing")
+
+
+def test_random_parameters_are_refused(tmp_path: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = save_tiny(tmp_path / "model")
+    weights = load_file(f"{path}/model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, f"{path}/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=r"lack 1 parameters .*model\.norm\.weight"):
+        Engine.from_pretrained(path)

@@ -1,0 +1,329 @@
+"""Walking programs, and tracing their calls."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import dspy
+import pytest
+from dspy.utils.dummies import DummyLM
+
+from dspy_greater.errors import DataError, ProgramError
+from dspy_greater.program import (
+    carrying,
+    check_examples,
+    copy_program,
+    predictors_of,
+    refuse_unsupported,
+    search_adapter,
+    supervised_field,
+    trace_calls,
+    with_instruction,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:dspy")
+
+
+class TwoHops(dspy.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = dspy.Predict("question -> query")
+        self.again = self.query
+        self.answer = dspy.ChainOfThought("question, context -> answer")
+
+    def forward(self, question: str) -> Any:
+        context = self.query(question=question).query
+        return self.answer(question=question, context=context)
+
+
+class Weights:
+    """Stands for an in-process engine whose weights must not be copied."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise AssertionError("the weights were copied")
+
+
+def row(**values: Any) -> dspy.Example:
+    return dspy.Example(**values).with_inputs("question")
+
+
+ROWS = [row(question="1 + 1?", answer="two"), row(question="2 + 2?", answer="four")]
+REPLIES = [{"query": "sum"}, {"reasoning": "count", "answer": "two"}]
+
+
+def dummy(replies: Any = None) -> Any:
+    return DummyLM(list(replies or REPLIES))
+
+
+# --- predictors ---
+
+
+def test_every_predictor_is_listed_once_with_its_path() -> None:
+    program = TwoHops()
+    sites = predictors_of(program)
+    assert [site.name for site in sites] == ["query", "answer.predict"]
+    assert sites[1].instruction == program.answer.predict.signature.instructions
+    assert sites[1].input_fields == ("question", "context")
+    assert sites[1].output_fields == ("reasoning", "answer")
+    assert sites[1].reasoning_fields("answer") == ("reasoning",)
+    assert sites[1].reasoning_fields("reasoning") == ()
+    assert sites[0].reasoning_fields(None) == ("query",)
+
+
+def test_a_bare_predictor_is_a_program_too() -> None:
+    program = dspy.Predict("question -> answer")
+    assert [site.name for site in predictors_of(program)] == ["self"]
+    assert with_instruction(program, "self", "Add up.").signature.instructions == "Add up."
+
+
+def test_the_model_of_a_predictor_comes_before_the_global_one() -> None:
+    program, own, common = TwoHops(), dummy(), dummy()
+    program.query.lm = own
+    with dspy.context(lm=common):
+        assert [site.lm for site in predictors_of(program)] == [own, common]
+
+
+def test_the_search_never_falls_back_to_another_prompt() -> None:
+    mine = dspy.ChatAdapter()
+    with dspy.context(adapter=mine):
+        adapter = search_adapter()
+    assert adapter.use_json_adapter_fallback is False
+    assert mine.use_json_adapter_fallback is True
+    assert search_adapter().use_json_adapter_fallback is False
+    assert type(search_adapter(dspy.XMLAdapter())) is dspy.XMLAdapter
+
+
+# --- gold values ---
+
+
+def test_the_supervised_field_is_the_last_output_with_gold_values() -> None:
+    sites = predictors_of(TwoHops())
+    assert supervised_field(sites[0], ROWS) is None
+    assert supervised_field(sites[1], ROWS) == "answer"
+
+
+def test_an_input_of_the_same_name_is_not_a_gold_value() -> None:
+    site = predictors_of(dspy.Predict("question -> topic"))[0]
+    assert supervised_field(site, [dspy.Example(question="a", topic="b").with_inputs("question", "topic")]) is None
+
+
+def test_missing_gold_names_rows_and_field() -> None:
+    site = predictors_of(TwoHops())[1]
+    rows = [*ROWS, row(question="3?"), row(question="4?", answer=None)]
+    with pytest.raises(DataError, match=r"Rows 2, 3 of the trainset have no gold value for `answer`.*`answer.predict`"):
+        supervised_field(site, rows)
+    with pytest.raises(DataError, match=r"Row 2 of the trainset has no gold value for `answer`"):
+        supervised_field(site, rows[:3])
+    many = [ROWS[0], *[row(question="?")] * 15]
+    with pytest.raises(DataError, match=r"Rows 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 5 more"):
+        supervised_field(site, many)
+
+
+def test_unusable_examples_say_how_to_mend_them() -> None:
+    with pytest.raises(DataError, match=r"Row 1 of the trainset does not say.*\.with_inputs\('question', \.\.\.\)"):
+        check_examples([ROWS[0], dspy.Example(question="a", answer="b")])
+    with pytest.raises(DataError, match=r"Row 0 of the valset is not dspy.Example"):
+        check_examples([{"question": "a"}], name="valset")
+    with pytest.raises(DataError, match="The trainset is empty"):
+        check_examples([])
+
+
+# --- what is refused ---
+
+
+def search(query: str) -> str:
+    """Look something up."""
+    return query
+
+
+def test_unsupported_programs_say_what_to_do() -> None:
+    with dspy.context(lm=dummy()):
+        refuse_unsupported(predictors_of(TwoHops()))
+        with pytest.raises(ProgramError, match="no predictors to optimise"):
+            refuse_unsupported(predictors_of(dspy.Module()))
+        with pytest.raises(ProgramError, match=r"field `picture` of type Image.*Leave this predictor out"):
+            refuse_unsupported(predictors_of(dspy.Predict("picture: dspy.Image -> answer")))
+        with pytest.raises(ProgramError, match=r"field `past` of type History"):
+            refuse_unsupported(predictors_of(dspy.Predict("past: dspy.History, question -> answer")))
+        agent = predictors_of(dspy.ReAct("question -> answer", tools=[search]))
+        assert [site.lists_tools for site in agent] == [True, False]
+        with pytest.raises(ProgramError, match=r'`react` lists its tools.*mode="append"'):
+            refuse_unsupported(agent)
+        refuse_unsupported(agent, append=True)
+    with (
+        dspy.context(lm=None),
+        pytest.raises(ProgramError, match=r"`query` has no language model.*dspy.configure"),
+    ):
+        refuse_unsupported(predictors_of(TwoHops()))
+    with (
+        dspy.context(lm="openai/x"),
+        pytest.raises(ProgramError, match=r"the string 'openai/x'.*Pass a dspy.LM"),
+    ):
+        refuse_unsupported(predictors_of(TwoHops()))
+
+
+# --- copies ---
+
+
+def test_a_copy_has_the_instruction_and_the_student_does_not() -> None:
+    student = TwoHops()
+    before = student.dump_state()
+    copied = with_instruction(student, "answer.predict", "Add the items.")
+    assert copied.answer.predict.signature.instructions == "Add the items."
+    assert copied.query.signature.instructions == student.query.signature.instructions
+    assert copied.again is copied.query
+    assert student.dump_state() == before
+    assert copied._compiled is student._compiled is False
+
+
+def test_an_unknown_predictor_is_named_with_the_known_ones() -> None:
+    with pytest.raises(ProgramError, match=r"no predictor `answer`; it has `query`, `answer.predict`"):
+        with_instruction(TwoHops(), "answer", "Add.")
+
+
+def test_language_models_are_shared_and_never_copied() -> None:
+    student, lm = TwoHops(), dummy()
+    lm.weights = Weights()
+    student.set_lm(lm)
+    copied = copy_program(student)
+    assert copied.query is not student.query
+    assert copied.query.lm is lm
+    assert copied.answer.predict.lm is lm
+
+
+# --- traces ---
+
+
+def test_a_trace_holds_every_call_with_inputs_outputs_and_text() -> None:
+    with dspy.context(lm=dummy(), adapter=dspy.ChatAdapter()):
+        trace = trace_calls(TwoHops(), ROWS[0])
+    assert (trace.error, trace.failure) == (None, None)
+    assert trace.prediction.answer == "two"
+    first, second = trace.calls
+    assert (first.predictor, dict(first.inputs), dict(first.outputs)) == (
+        "query",
+        {"question": "1 + 1?"},
+        {"query": "sum"},
+    )
+    assert second.predictor == "answer.predict"
+    assert second.inputs == {"question": "1 + 1?", "context": "sum"}
+    assert second.outputs == {"reasoning": "count", "answer": "two"}
+    assert second.completion is not None
+    assert "[[ ## reasoning ## ]]\ncount" in second.completion
+
+
+def test_a_text_that_does_not_parse_is_kept_with_what_could_be_parsed() -> None:
+    lm = dummy([{"query": "sum"}, {"reasoning": "count for ever"}])
+    with dspy.context(lm=lm, adapter=dspy.ChatAdapter()):
+        trace = trace_calls(TwoHops(), ROWS[0])
+    assert trace.failure == "parse"
+    assert trace.prediction is None
+    assert trace.error is not None
+    assert trace.error.startswith("AdapterParseError")
+    call = trace.calls[1]
+    assert call.outputs == {"reasoning": "count for ever"}
+    assert call.completion is not None
+    assert "count for ever" in call.completion
+    assert call.error is not None
+    assert len(lm.history) == 2
+
+
+def test_a_program_that_raises_is_recorded() -> None:
+    class Broken(TwoHops):
+        def forward(self, question: str) -> Any:
+            self.query(question=question)
+            raise ZeroDivisionError("nothing to divide")
+
+    with dspy.context(lm=dummy()):
+        trace = trace_calls(Broken(), ROWS[0])
+    assert trace.failure == "program"
+    assert trace.error == "ZeroDivisionError: nothing to divide"
+    assert isinstance(trace.exception, ZeroDivisionError)
+    assert [call.predictor for call in trace.calls] == ["query"]
+
+
+def test_an_interrupt_is_raised() -> None:
+    class Interrupted(dspy.Module):
+        def forward(self, question: str) -> Any:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trace_calls(Interrupted(), ROWS[0])
+
+
+def test_a_failure_that_the_program_survives_is_still_recorded() -> None:
+    class Patient(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.guess = dspy.Predict("question -> answer")
+
+        def forward(self, question: str) -> Any:
+            try:
+                return self.guess(question=question)
+            except dspy.utils.exceptions.AdapterParseError:
+                return self.guess(question=question + " Please.")
+
+    with dspy.context(lm=dummy([{"nothing": "?"}, {"answer": "two"}]), adapter=dspy.ChatAdapter()):
+        trace = trace_calls(Patient(), ROWS[0])
+    assert trace.error is None
+    assert [call.error is None for call in trace.calls] == [False, True]
+
+
+def test_a_trace_does_not_touch_the_callers_settings() -> None:
+    with dspy.context(lm=dummy(), trace=[], callbacks=[]):
+        trace_calls(TwoHops(), ROWS[0])
+        assert dspy.settings.trace == []
+        assert dspy.settings.callbacks == []
+
+
+class Echo(dspy.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = dspy.Predict("question -> answer")
+        self.second = dspy.Predict("question -> answer")
+
+    def forward(self, question: str) -> Any:
+        return self.second(question=self.first(question=question).answer)
+
+
+def test_a_hundred_threads_do_not_mix_up_their_calls() -> None:
+    questions = [f"question number {number:03d}" for number in range(100)]
+    lm = DummyLM({question: {"answer": question} for question in questions})
+    barrier = threading.Barrier(100, timeout=60)
+    program = Echo()
+
+    def run(question: str) -> Any:
+        barrier.wait()
+        return trace_calls(program, row(question=question))
+
+    with dspy.context(lm=lm, adapter=dspy.ChatAdapter()), ThreadPoolExecutor(100) as pool:
+        traces = list(pool.map(carrying(run), questions))
+    for question, trace in zip(questions, traces, strict=True):
+        assert trace.error is None, trace.error
+        assert [call.predictor for call in trace.calls] == ["first", "second"]
+        assert all(call.inputs["question"] == question for call in trace.calls)
+        assert trace.prediction.answer == question
+
+
+def test_threads_that_are_not_carried_see_no_local_settings() -> None:
+    lm = dummy()
+    with dspy.context(lm=lm), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: dspy.settings.lm).result() is not lm
+        assert pool.submit(carrying(lambda: dspy.settings.lm)).result() is lm
+
+
+def test_calls_from_threads_inside_a_program_are_recorded() -> None:
+    class Parallel(Echo):
+        def forward(self, question: str) -> Any:
+            pairs = [(self.first, dspy.Example(question=question).with_inputs("question"))] * 4
+            results = dspy.Parallel(num_threads=4, disable_progress_bar=True)(pairs)
+            return dspy.Prediction(answer=results[0].answer)
+
+    lm = DummyLM({"1 + 1?": {"answer": "two"}})
+    with dspy.context(lm=lm, adapter=dspy.ChatAdapter()):
+        trace = trace_calls(Parallel(), ROWS[0])
+    assert trace.error is None, trace.error
+    assert len(trace.calls) == 4
+    assert all(call.completion for call in trace.calls)

@@ -1,0 +1,165 @@
+"""What a user sees of a running search, and that no callback of theirs can end it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import pytest
+
+from dspy_greater.run.events import Candidate, Evaluation, Event, SearchStarted, StepTaken, Validated, Warned
+from dspy_greater.run.progress import Listeners, ProgressBar
+
+
+def evaluation(score: float, loss: float = 0.25) -> Evaluation:
+    return Evaluation((1, 2), f"{score}", (), score, loss, 1.0, (1 - score, loss))
+
+
+def step(number: int, chosen: float, *tried: float, predictor: str = "predict") -> StepTaken:
+    candidates = tuple(Candidate(3, "x", -1.0, 0.5, evaluation(score, 0.125)) for score in tried)
+    untried = Candidate(4, "y", -2.0, 0.75, None)
+    return StepTaken(predictor, number, 7, 1, (*candidates, untried), evaluation(chosen), "better", {})
+
+
+STARTED = SearchStarted("predict", evaluation(0.5), 4)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def drawn(*happened: Event, file: io.StringIO | None = None, show: bool | None = True) -> list[str]:
+    """What the bar drew, redraw by redraw."""
+    file = file or io.StringIO()
+    with ProgressBar(show, file) as bar:
+        for event in happened:
+            bar(event)
+    return file.getvalue().replace("\n", "\r").split("\r")
+
+
+def test_a_search_starts_with_the_seeds_score() -> None:
+    shown = drawn(STARTED)
+    assert any("predict:   0%" in each and "0/4" in each and "best=0.5, loss=0.25" in each for each in shown)
+
+
+def test_each_step_shows_position_best_score_and_loss() -> None:
+    text = "\n".join(drawn(STARTED, step(0, 0.5, 0.25), step(1, 0.625, 0.75)))
+    assert "1/4" in text and "position=7, best=0.5, loss=0.25" in text
+    assert "50%" in text and "2/4" in text and "position=7, best=0.75, loss=0.125" in text
+
+
+def test_a_worse_step_does_not_hide_the_best_one() -> None:
+    assert "best=0.75, loss=0.25" in drawn(STARTED, step(0, 0.75), step(1, 0.25))[-2]
+
+
+def test_the_validation_ends_the_bar_with_both_scores() -> None:
+    shown = drawn(STARTED, step(0, 0.5), Validated("predict", {"seed": 0.4, "new": 0.6}, "new"), Warned("x"))
+    assert "validation=0.6, seed=0.4" in shown[-2]
+
+
+def test_every_predictor_has_a_bar_of_its_own() -> None:
+    text = "\n".join(drawn(STARTED, step(0, 0.5), SearchStarted("second", evaluation(0.25), 9)))
+    assert "predict:  25%" in text
+    assert "second:   0%" in text and "0/9" in text and "best=0.25" in text
+
+
+def test_a_resumed_search_goes_on_at_its_step() -> None:
+    text = "\n".join(drawn(STARTED, step(2, 0.5)))
+    assert "3/4" in text
+    without_a_start = "\n".join(drawn(step(2, 0.5)))
+    assert "predict: 3step" in without_a_start and "best=0.5" in without_a_start
+
+
+def test_a_bar_is_drawn_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBar(show=True) as bar:
+        bar(STARTED)
+    captured = capsys.readouterr()
+    assert "best=0.5" in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("show", "file", "visible"),
+    [
+        (True, io.StringIO, True),
+        (True, Terminal, True),
+        (None, io.StringIO, False),
+        (None, Terminal, True),
+        (False, io.StringIO, False),
+        (False, Terminal, False),
+    ],
+)
+def test_by_default_a_bar_is_drawn_only_on_a_terminal(
+    show: bool | None, file: Callable[[], io.StringIO], visible: bool
+) -> None:
+    out = file()
+    drawn(STARTED, step(0, 0.5), Validated("predict", {"seed": 0.5}, "seed"), file=out, show=show)
+    assert bool(out.getvalue()) is visible
+
+
+def test_a_closed_bar_ends_its_line_and_closes_again() -> None:
+    out = io.StringIO()
+    bar = ProgressBar(True, out)
+    bar.close()
+    bar(STARTED)
+    bar.close()
+    assert out.getvalue().endswith("\n")
+    length = len(out.getvalue())
+    bar.close()
+    bar(Validated("predict", {"seed": 0.5}, "seed"))
+    assert len(out.getvalue()) == length
+
+
+# --- listeners ---
+
+
+def emit_all(listeners: Listeners, *happened: Event) -> None:
+    for event in happened:
+        listeners.emit(event)
+
+
+def test_every_listener_hears_every_event_in_order() -> None:
+    heard: list[tuple[str, Event]] = []
+    listeners = Listeners([lambda event: heard.append(("first", event)), lambda event: heard.append(("second", event))])
+    listeners.emit(STARTED)
+    listeners(Warned("x"))
+    assert heard == [
+        ("first", STARTED), ("second", STARTED), ("first", Warned("x")), ("second", Warned("x")),
+    ]  # fmt: skip
+
+
+def test_a_listener_that_raises_is_reported_once_and_dropped() -> None:
+    heard: list[Event] = []
+
+    def broken(event: Event) -> None:
+        heard.append(event)
+        raise LookupError("no such dashboard")
+
+    listeners = Listeners([broken, heard.append])
+    with pytest.warns(RuntimeWarning) as caught:
+        emit_all(listeners, STARTED, Warned("x"), Warned("y"))
+    assert heard == [STARTED, STARTED, Warned("x"), Warned("y")]
+    assert [str(each.message) for each in caught] == [
+        "The callback test_a_listener_that_raises_is_reported_once_and_dropped.<locals>.broken raised LookupError: "
+        "no such dashboard (at SearchStarted). It is not called again in this run; the search goes on."
+    ]
+
+
+def test_a_listener_that_is_an_object_is_named_by_its_class() -> None:
+    class Dashboard:
+        def __call__(self, event: Event) -> None:
+            raise ValueError
+
+    with pytest.warns(RuntimeWarning, match="The callback .*Dashboard raised ValueError"):
+        Listeners([Dashboard()]).emit(STARTED)
+
+
+def test_ctrl_c_passes_through_a_listener() -> None:
+    def interrupted(event: Event) -> None:
+        raise KeyboardInterrupt
+
+    listeners = Listeners([interrupted])
+    for _ in range(2):  # it is not the listener's fault
+        with pytest.raises(KeyboardInterrupt):
+            listeners.emit(STARTED)

@@ -16,12 +16,13 @@ from .metric import Metric
 from .objective import Objective
 from .problem import Problem, Target, pose
 from .report.result import CompileResult, PredictorResult
-from .rollout import roll_out, searching_copy
+from .rollout import searching_copy
 from .run.events import Evaluation, Listener, SearchStarted, StepTaken, Validated
 from .run.journal import Journal
 from .run.progress import Listeners, ProgressBar
 from .search import begin
 from .settings import Auto, Settings, Variant
+from .validation import validation_scores, winner
 from .writeback import round_trip, write_back
 
 
@@ -182,16 +183,17 @@ class _Search:
         """The finalists meet the seed on the validation rows; a tie keeps the seed."""
         problem, state = self._problem, self._state
         texts = list(dict.fromkeys([state.seed.instruction, *(each.instruction for each in state.best)]))
-        programs = [searching_copy(self._program, {self._name: text}) for text in texts]
-        rollouts = roll_out(programs, problem.validation, problem.metric, threads=problem.settings.threads)
-        means = [sum(each.score for each in group) / len(group) for group in rollouts]
-        scores = dict(zip(texts, means, strict=True))
-        winner = max(texts, key=lambda text: scores[text])  # the first of equals: the seed
+        finalists = [{self._name: text} for text in texts]
+        scores = validation_scores(
+            self._program, finalists, problem.validation, problem.metric, threads=problem.settings.threads
+        )
+        best = texts[winner(scores)]
         layout = self._objective.layout
-        round_trip(layout, winner, layout.instruction_ids(winner))
-        self._tell(Validated(self._name, scores, winner), record=False)
+        round_trip(layout, best, layout.instruction_ids(best))
+        by_text = dict(zip(texts, scores, strict=True))
+        self._tell(Validated(self._name, by_text, best), record=False)
         return PredictorResult(
-            self._name, self._target.field, state.seed, tuple(self._steps), state.best, scores, winner
+            self._name, self._target.field, state.seed, tuple(self._steps), state.best, by_text, best
         )
 
     def _seed(self) -> Evaluation:

@@ -37,7 +37,7 @@ TOKEN_CORE = ("engine", "decode", "weights", "propose", "loss", "gradient", "poc
 TOKEN_CORE_MAY_IMPORT = {"torch", "transformers", "tokenizers", "safetensors", "numpy"}
 
 # Knows DSPy, and brings torch in only when it is used.
-DSPY_SIDE = ("lm", "lm_request", "program", "layout", "assistant", "rollout", "writeback", "gradsum")
+DSPY_SIDE = ("lm", "lm_request", "program", "layout", "assistant", "rollout", "validation", "writeback", "gradsum")
 
 # Where the two sides meet: these hold stages of both together, and import neither framework themselves.
 MEETING_POINT = ("problem", "objective", "algorithm", "teleprompter")

@@ -60,7 +60,10 @@ types: install
 check: lint types test
 
 pocket: install
-	OMP_NUM_THREADS=$(RUN_THREADS) $(BIN)/python -m dspy_greater.pocket.train --out $(POCKET_OUT)
+	OMP_NUM_THREADS=$(RUN_THREADS) $(BIN)/python -m dspy_greater.pocket.train --out $(POCKET_OUT)/constant \
+		--steps 4434 --decay-from 1 --procedure-share-after 0.25
+	OMP_NUM_THREADS=$(RUN_THREADS) $(BIN)/python -m dspy_greater.pocket.train --out $(POCKET_OUT) \
+		--resume $(POCKET_OUT)/constant/checkpoint.pt
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -6,7 +6,7 @@ when it is first used.
 Example:
     >>> import dspy_greater
     >>> sorted(dspy_greater.__all__)
-    ['GReaTerTeleprompter', 'GreaterError', 'Settings', '__version__', 'local_lm']
+    ['GReaTerTeleprompter', 'GradSumTeleprompter', 'GreaterError', 'Settings', '__version__', 'local_lm']
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .errors import GreaterError
+    from .gradsum import GradSumTeleprompter
     from .lm import local_lm
     from .settings import Settings
     from .teleprompter import GReaTerTeleprompter
 
 __version__ = "0.1.0"
 
-__all__ = ["GReaTerTeleprompter", "GreaterError", "Settings", "__version__", "local_lm"]
+__all__ = ["GReaTerTeleprompter", "GradSumTeleprompter", "GreaterError", "Settings", "__version__", "local_lm"]
 
 _HOME = {
     "GReaTerTeleprompter": "teleprompter",
+    "GradSumTeleprompter": "gradsum",
     "GreaterError": "errors",
     "Settings": "settings",
     "local_lm": "lm",

@@ -55,7 +55,7 @@ def minimise(
         step = known or take_step(objective, state, settings, predictor=predictor, random_seed=random_seed)
         evaluated = [each.evaluation for each in step.candidates if each.evaluation is not None]
         objective.recall([*evaluated, step.chosen])
-        failed = bool(evaluated) and all(math.isinf(each.objective[0]) for each in evaluated)
+        failed = bool(step.candidates) and all(math.isinf(each.objective[0]) for each in evaluated)
         state = advance(state, step.chosen, evaluated, settings, failed=failed)
         _give_up_if_failing(state, settings, predictor)
         yield state, step, known is None

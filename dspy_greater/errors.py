@@ -42,5 +42,9 @@ class LossError(GreaterError, ArithmeticError):
     """The task loss was not finite, too often in a row for the search to go on."""
 
 
+class JudgeError(GreaterError, ValueError):
+    """The judge gave no usable verdict on any output, so that no prompt can be told from another."""
+
+
 class RunDirectoryError(GreaterError, OSError):
     """The run directory cannot be written, or belongs to another run."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import MetricError
@@ -15,10 +15,14 @@ Metric = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Score:
-    """What a metric said of one row; `error` says why it counts as a failure, if it does."""
+    """What a metric said of one row.
+
+    `error` says why it counts as a failure, if it does; `feedback` is the text that came with a score.
+    """
 
     value: float
     error: str | None = None
+    feedback: str | None = field(default=None, compare=False)
 
 
 class RowMetric:
@@ -33,7 +37,7 @@ class RowMetric:
 
     Example:
         >>> RowMetric(lambda example, prediction, trace=None: example == prediction)(1, 1)
-        Score(value=1.0, error=None)
+        Score(value=1.0, error=None, feedback=None)
     """
 
     def __init__(self, metric: Metric) -> None:
@@ -42,8 +46,13 @@ class RowMetric:
                 f"metric={metric!r} cannot be called. Pass a function metric(example, prediction, trace=None) -> "
                 "number, to GReaTerTeleprompter(metric=...) or to compile(..., metric=...)."
             )
-        self._metric = metric
+        self.function = metric
         self._extra = _extra_arguments(metric)
+
+    @property
+    def name(self) -> str:
+        """What the metric is called: the same in every process."""
+        return getattr(self.function, "__qualname__", type(self.function).__qualname__)
 
     def __call__(self, example: Any, prediction: Any) -> Score:
         """The score of one row.
@@ -52,12 +61,21 @@ class RowMetric:
             MetricError: the metric returned something that is not a score.
         """
         try:
-            value = self._metric(example, prediction, *self._extra)
+            value = self.function(example, prediction, *self._extra)
         except MetricError:
             raise
         except Exception as error:  # a user's metric may fail on a row; the row then counts as wrong
             return Score(0.0, f"the metric raised {type(error).__name__}: {error}")
         return _coerced(value)
+
+
+def refuse_useless_metric(errors: Sequence[str | None]) -> None:
+    """Raises `MetricError` when the errors of all rows are the metric's own."""
+    if errors and all((error or "").startswith("the metric") for error in errors):
+        raise MetricError(
+            f"The metric failed on all {len(errors)} training rows; on the first, {errors[0]}. Try "
+            "metric(trainset[0], program(**trainset[0].inputs())) and mend it."
+        )
 
 
 def _extra_arguments(metric: Metric) -> tuple[None, ...]:
@@ -72,8 +90,9 @@ def _extra_arguments(metric: Metric) -> tuple[None, ...]:
 
 def _coerced(value: Any) -> Score:
     score = value
+    feedback = None
     if not isinstance(value, (bool, int, float)):
-        score = value.get("score") if isinstance(value, dict) else getattr(value, "score", value)
+        score, feedback = _part(value, "score", value), _part(value, "feedback", None)
     to_python = getattr(score, "item", None)
     if callable(to_python) and math.prod(getattr(score, "shape", ())) == 1:
         score = to_python()  # a number of numpy or torch
@@ -84,4 +103,8 @@ def _coerced(value: Any) -> Score:
         )
     if math.isnan(score) or math.isinf(score):
         return Score(0.0, f"the metric returned {score}")
-    return Score(float(score))
+    return Score(float(score), feedback=str(feedback) if feedback else None)
+
+
+def _part(value: Any, name: str, absent: Any) -> Any:
+    return value.get(name) if isinstance(value, dict) else getattr(value, name, absent)

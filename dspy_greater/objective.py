@@ -6,9 +6,8 @@ views on its rows that the gradient and the proposals are taken from.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from .layout import Layout, Supervised
 from .loss import Losses, teacher_forced_losses
 from .metric import RowMetric
 from .program import PredictorSite
-from .rollout import Rollout, roll_out, searching_copy
+from .rollout import Rollout, plain, roll_out, searching_copy
 from .run.events import Evaluation, RowOutcome
 from .select import evaluation
 from .settings import Settings
@@ -135,27 +134,12 @@ class Objective:
             return RowOutcome(index, rollout.score, {}, {}, math.nan, why)
         names = self._site.output_fields
         earlier = names[: names.index(self._field)]
-        written = {name: _plain(call.outputs.get(name, "")) for name in earlier}
+        written = {name: plain(call.outputs.get(name, "")) for name in earlier}
         if call.error is not None and earlier and not any(written.values()):
             written[earlier[0]] = call.completion or ""  # what did not parse is still what the model reasoned
-        inputs = {name: _plain(value) for name, value in call.inputs.items()}
+        inputs = {name: plain(value) for name, value in call.inputs.items()}
         return RowOutcome(index, rollout.score, inputs, written, math.nan, rollout.error)
 
 
 def _with_loss(row: RowOutcome, cross_entropy: float) -> RowOutcome:
     return RowOutcome(row.row, row.score, row.inputs, row.written, cross_entropy, row.error)
-
-
-def _plain(value: Any) -> object:
-    """A value as JSON can hold it, so that a run can be resumed; anything else as its text."""
-    if hasattr(value, "model_dump"):
-        value = value.model_dump(mode="json")
-    try:
-        return json.loads(json.dumps(value))
-    except (TypeError, ValueError):
-        return str(value)
-
-
-def gold_values(rows: Sequence[Any], field: str) -> list[Mapping[str, object]]:
-    """The labels of the rows, for fingerprints and reports."""
-    return [{field: _plain(row.labels().get(field))} for row in rows]

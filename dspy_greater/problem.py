@@ -5,9 +5,6 @@ Everything that can be refused is refused here, before the first token is genera
 
 from __future__ import annotations
 
-import hashlib
-import json
-import random
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,11 +12,13 @@ from typing import Any
 
 from .engine import Engine
 from .errors import ContextLengthError, DataError, MetricError
+from .identity import described, fingerprint
 from .layout import Layout
 from .lm import weights_behind
 from .metric import Metric, RowMetric
 from .program import PredictorSite, check_examples, predictors_of, refuse_unsupported, supervised_field
 from .rollout import pin_lms
+from .rows import split
 from .run.serialise import JSON
 from .settings import Settings
 
@@ -48,20 +47,17 @@ class Problem:
 
     def identity(self) -> dict[str, JSON]:
         """What must be the same for an interrupted run to be continued."""
+        sites = {site.name: described(site) for site in predictors_of(self.program)}
+        for target in self.targets:
+            sites[target.site.name] |= {"field": target.field, "weights": target.engine.identity}
         return {
             "settings": asdict(self.settings),
             "seed": self.seed,
             "extractor": self.extractor,
-            "predictors": {
-                target.site.name: {
-                    "instruction": target.site.instruction,
-                    "field": target.field,
-                    "weights": target.engine.identity,
-                }
-                for target in self.targets
-            },
-            "train": _fingerprint(self.train),
-            "validation": _fingerprint(self.validation),
+            "metric": self.metric.name,
+            "predictors": sites,
+            "train": fingerprint(self.train),
+            "validation": fingerprint(self.validation),
         }
 
 
@@ -86,7 +82,7 @@ def pose(
         ContextLengthError: a row's prompt leaves no room in the model's context.
     """
     check_examples(trainset)
-    if valset is not None:
+    if valset:
         check_examples(valset, name="valset")
     if metric is None:
         raise MetricError(
@@ -113,34 +109,6 @@ def pose(
         if len(sites) == 1:  # the inputs of later predictors are known only once the program runs
             _check_context(target, [*train, *validation])
     return Problem(pin_lms(student), targets, train, validation, row_metric, settings, seed, extractor)
-
-
-def split(
-    trainset: Sequence[Any], valset: Sequence[Any] | None, *, settings: Settings, seed: int
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The rows to train and to validate on: seeded samples, disjoint where there is no valset.
-
-    Without a valset, at most half of the trainset is kept for validation; a trainset of one
-    row has to serve as both, with a warning.
-    """
-    rng = random.Random(f"{seed}/rows")
-    rows = rng.sample(list(trainset), len(trainset))
-    if valset is None:
-        kept = min(settings.validation_rows, len(rows) // 2)
-        validation, rows = rows[:kept], rows[kept:]
-    else:
-        validation = rng.sample(list(valset), min(settings.validation_rows, len(valset)))
-    train = rows[: settings.train_rows]
-    if not validation:
-        validation = list(train)
-    shared = len({_key(row) for row in train} & {_key(row) for row in validation})
-    if shared:
-        warnings.warn(
-            f"{shared} of {len(validation)} validation rows are also training rows, so the validation score is "
-            "optimistic. Pass a valset of other rows.",
-            stacklevel=4,
-        )
-    return tuple(train), tuple(validation)
 
 
 def _weights_of(weights: Any, site: PredictorSite) -> Any:
@@ -184,11 +152,3 @@ def _check_context(target: Target, rows: Sequence[Any]) -> None:
 def _shortened(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 120 else text[:117] + "..."
-
-
-def _key(row: Any) -> str:
-    return json.dumps(row.toDict(), sort_keys=True, default=str)
-
-
-def _fingerprint(rows: Sequence[Any]) -> str:
-    return hashlib.sha256("\n".join(_key(row) for row in rows).encode()).hexdigest()[:16]

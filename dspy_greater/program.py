@@ -170,17 +170,9 @@ def refuse_unsupported(sites: Sequence[PredictorSite], *, append: bool = False) 
 
     With `append`, instructions that list tools are allowed: a sentence after them leaves the list alone.
     """
-    if not sites:
-        raise ProgramError(
-            "The program has no predictors to optimise. Pass a dspy.Module that holds a dspy.Predict; "
-            "a module whose `_compiled` is True is frozen and has to be unfrozen first."
-        )
+    refuse_unusable(sites)
     for site in sites:
         where = f"Predictor `{site.name}`"
-        if site.lm is None:
-            raise ProgramError(f"{where} has no language model. Call dspy.configure(lm=...) or set_lm(...).")
-        if isinstance(site.lm, str):
-            raise ProgramError(f"{where} has the string {site.lm!r} as its language model. Pass a dspy.LM.")
         for name, info in site.signature.fields.items():
             unusual = _unusual_types(info)
             if unusual and not (append and site.lists_tools):
@@ -193,6 +185,21 @@ def refuse_unsupported(sites: Sequence[PredictorSite], *, append: bool = False) 
                 f"{where} lists its tools in its instruction, and rewriting it would lose them. "
                 'Use mode="append", which adds a sentence after the list.'
             )
+
+
+def refuse_unusable(sites: Sequence[PredictorSite]) -> None:
+    """Raises `ProgramError` when there is no predictor, or one has no language model to call."""
+    if not sites:
+        raise ProgramError(
+            "The program has no predictors to optimise. Pass a dspy.Module that holds a dspy.Predict; "
+            "a module whose `_compiled` is True is frozen and has to be unfrozen first."
+        )
+    for site in sites:
+        where = f"Predictor `{site.name}`"
+        if site.lm is None:
+            raise ProgramError(f"{where} has no language model. Call dspy.configure(lm=...) or set_lm(...).")
+        if isinstance(site.lm, str):
+            raise ProgramError(f"{where} has the string {site.lm!r} as its language model. Pass a dspy.LM.")
 
 
 def copy_program(program: Any) -> Any:

@@ -9,26 +9,35 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from dspy.adapters.utils import serialize_for_json
+
+from .errors import ProgramError
 from .lm import LocalEngine
 from .metric import RowMetric, Score
-from .program import PredictorCall, carrying, predictors_of, trace_calls, with_instructions
+from .program import PredictorCall, Result, carrying, predictors_of, trace_calls, with_instructions
 
 Worker = Callable[[], AbstractContextManager[None]]
+_MOST_IN_LOCKSTEP = 512  # threads that wait for one model together
 
 
 @dataclass(frozen=True)
 class Rollout:
     """One run of a program on one row: the last call of each predictor, and the metric's score.
 
-    `error` says why the run or the metric failed; such a row scores 0.
+    `error` says why the run or the metric failed; such a row scores 0. `lm_failed` when it was that the
+    language model could not be called. `feedback` is the metric's, and `trace` every call in its order.
     """
 
     calls: Mapping[str, PredictorCall]
     score: float
     error: str | None = None
+    lm_failed: bool = False
+    feedback: str | None = None
+    trace: tuple[PredictorCall, ...] = ()
+    prediction: Any = field(default=None, compare=False)
 
 
 def roll_out(programs: Sequence[Any], rows: Sequence[Any], metric: RowMetric, *, threads: int) -> list[list[Rollout]]:
@@ -46,6 +55,7 @@ def roll_out(programs: Sequence[Any], rows: Sequence[Any], metric: RowMetric, *,
 
     Raises:
         MetricError: the metric returned something that is not a score.
+        ProgramError: the language model could not be called, not even once.
 
     ```python
     [[rollout]] = roll_out([dspy.ChainOfThought("question -> answer")], rows[:1], RowMetric(metric), threads=8)
@@ -53,21 +63,54 @@ def roll_out(programs: Sequence[Any], rows: Sequence[Any], metric: RowMetric, *,
     ```
     """
     pairs = [(program, row) for program in programs for row in rows]
-    with _in_lockstep(programs, len(pairs)) as worker:
-        size = threads if worker is None else len(pairs)
-        enter: Worker = worker or nullcontext
-
-        @carrying
-        def run(program: Any, row: Any) -> Rollout:
-            with enter():
-                return _run(program, row, metric)
-
-        done = _all(run, pairs, size)
+    done = run_pairs(pairs, metric, threads=threads)
     return (
         [done[start : start + len(rows)] for start in range(0, len(done), len(rows))]
         if rows
         else [[] for _ in programs]
     )
+
+
+def run_pairs(pairs: Sequence[tuple[Any, Any]], metric: Callable[[Any, Any], Score], *, threads: int) -> list[Rollout]:
+    """Run programs on rows, each (program, row) once; see `roll_out`."""
+    sites = {id(program): predictors_of(program) for program, _ in pairs}
+    lms = [site.lm for found in sites.values() for site in found]
+    done = together(lambda program, row: _run(program, row, metric), pairs, lms=lms, threads=threads)
+    _refuse_dead_lm(done, len(pairs) // max(1, len(sites)))
+    return done
+
+
+def together(
+    run: Callable[..., Result], jobs: Sequence[tuple[Any, ...]], *, lms: Sequence[Any], threads: int
+) -> list[Result]:
+    """`run(*job)` for all jobs at once, with the caller's DSPy settings; the results in the order of the jobs.
+
+    Args:
+        run: what to do.
+        jobs: its arguments.
+        lms: every LM that is called. Where only one of them is in-process, the calls move in lockstep,
+            some hundred jobs at a time.
+        threads: how many jobs are under way at a time otherwise.
+    """
+    if len(jobs) <= _MOST_IN_LOCKSTEP:
+        return _together(run, jobs, lms, threads)
+    parts = [jobs[start : start + _MOST_IN_LOCKSTEP] for start in range(0, len(jobs), _MOST_IN_LOCKSTEP)]
+    return [result for part in parts for result in _together(run, part, lms, threads)]
+
+
+def _together(
+    run: Callable[..., Result], jobs: Sequence[tuple[Any, ...]], lms: Sequence[Any], threads: int
+) -> list[Result]:
+    with _in_lockstep(lms, len(jobs)) as worker:
+        size = threads if worker is None else len(jobs)
+        enter: Worker = worker or nullcontext
+
+        @carrying
+        def enter_and_run(*job: Any) -> Result:
+            with enter():
+                return run(*job)
+
+        return _all(enter_and_run, jobs, size)
 
 
 def searching_copy(program: Any, texts: Mapping[str, str]) -> Any:
@@ -95,38 +138,54 @@ def pin_lms(program: Any) -> Any:
     return copied
 
 
-def _run(program: Any, row: Any, metric: RowMetric) -> Rollout:
+def plain(value: Any) -> object:
+    """A value that a journal can hold and that DSPy writes into a prompt exactly as it writes the original.
+
+    Example:
+        >>> import datetime
+        >>> plain(datetime.date(2024, 12, 12)), plain(("a", 1))
+        ('2024-12-12', ('a', 1))
+    """
+    # DSPy writes a list that stands for text differently from a tuple.
+    return tuple(map(serialize_for_json, value)) if isinstance(value, tuple) else serialize_for_json(value)
+
+
+def _run(program: Any, row: Any, metric: Callable[[Any, Any], Score]) -> Rollout:
     trace = trace_calls(program, row)
     calls = {call.predictor: call for call in trace.calls}
     if trace.error is not None:
-        return Rollout(calls, 0.0, trace.error)
-    score: Score = metric(row, trace.prediction)
-    return Rollout(calls, score.value, score.error)
+        return Rollout(calls, 0.0, trace.error, trace.failure == "lm", trace=trace.calls)
+    score = metric(row, trace.prediction)
+    return Rollout(calls, score.value, score.error, False, score.feedback, trace.calls, trace.prediction)
 
 
-def _all(run: Callable[[Any, Any], Rollout], pairs: Sequence[tuple[Any, Any]], size: int) -> list[Rollout]:
-    """Run all pairs in `size` threads; the first error, or an interrupt, abandons the rest."""
-    if not pairs:
+def _all(run: Callable[..., Result], jobs: Sequence[tuple[Any, ...]], size: int) -> list[Result]:
+    """Run all jobs in `size` threads; the first error, or an interrupt, abandons the rest."""
+    if not jobs:
         return []
     pool = ThreadPoolExecutor(size, thread_name_prefix="rollout")
-    futures: list[Future[Rollout]] = []
+    futures: list[Future[Result]] = []
     try:
-        futures = [pool.submit(run, *pair) for pair in pairs]
+        futures = [pool.submit(run, *job) for job in jobs]
         return [future.result() for future in futures]
     finally:
         finished = all(future.done() for future in futures)
         pool.shutdown(wait=finished, cancel_futures=True)
 
 
+def _refuse_dead_lm(done: Sequence[Rollout], rows: int) -> None:
+    """A search over answers that never came would go on to the end and find nothing."""
+    if done and all(each.lm_failed for each in done):
+        raise ProgramError(
+            f"The language model could not be called on any of the {rows} rows; on the first, {done[0].error}. "
+            "Try program(**trainset[0].inputs()). A run with a log_dir goes on from its last step once that works."
+        )
+
+
 @contextmanager
-def _in_lockstep(programs: Sequence[Any], runs: int) -> Iterator[Worker | None]:
-    """Lockstep on the one in-process engine of the programs; None when there is none, or several."""
-    engines = {
-        id(engine): engine
-        for program in programs
-        for site in predictors_of(program)
-        if (engine := _local_engine(site.lm)) is not None
-    }
+def _in_lockstep(lms: Sequence[Any], runs: int) -> Iterator[Worker | None]:
+    """Lockstep on the one in-process engine of the LMs; None when there is none, or several."""
+    engines = {id(engine): engine for lm in lms if (engine := _local_engine(lm)) is not None}
     if len(engines) != 1 or runs == 0:
         yield None
         return

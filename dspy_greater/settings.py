@@ -7,9 +7,9 @@ and one forward pass over at most `proposal_draws` x `proposal_rows` short conte
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from .errors import SettingsError
 
@@ -51,32 +51,47 @@ class Settings:
         Raises:
             SettingsError: an unknown preset or knob, or a value out of range.
         """
-        if auto is not None and auto not in tuple(_PRESETS):
-            raise SettingsError(f"auto={auto!r} is not a preset. Use one of {', '.join(map(repr, _PRESETS))} or None.")
-        known = {field.name for field in fields(cls)}
-        strangers = sorted(set(overrides) - known)
-        if strangers:
-            raise SettingsError(
-                f"There is no setting {', '.join(strangers)}. The settings are: {', '.join(sorted(known))}."
-            )
-        preset: Mapping[str, int] = {} if auto is None else _PRESETS[auto]
-        chosen = {**preset, **{name: value for name, value in overrides.items() if value is not None}}
-        return cls(**chosen)  # type: ignore[arg-type]  # names are checked above, values below
+        known = [field.name for field in fields(cls)]
+        return cls(**chosen_knobs(known, _PRESETS, auto, overrides))
 
     def __post_init__(self) -> None:
         """Raises `SettingsError` when a value is out of range."""
         if self.variant not in ("paper",):
             raise SettingsError(f"variant={self.variant!r} is not known. Use variant='paper'.")
-        for name, least in _AT_LEAST.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise SettingsError(f"{name}={value!r}: give a whole number of at least {least}.")
+        check_whole_numbers(self, _AT_LEAST)
         for name in ("fluency_weight", "score_fluency_weight", "answer_temperature"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
                 raise SettingsError(f"{name}={value!r}: give a finite number that is not negative.")
         if self.answer_temperature == 0:
             raise SettingsError("answer_temperature=0: logits are divided by it; give a positive number.")
+
+
+def chosen_knobs(
+    known: Sequence[str], presets: Mapping[Auto, Mapping[str, int]], auto: Auto | None, overrides: Mapping[str, object]
+) -> dict[str, Any]:
+    """The knobs of a preset with those of `overrides` that are not None in their place.
+
+    Raises:
+        SettingsError: an unknown preset or knob.
+    """
+    if auto is not None and auto not in tuple(presets):
+        raise SettingsError(f"auto={auto!r} is not a preset. Use one of {', '.join(map(repr, presets))} or None.")
+    strangers = sorted(set(overrides) - set(known))
+    if strangers:
+        raise SettingsError(
+            f"There is no setting {', '.join(strangers)}. The settings are: {', '.join(sorted(known))}."
+        )
+    preset: Mapping[str, int] = {} if auto is None else presets[auto]
+    return {**preset, **{name: value for name, value in overrides.items() if value is not None}}
+
+
+def check_whole_numbers(settings: object, at_least: Mapping[str, int]) -> None:
+    """Raises `SettingsError` when an attribute that is named is not a whole number of at least that size."""
+    for name, least in at_least.items():
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise SettingsError(f"{name}={value!r}: give a whole number of at least {least}.")
 
 
 _PRESETS: Mapping[Auto, Mapping[str, int]] = {

@@ -11,8 +11,8 @@ from typing import Any
 from dspy.teleprompt import Teleprompter
 
 from .algorithm import minimise
-from .errors import MetricError, SettingsError
-from .metric import Metric
+from .errors import ProgramError, SettingsError
+from .metric import Metric, refuse_useless_metric
 from .objective import Objective
 from .problem import Problem, Target, pose
 from .report.result import CompileResult, PredictorResult
@@ -23,6 +23,7 @@ from .run.progress import Listeners, ProgressBar
 from .search import begin
 from .settings import Auto, Settings, Variant
 from .validation import validation_scores, winner
+from .warm_start import compile_warm
 from .writeback import round_trip, write_back
 
 
@@ -44,6 +45,9 @@ class GReaTerTeleprompter(Teleprompter):
         weights: an engine, a (model, tokenizer) pair, a path or a hub id; or a mapping to one of these
             by predictor name or LM name.
         extractor: text between reasoning and answer for the loss; by default the adapter's own.
+        warm_start: another optimizer, such as `GradSumTeleprompter`, that runs first; the search goes on from
+            the instructions that it finds. The floor is still the student that `compile` was given. To resume
+            both, give both a `log_dir`, and not the same.
         listeners: called with every event (`dspy_greater.run.events`).
         progress: show a progress bar; None shows it on a terminal only.
         **settings: any field of `Settings`.
@@ -68,6 +72,7 @@ class GReaTerTeleprompter(Teleprompter):
         log_dir: str | Path | None = None,
         weights: Any = None,
         extractor: str | None = None,
+        warm_start: Teleprompter | None = None,
         listeners: Sequence[Listener] = (),
         progress: bool | None = None,
         **settings: Any,
@@ -81,6 +86,7 @@ class GReaTerTeleprompter(Teleprompter):
         self.log_dir = log_dir
         self.weights = weights
         self.extractor = extractor
+        self.warm_start = warm_start
         self.listeners = tuple(listeners)
         self.progress = progress
 
@@ -100,7 +106,7 @@ class GReaTerTeleprompter(Teleprompter):
             trainset: examples with inputs set and gold values for an output field.
             metric: instead of the one given to the constructor.
             teacher: accepted for DSPy's interface; gradients need none.
-            valset: rows on which the finalists meet the seed; by default part of the trainset.
+            valset: rows on which the finalists meet the seed; without any, part of the trainset.
 
         Returns:
             The program, with `detailed_results` (`CompileResult`), `candidate_programs` and `score`.
@@ -112,13 +118,15 @@ class GReaTerTeleprompter(Teleprompter):
         problem = pose(
             student,
             trainset,
-            metric or self.metric,
+            self.metric if metric is None else metric,
             valset,
             settings=self.settings,
             seed=self.seed,
             weights=self.weights,
             extractor=self.extractor,
         )
+        if self.warm_start is not None:
+            return compile_warm(self, student, problem, trainset, valset)
         meter = _Meter(problem)
         program, results, interrupted = problem.program, [], False
         with (
@@ -128,8 +136,14 @@ class GReaTerTeleprompter(Teleprompter):
             listeners = Listeners([bar, *self.listeners])
             for target in problem.targets:
                 search = _Search(problem, target, program, journal, listeners)
-                search.run()  # Algorithm 1
-                result = search.validate()
+                try:
+                    search.run()  # Algorithm 1
+                    result = search.validate()
+                except KeyboardInterrupt:
+                    if search.interrupted or not results:  # the second one, or nothing to return yet
+                        raise
+                    interrupted = True
+                    break
                 program = searching_copy(program, {target.site.name: result.instruction})
                 results.append(result)
                 if search.interrupted:
@@ -188,8 +202,8 @@ class _Search:
             self._program, finalists, problem.validation, problem.metric, threads=problem.settings.threads
         )
         best = texts[winner(scores)]
-        layout = self._objective.layout
-        round_trip(layout, best, layout.instruction_ids(best))
+        scored = {each.instruction: each.token_ids for each in [state.seed, *state.best]}
+        round_trip(self._objective.layout, best, scored[best])
         by_text = dict(zip(texts, scores, strict=True))
         self._tell(Validated(self._name, by_text, best), record=False)
         return PredictorResult(
@@ -201,6 +215,7 @@ class _Search:
 
         Raises:
             MetricError: the metric failed on every row.
+            ProgramError: the program never called the predictor.
         """
         recorded = [event for event in self._recorded if isinstance(event, SearchStarted)]
         if recorded:
@@ -208,7 +223,8 @@ class _Search:
             self._objective.recall([seed])
         else:
             (seed,) = self._objective.evaluate([self._objective.seed()])
-            _refuse_useless_metric(seed)
+            refuse_useless_metric([row.error for row in seed.rows])
+            _refuse_unused_predictor(seed, self._name)
         self._tell(SearchStarted(self._name, seed, self._problem.settings.steps), record=not recorded)
         return seed
 
@@ -238,12 +254,11 @@ class _Meter:
         )
 
 
-def _refuse_useless_metric(seed: Evaluation) -> None:
-    errors = [row.error or "" for row in seed.rows]
-    if all(error.startswith("the metric") for error in errors):
-        raise MetricError(
-            f"The metric failed on all {len(errors)} training rows; on the first, {errors[0]}. Try "
-            "metric(trainset[0], program(**trainset[0].inputs())) and mend it."
+def _refuse_unused_predictor(seed: Evaluation, name: str) -> None:
+    if not any(row.inputs for row in seed.rows):
+        raise ProgramError(
+            f"Predictor `{name}` was not called on any of the {len(seed.rows)} training rows; on the first, "
+            f"{seed.rows[0].error}. Try program(**trainset[0].inputs()) and mend it."
         )
 
 

@@ -31,8 +31,10 @@ def validation_scores(
     return [sum(each.score for each in group) / len(group) for group in rollouts]
 
 
-def winner(scores: Sequence[float]) -> int:
+def winner(scores: Sequence[float] | Sequence[tuple[float, ...]]) -> int:
     """Index of the best score, the first of equals: with the seed at 0, a tie keeps the seed.
+
+    Scores of several parts are compared from left to right.
 
     Example:
         >>> winner([0.5, 0.75, 0.75]), winner([0.5, 0.5])

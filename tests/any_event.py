@@ -10,11 +10,18 @@ from typing import Any
 from hypothesis import strategies as st
 
 from dspy_greater.run.events import (
+    BeamStarted,
+    BeamValidated,
     Candidate,
     Evaluation,
+    IterationTaken,
+    MemberEdited,
+    Output,
+    PromptsScored,
     RowOutcome,
     SearchStarted,
     StepTaken,
+    TextGradient,
     Validated,
     Warned,
 )
@@ -57,6 +64,39 @@ candidates = st.builds(
     gradient=st.none() | numbers,
     evaluation=st.none() | evaluations,
 )
+prompts = st.dictionaries(st.text(), st.text(), max_size=2)
+outputs = st.builds(
+    Output,
+    row=st.integers(0, 99),
+    inputs=st.text(),
+    expected=st.text(),
+    written=st.text(),
+    trace=st.text(),
+    metric=st.none() | numbers,
+    judged=st.none() | numbers,
+    evaluation=st.text(),
+    feedback=st.none() | st.text(),
+    error=st.none() | st.text(),
+)
+gradients = st.builds(
+    TextGradient, row=st.integers(0, 99), concerns=st.lists(st.text(), max_size=2).map(tuple), text=st.text()
+)
+members = st.builds(
+    MemberEdited,
+    prompts=prompts,
+    outputs=st.lists(outputs, max_size=1).map(tuple),
+    gradients=st.lists(gradients, max_size=1).map(tuple),
+    summaries=prompts,
+    candidates=st.lists(prompts, max_size=1).map(tuple),
+)
+compared = st.builds(
+    PromptsScored,
+    prompts=prompts,
+    outputs=st.lists(outputs, max_size=1).map(tuple),
+    score=st.lists(numbers, max_size=2).map(tuple),
+)
+rows = st.lists(st.integers(0, 99), max_size=2).map(tuple)
+beams = st.lists(prompts, max_size=2).map(tuple)
 events = st.one_of(
     st.builds(SearchStarted, predictor=st.text(), seed=evaluations, steps=st.integers()),
     st.builds(
@@ -77,6 +117,23 @@ events = st.one_of(
         winner=st.text(),
     ),
     st.builds(Warned, message=st.text()),
+    st.builds(BeamStarted, prompts=prompts, iterations=st.integers()),
+    st.builds(
+        IterationTaken,
+        iteration=st.integers(),
+        sample=rows,
+        subset=rows,
+        members=st.lists(members, max_size=1).map(tuple),
+        compared=st.lists(compared, max_size=1).map(tuple),
+        beam=beams,
+        spent=st.dictionaries(st.text(), st.dictionaries(st.text(), st.integers(), max_size=2), max_size=2),
+    ),
+    st.builds(
+        BeamValidated,
+        finalists=beams,
+        scores=st.lists(st.lists(numbers, max_size=2).map(tuple), max_size=2).map(tuple),
+        winner=st.integers(),
+    ),
 )
 
 

@@ -30,7 +30,20 @@ TEMPLATE = (
 )
 # How much a word makes the model obey; the seed instruction of the tests is worth nothing.
 WORTH = {"count": 1.0, "add": 0.5, "list": 0.25, "guess": -0.5, "hurry": -1.0}
-NEUTRAL = ("look", "read", "write", "think", "maybe", "please", "always", "never", "then", "now", "here", "say")
+NEUTRAL = (
+    "look",
+    "read",
+    "write",
+    "think",
+    "maybe",
+    "please",
+    "always",
+    "never",
+    "then",
+    "now",
+    "here",
+    "say",
+)
 HARD = {"one": 0.1, "two": 0.35, "three": 0.6, "four": 0.85}  # how much obedience a question takes
 GOLD = {"apples": ("yes", 1.0), "pears": ("no", -1.0)}
 SEED = "Please say it now."
@@ -48,7 +61,18 @@ _DSPY_TEXT = [
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE that has a token of its own for every word of this file, with a blank before it."""
-    words = [*WORTH, *NEUTRAL, *HARD, *(word for word in GOLD), "yes", "no", "carefully", "quickly", "of", "it"]
+    words = [
+        *WORTH,
+        *NEUTRAL,
+        *HARD,
+        *(word for word in GOLD),
+        "yes",
+        "no",
+        "carefully",
+        "quickly",
+        "of",
+        "it",
+    ]
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -281,10 +305,12 @@ def exact_match(example: Any, prediction: Any, trace: object = None) -> bool:
     return prediction.answer == example.answer
 
 
-def program_on(engine: Any, *, instruction: str = SEED, signature: str = "question -> answer") -> Any:
+def program_on(
+    engine: Any, *, instruction: str = SEED, signature: str = "question -> answer", max_tokens: int = 64
+) -> Any:
     """A chain of thought that carries its own LM, so that no test depends on DSPy's settings."""
     program = dspy.ChainOfThought(dspy.Signature(signature, instruction))
-    program.set_lm(local_lm(engine, cache=False, max_tokens=64))
+    program.set_lm(local_lm(engine, cache=False, max_tokens=max_tokens))
     return program
 
 
@@ -296,8 +322,3 @@ def optimizer(**settings: Any) -> GReaTerTeleprompter:
 
 def instruction_of(program: Any) -> str:
     return program.predictors()[0].signature.instructions
-
-
-def without_nan(value: object) -> str:
-    """A text by which records with NaN in them can be compared bit by bit."""
-    return repr(value)

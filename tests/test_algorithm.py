@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import dspy
@@ -13,7 +14,6 @@ import pytest
 import torch
 from scripted_engine import (
     BEST,
-    SEED,
     PlantedModel,
     exact_match,
     instruction_of,
@@ -26,17 +26,13 @@ from scripted_engine import (
 )
 
 from dspy_greater import algorithm
-from dspy_greater.algorithm import minimise
 from dspy_greater.chat import render_chat
 from dspy_greater.engine import Engine
 from dspy_greater.errors import LossError
 from dspy_greater.gradient import TokenGradient
 from dspy_greater.loss import Losses
-from dspy_greater.metric import RowMetric
-from dspy_greater.objective import Objective
 from dspy_greater.pocket.tasks import generate, work_out
-from dspy_greater.program import predictors_of
-from dspy_greater.run.events import Candidate, Evaluation, StepTaken
+from dspy_greater.run.events import Evaluation
 from dspy_greater.search import ends_sentence
 from dspy_greater.settings import Settings
 
@@ -50,9 +46,18 @@ def compiled(seed: int = 0, engine: Any = None, **settings: Any) -> Any:
     return optimizer(**chosen).compile(program, ROWS[:8], valset=ROWS[8:16])
 
 
-def tried(program: Any) -> int:
-    """How many candidates got reasoning of their own."""
-    return sum(each.evaluation is not None for step in program.detailed_results.steps for each in step.candidates)
+def tried(program: Any) -> list[int]:
+    """How many candidates got reasoning of their own at each step; the current token is not one."""
+    details = program.detailed_results
+    before = [instruction_of_step(details, index - 1) for index in range(len(details.steps))]
+    return [
+        sum(each.evaluation is not None and each.evaluation.instruction != current for each in step.candidates)
+        for step, current in zip(details.steps, before, strict=True)
+    ]
+
+
+def instruction_of_step(details: Any, index: int) -> str:
+    return details.steps[index].chosen.instruction if index >= 0 else details.predictors[0].seed_instruction
 
 
 # ---- a planted optimum
@@ -90,12 +95,75 @@ def test_at_equal_budget_the_gradient_beats_random_choices_among_the_same_propos
     monkeypatch.setattr(algorithm, "gradient_over_reasoning", random_gradient)
     blind = [compiled(seed, **budget) for seed in SEEDS]
 
-    assert [tried(each) for each in guided] == [tried(each) for each in blind] == [3] * len(SEEDS)
+    assert [tried(each) for each in guided] == [tried(each) for each in blind] == [[1, 1, 1]] * len(SEEDS)
     first = [[step.candidates[0].token for step in each.detailed_results.steps[:1]] for each in guided]
     assert first == [[step.candidates[0].token for step in each.detailed_results.steps[:1]] for each in blind]
     guided_scores, blind_scores = [each.score for each in guided], [each.score for each in blind]
     assert all(better >= worse for better, worse in zip(guided_scores, blind_scores, strict=True))
     assert sum(guided_scores) > sum(blind_scores) + 2.0  # of 6
+
+
+# ---- positions, growth and failure
+
+
+def positions(program: Any) -> list[int]:
+    return [step.position for step in program.detailed_results.steps]
+
+
+def test_a_position_that_cannot_be_edited_is_passed_over() -> None:
+    program = program_on(planted_engine(), instruction="Look\n  here now.")
+    better = optimizer(steps=6, train_rows=4).compile(program, ROWS[:4], valset=ROWS[4:8])
+    steps = better.detailed_results.steps
+    idle = [step for step in steps if not step.candidates]
+    assert idle
+    assert {step.reason for step in idle} == {"kept the token: nothing to try at this position"}
+    assert all("\n" in step.chosen.instruction for step in steps)
+    assert BEST in instruction_of(better).lower()
+
+
+def test_an_open_instruction_grows_by_one_token_until_its_sentence_ends() -> None:
+    program = program_on(planted_engine(), instruction="count")
+    better = optimizer(steps=7, train_rows=4).compile(program, ROWS[:4], valset=ROWS[4:8])
+    lengths = [len(step.chosen.token_ids) for step in better.detailed_results.steps]
+    assert lengths[0] == 1 and lengths[-1] > 2
+    for step, longer in itertools.pairwise(better.detailed_results.steps):
+        grown = len(longer.chosen.token_ids) - len(step.chosen.token_ids)
+        appended = longer.position == len(step.chosen.token_ids)
+        assert grown == appended
+        if ends_sentence(step.chosen.instruction) and step.position + 1 >= len(step.chosen.token_ids):
+            assert longer.position == 0
+
+
+def test_an_instruction_at_its_longest_starts_over_instead_of_growing() -> None:
+    program = program_on(planted_engine(), instruction="count")
+    better = optimizer(steps=5, train_rows=4, max_instruction_tokens=2).compile(program, ROWS[:4], valset=ROWS[4:8])
+    assert max(len(step.chosen.token_ids) for step in better.detailed_results.steps) == 2
+    assert positions(better) == [0, 1, 0, 1, 0]
+
+
+def test_every_step_that_has_candidates_records_what_it_cost() -> None:
+    for step in compiled(steps=3).detailed_results.steps:
+        assert step.spent["forwards"] > 0
+        assert step.spent["backward_tokens"] > 0
+        assert step.spent["generated_tokens"] > 0
+
+
+class BrokenModel(PlantedModel):
+    """Writes as it should, but every loss is not a number."""
+
+    def forward(self, *args: Any, past_key_values: Any = None, **options: Any) -> Any:
+        found = super().forward(*args, past_key_values=past_key_values, **options)
+        if past_key_values is None:
+            reads = (options["input_ids"] == self._mark).any()
+            found.logits = found.logits * (math.nan if reads else 1.0)
+        return found
+
+
+def test_a_model_without_one_finite_loss_ends_the_search_and_says_what_to_do() -> None:
+    tokenizer = shared_tokenizer()
+    engine = Engine(BrokenModel(tokenizer), tokenizer, name="broken")
+    with pytest.raises(LossError, match="`predict`: no candidate had a finite loss in 2 steps in a row. .*float32"):
+        compiled(engine=engine, steps=6, max_failed_steps=2)
 
 
 # ---- the twin: one thing at a time, nothing remembered
@@ -177,7 +245,9 @@ class Slow:
         mean = [sum(values) / len(values) for values in (scores, losses, fluency)]
         objective = (1 - mean[0] + self.settings.score_fluency_weight * mean[2], mean[1])
         outcomes: Any = tuple(zip(self.rows, written, strict=True))
-        return Evaluation(self.instruction_ids(instruction), instruction, outcomes, mean[0], mean[1], mean[2], objective)
+        return Evaluation(
+            self.instruction_ids(instruction), instruction, outcomes, mean[0], mean[1], mean[2], objective
+        )
 
     def supervised(self, instruction: str, row: Any, reasoning: str) -> tuple[list[int], list[int], list[int]]:
         prompt = self.render(instruction, row)
@@ -205,7 +275,9 @@ class Slow:
             legal: dict[str, tuple[tuple[int, ...], float]] = {}
             proposed = set()
             for draw in draws:
-                tops = [set(distinct[context].sort(descending=True, stable=True).indices[:k].tolist()) for context in draw]
+                tops = [
+                    set(distinct[context].sort(descending=True, stable=True).indices[:k].tolist()) for context in draw
+                ]
                 proposed |= set.intersection(*tops)
             survivors = 0
             for token in sorted(proposed):
@@ -261,7 +333,9 @@ class Slow:
         return {token: float(value - total[-1]) for token, value in zip(candidates, total, strict=False)}
 
 
-def assert_same_search(engine: Engine, program: Any, rows: Sequence[Any], seed: int, tolerance: float, **knobs: Any) -> None:
+def assert_same_search(
+    engine: Engine, program: Any, rows: Sequence[Any], seed: int, tolerance: float, **knobs: Any
+) -> None:
     settings = {"train_rows": len(rows), "validation_rows": 1, "seed": seed, **knobs}
     steps = optimizer(**settings).compile(program, rows, valset=planted_rows(24)[-1:]).detailed_results.steps
     rng = random.Random(f"{seed}/rows")
@@ -274,7 +348,9 @@ def assert_same_search(engine: Engine, program: Any, rows: Sequence[Any], seed: 
         assert step.position == told["position"]
         texts = [each.evaluation.instruction for each in step.candidates if each.evaluation]
         assert set(told["tried"]) <= set(texts)
-        assert [each.log_probability for each in step.candidates] == pytest.approx(list(told["proposed"].values()), **close)
+        assert [each.log_probability for each in step.candidates] == pytest.approx(
+            list(told["proposed"].values()), **close
+        )
         slopes = {each.token: each.gradient for each in step.candidates if each.gradient is not None}
         assert slopes == pytest.approx(told["slopes"], **close)
         for each in step.candidates:
@@ -302,5 +378,5 @@ def test_the_search_equals_its_slow_and_obvious_twin_on_the_pocket_model(seed: i
         dspy.Example(question=each, answer=work_out("web_of_lies", each).answer).with_inputs("question")
         for each in questions
     ]
-    program = program_on(engine, instruction="Answer the question.")
+    program = program_on(engine, instruction="Answer the question.", max_tokens=300)
     assert_same_search(engine, program, rows, seed, 1e-4, steps=2, selections=2, top_k=6, minimum_candidates=4)

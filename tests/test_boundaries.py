@@ -37,10 +37,22 @@ TOKEN_CORE = ("engine", "decode", "weights", "propose", "loss", "gradient", "poc
 TOKEN_CORE_MAY_IMPORT = {"torch", "transformers", "tokenizers", "safetensors", "numpy"}
 
 # Knows DSPy, and brings torch in only when it is used.
-DSPY_SIDE = ("lm", "lm_request", "program", "layout", "assistant", "rollout", "validation", "writeback", "gradsum")
+DSPY_SIDE = (
+    "lm",
+    "lm_request",
+    "program",
+    "layout",
+    "assistant",
+    "identity",
+    "rows",
+    "rollout",
+    "validation",
+    "writeback",
+    "gradsum",
+)
 
 # Where the two sides meet: these hold stages of both together, and import neither framework themselves.
-MEETING_POINT = ("problem", "objective", "algorithm", "teleprompter")
+MEETING_POINT = ("problem", "objective", "algorithm", "warm_start", "teleprompter")
 MEETING_POINT_MAY_IMPORT = {"teleprompter": {"dspy"}}  # its base class
 
 

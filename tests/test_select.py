@@ -41,7 +41,8 @@ def test_a_row_without_a_finite_loss_still_counts_as_a_mistake_but_not_in_the_cr
 
 
 @pytest.mark.parametrize(
-    "bad", [evaluated(row(1.0, NAN)), evaluated(row(1.0, INF)), evaluated(row(), fluency=NAN), evaluated(row(NAN))]
+    "bad",
+    [evaluated(row(1.0, NAN)), evaluated(row(1.0, INF)), evaluated(row(), fluency=NAN), evaluated(row(NAN))],
 )
 def test_an_evaluation_that_is_not_a_number_is_infinitely_bad(bad: Evaluation) -> None:
     assert bad.objective == (INF, INF)
@@ -95,7 +96,9 @@ def test_the_reason_says_why_nothing_could_be_chosen() -> None:
 
 @given(st.lists(st.tuples(numbers, numbers, numbers), min_size=1, max_size=5))
 @quick
-def test_what_is_chosen_is_never_worse_and_never_not_a_number(values: list[tuple[float, float, float]]) -> None:
+def test_what_is_chosen_is_never_worse_and_never_not_a_number(
+    values: list[tuple[float, float, float]],
+) -> None:
     first, *rest = [
         evaluated(row(score, loss), fluency=fluency, text=f"{index}.")
         for index, (score, loss, fluency) in enumerate(values)

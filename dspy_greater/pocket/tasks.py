@@ -301,6 +301,8 @@ def _generate_navigate(rng: random.Random) -> str:
 
 
 def _work_out_navigate(question: str) -> Working:
+    if not question.startswith("If you follow these instructions"):
+        raise DataError(f"not a navigate question: {question!r}")
     body = question.split("?", 1)[1].split("\nOptions")[0]
     moves = [move.strip() for move in body.split(".") if move.strip() and "face" not in move]
     states = _walk(moves)

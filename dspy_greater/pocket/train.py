@@ -42,15 +42,15 @@ class TrainSettings:
     context_length: int = 1024
     vocabulary_size: int = 2816
     vocabulary_samples: int = 3000
-    steps: int = 16000
-    procedure_steps: int = 4000
-    procedure_share_after: float = 0.25
+    steps: int = 7000
+    procedure_steps: int = 2000
+    procedure_share_after: float = 0.5
     rows: int = 48
     row_groups: int = 3  # rows are sorted by length and padded in that many groups
     peak_muon_rate: float = 0.02
     peak_adam_rate: float = 0.003
     warmup_steps: int = 100
-    decay_from: float = 0.6  # share of the steps after which the rates fall linearly to zero
+    decay_from: float = 0.64  # share of the steps after which the rates fall linearly to zero
     seed: int = 0
 
 
@@ -130,7 +130,6 @@ def weighted_loss(model: LlamaForCausalLM, rows: Group) -> Tensor:
 
 def new_model(settings: TrainSettings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A freshly initialised Llama of the settings' shape."""
-    torch.manual_seed(settings.seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=settings.hidden_size, num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads, num_key_value_heads=settings.heads,
@@ -140,7 +139,9 @@ def new_model(settings: TrainSettings, tokenizer: PreTrainedTokenizerFast) -> Ll
     )  # fmt: skip
     # On CPU the plain attention trains twice as fast as the fused one at these lengths.
     config._attn_implementation = "eager"
-    return LlamaForCausalLM(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        return LlamaForCausalLM(config)
 
 
 def optimizers(model: LlamaForCausalLM, settings: TrainSettings) -> list[torch.optim.Optimizer]:
@@ -155,7 +156,8 @@ def optimizers(model: LlamaForCausalLM, settings: TrainSettings) -> list[torch.o
 
 def rate_factor(step: int, settings: TrainSettings) -> float:
     """Linear warm-up, constant, linear fall to zero."""
-    falling = (settings.steps - step) / (settings.steps * (1 - settings.decay_from))
+    falling_steps = settings.steps * (1 - settings.decay_from)
+    falling = (settings.steps - step) / falling_steps if falling_steps else 1.0
     return max(0.0, min(1.0, (step + 1) / settings.warmup_steps, falling))
 
 

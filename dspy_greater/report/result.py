@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..run.events import Evaluation, StepTaken
+from ..run.events import Evaluation, IterationTaken, StepTaken
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,21 @@ class PredictorResult:
 
 
 @dataclass(frozen=True)
+class WarmStart:
+    """What another optimizer found before the search began, and the last comparison with the student itself."""
+
+    instructions: dict[str, str]  # by predictor: the seeds of the search
+    student_score: float
+    score: float  # of what the search ended with
+    details: object = None  # the other optimizer's `detailed_results`
+
+    @property
+    def undone(self) -> bool:
+        """Whether the student's own instructions were kept, because nothing better was found."""
+        return self.student_score >= self.score
+
+
+@dataclass(frozen=True)
 class CompileResult:
     """`program.detailed_results`.
 
@@ -49,18 +64,69 @@ class CompileResult:
     seconds: float
     spent: dict[str, int]
     interrupted: bool = False
+    warm_start: WarmStart | None = None
 
     @property
     def score(self) -> float:
         """Validation score of the returned program."""
+        if self.warm_start is not None:
+            return max(self.warm_start.student_score, self.warm_start.score)
         return self.predictors[-1].score
 
     @property
     def seed_score(self) -> float:
         """Validation score of the student."""
-        return self.predictors[0].seed_score
+        return self.predictors[0].seed_score if self.warm_start is None else self.warm_start.student_score
 
     @property
     def steps(self) -> tuple[StepTaken, ...]:
         """All steps of all predictors, in order."""
         return tuple(step for predictor in self.predictors for step in predictor.steps)
+
+
+@dataclass(frozen=True)
+class GradSumResult:
+    """`program.detailed_results` of GRAD-SUM.
+
+    Prompts map predictor names to instructions. A score has the metric's mean, then the judge's, as far as there
+    are such. `spent_by_module` holds for generation, evaluation, gradients, summarisation and editing the LM calls
+    (answers from DSPy's cache are free and not counted), prompt and completion tokens as reported by the LMs,
+    answers used, malformed answers and questions given up.
+    """
+
+    iterations: tuple[IterationTaken, ...]
+    finalists: tuple[dict[str, str], ...]  # the student's prompts first
+    validation: tuple[tuple[float, ...], ...]  # of the finalists
+    winner: int
+    train_rows: int
+    validation_rows: int
+    seconds: float
+    spent_by_module: dict[str, dict[str, int]]
+    interrupted: bool = False
+    out_of_budget: str | None = None  # why the loop ended early, if the budget did it
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """What was written into the program."""
+        return self.finalists[self.winner]
+
+    @property
+    def seed_prompts(self) -> dict[str, str]:
+        """What the student came with."""
+        return self.finalists[0]
+
+    @property
+    def score(self) -> float:
+        """Validation score of the returned program: the metric's, or the judge's where there is no metric."""
+        return self.validation[self.winner][0]
+
+    @property
+    def seed_score(self) -> float:
+        """Validation score of the student."""
+        return self.validation[0][0]
+
+    @property
+    def spent(self) -> dict[str, int]:
+        """`spent_by_module`, summed."""
+        names = dict.fromkeys(name for counted in self.spent_by_module.values() for name in counted)
+        return {name: sum(counted.get(name, 0) for counted in self.spent_by_module.values()) for name in names}

@@ -89,5 +89,88 @@ class Warned:
     message: str
 
 
-Event = SearchStarted | StepTaken | Validated | Warned
+# --- GRAD-SUM: prompts are mappings of predictor name to instruction ---
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a program wrote for one row, and how good that is; everything as the text that modules are shown."""
+
+    row: int
+    inputs: str
+    expected: str  # empty when the row has no expected values
+    written: str
+    trace: str  # every predictor's call; empty when there was only one
+    metric: float | None  # None without a metric
+    judged: float | None  # 0.0 to 1.0; None without criteria
+    evaluation: str  # what keeps it from full score; empty at full score, or when that is not known
+    feedback: str | None = None  # the metric's own
+    error: str | None = None  # why the run, the metric or the judge failed, if one did
+
+    @property
+    def score(self) -> tuple[float, ...]:
+        """The metric's score and then the judge's, as far as there are such."""
+        return tuple(part for part in (self.metric, self.judged) if part is not None)
+
+
+@dataclass(frozen=True)
+class TextGradient:
+    """How the prompts of some predictors should change, because of one output."""
+
+    row: int
+    concerns: tuple[str, ...]  # names of predictors
+    text: str
+
+
+@dataclass(frozen=True)
+class MemberEdited:
+    """One member of the beam in one iteration: outputs, gradients, a summary per predictor, candidates."""
+
+    prompts: dict[str, str]
+    outputs: tuple[Output, ...]
+    gradients: tuple[TextGradient, ...]
+    summaries: dict[str, str]  # the raw gradients where nothing is summarised
+    candidates: tuple[dict[str, str], ...]
+
+
+@dataclass(frozen=True)
+class PromptsScored:
+    """Prompts on the rows that candidates are compared on."""
+
+    prompts: dict[str, str]
+    outputs: tuple[Output, ...]
+    score: tuple[float, ...]  # means
+
+
+@dataclass(frozen=True)
+class BeamStarted:
+    """GRAD-SUM begins from the student's prompts."""
+
+    prompts: dict[str, str]
+    iterations: int
+
+
+@dataclass(frozen=True)
+class IterationTaken:
+    """One loop of GRAD-SUM, from generation to the next beam."""
+
+    iteration: int
+    sample: tuple[int, ...]  # rows that every member was run on
+    subset: tuple[int, ...]  # rows that members and candidates were compared on
+    members: tuple[MemberEdited, ...]
+    compared: tuple[PromptsScored, ...]  # the members, then the candidates
+    beam: tuple[dict[str, str], ...]  # of the next iteration, best first
+    spent: dict[str, dict[str, int]]  # since the start, by module: calls, tokens, malformed, unanswered
+
+
+@dataclass(frozen=True)
+class BeamValidated:
+    """The finalists of GRAD-SUM on the validation rows, the student's prompts first."""
+
+    finalists: tuple[dict[str, str], ...]
+    scores: tuple[tuple[float, ...], ...]
+    winner: int
+
+
+Event = SearchStarted | StepTaken | Validated | Warned | BeamStarted | IterationTaken | BeamValidated
 Listener = Callable[[Event], None]

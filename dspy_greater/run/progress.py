@@ -7,7 +7,17 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from .events import Evaluation, Event, Listener, SearchStarted, StepTaken, Validated
+from .events import (
+    BeamStarted,
+    BeamValidated,
+    Evaluation,
+    Event,
+    IterationTaken,
+    Listener,
+    SearchStarted,
+    StepTaken,
+    Validated,
+)
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -44,6 +54,14 @@ class ProgressBar:
             self._step(event)
         elif isinstance(event, Validated):
             self._validated(event)
+        elif isinstance(event, BeamStarted):
+            self._begin("GRAD-SUM", event.iterations, unit="iteration")
+        elif isinstance(event, IterationTaken):
+            self._iteration(event)
+        elif isinstance(event, BeamValidated):
+            best, seed = event.scores[event.winner], event.scores[0]
+            self._describe({"validation": _first(best), "seed": _first(seed)})
+            self.close()
 
     def close(self) -> None:
         """Leave the bar as it is and end its line; a second call does nothing."""
@@ -65,7 +83,7 @@ class ProgressBar:
         """Closes the bar."""
         self.close()
 
-    def _begin(self, predictor: str, steps: int | None) -> None:
+    def _begin(self, predictor: str, steps: int | None, *, unit: str = "step") -> None:
         from tqdm import tqdm
 
         self.close()
@@ -73,7 +91,7 @@ class ProgressBar:
         self._bar = tqdm(
             total=steps,
             desc=predictor,
-            unit="step",
+            unit=unit,
             file=self._file,
             disable=self._disable,
             dynamic_ncols=True,
@@ -90,6 +108,14 @@ class ProgressBar:
             self._bar.update(max(0, event.step + 1 - self._bar.n))
         self._describe({"position": str(event.position), "best": _best_score(self._best), "loss": _loss(self._best)})
 
+    def _iteration(self, event: IterationTaken) -> None:
+        if self._bar is not None:
+            self._bar.update(max(0, event.iteration + 1 - self._bar.n))
+        candidates = sum(len(member.candidates) for member in event.members)
+        best = max((each.score for each in event.compared), default=())
+        calls = sum(part.get("calls", 0) for part in event.spent.values())
+        self._describe({"best": _first(best), "candidates": str(candidates), "LM calls": str(calls)})
+
     def _validated(self, event: Validated) -> None:
         if event.predictor == self._predictor and event.winner in event.scores:
             seed = next(iter(event.scores.values()))
@@ -103,6 +129,10 @@ class ProgressBar:
     def _describe(self, values: dict[str, str]) -> None:
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(f"{name}={value}" for name, value in values.items()))
+
+
+def _first(score: tuple[float, ...]) -> str:
+    return f"{score[0]:.3g}" if score else ""
 
 
 def _best_score(evaluation: Evaluation | None) -> str:

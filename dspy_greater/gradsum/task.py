@@ -1,0 +1,157 @@
+"""Student, rows, criteria, metric and LMs -> a checked task, or an error that says what to do."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import dspy
+
+from ..errors import MetricError, ProgramError, SettingsError
+from ..identity import described, described_lm, fingerprint
+from ..metric import Metric, RowMetric
+from ..program import PredictorSite, check_examples, predictors_of, refuse_unusable
+from ..rollout import pin_lms
+from ..rows import split
+from ..run.serialise import JSON
+from .settings import GradSumSettings
+
+Prompts = dict[str, str]  # predictor name -> instruction
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that the loop needs, checked."""
+
+    description: str
+    criteria: str | None
+    metric: RowMetric | None
+    program: Any  # a copy of the student in which every predictor holds its LM
+    sites: tuple[PredictorSite, ...]  # all predictors
+    edited: tuple[PredictorSite, ...]  # those whose prompts are edited
+    train: tuple[Any, ...]
+    validation: tuple[Any, ...]
+    judge_lm: Any
+    gradient_lm: Any
+    editor_lm: Any
+    settings: GradSumSettings
+    seed: int
+
+    @property
+    def seed_prompts(self) -> Prompts:
+        """The student's instructions."""
+        return {site.name: site.instruction for site in self.edited}
+
+    def validation_calls(self) -> int:
+        """LM calls of the final comparison when each predictor is called once a run."""
+        return (self.settings.beam_width + 1) * len(self.validation) * self.calls_per_output()
+
+    def calls_per_output(self, per_run: int | None = None) -> int:
+        """LM calls to generate and to judge one output."""
+        return (per_run or len(self.sites)) + int(self.criteria is not None)
+
+    def identity(self) -> dict[str, JSON]:
+        """What must be the same for an interrupted run to be continued."""
+        return {
+            "optimizer": "GRAD-SUM",
+            "settings": asdict(self.settings),
+            "seed": self.seed,
+            "task_description": self.description,
+            "criteria": self.criteria,
+            "metric": self.metric.name if self.metric else None,
+            "predictors": {site.name: described(site) for site in self.sites},
+            "judge_lm": described_lm(self.judge_lm),
+            "gradient_lm": described_lm(self.gradient_lm),
+            "editor_lm": described_lm(self.editor_lm),
+            "train": fingerprint(self.train),
+            "validation": fingerprint(self.validation),
+        }
+
+
+def pose(
+    student: Any,
+    trainset: Sequence[Any],
+    metric: Metric | None,
+    valset: Sequence[Any] | None,
+    *,
+    description: str,
+    criteria: str | None,
+    lms: tuple[Any, Any, Any],
+    settings: GradSumSettings,
+    seed: int,
+) -> Task:
+    """Check everything and gather it; `lms` are judge, gradient and editor LM, or None for the default.
+
+    Raises:
+        DataError: rows are missing or do not say which fields are inputs.
+        MetricError: there is neither a metric nor criteria, or the metric cannot be called.
+        ProgramError: nothing to optimise, or no language model.
+        SettingsError: the budget does not even cover the final comparison.
+    """
+    check_examples(trainset)
+    if valset:
+        check_examples(valset, name="valset")
+    if metric is None and criteria is None:
+        raise MetricError(
+            "There is nothing to score outputs by. Pass GradSumTeleprompter(criteria=...) for a judge, a metric as "
+            "GradSumTeleprompter(metric=...) or compile(student, trainset, metric), or both."
+        )
+    train, validation = split(trainset, valset, settings=settings, seed=seed)
+    sites = predictors_of(student)
+    refuse_unusable(sites)
+    judge_lm, gradient_lm, editor_lm = _resolved(lms, sites)
+    task = Task(
+        description=description,
+        criteria=criteria,
+        metric=None if metric is None else RowMetric(metric),
+        program=pin_lms(student),
+        sites=sites,
+        edited=_editable(sites),
+        train=train,
+        validation=validation,
+        judge_lm=judge_lm,
+        gradient_lm=gradient_lm,
+        editor_lm=editor_lm,
+        settings=settings,
+        seed=seed,
+    )
+    _check_budget(task)
+    return task
+
+
+def _resolved(lms: tuple[Any, Any, Any], sites: Sequence[PredictorSite]) -> tuple[Any, Any, Any]:
+    """Judge, gradient and editor LM: each is the one before it where none is given, the first DSPy's own."""
+    judge, gradient, editor = lms
+    judge = judge or dspy.settings.lm or sites[0].lm
+    gradient = gradient or judge
+    return judge, gradient, editor or gradient
+
+
+def _editable(sites: Sequence[PredictorSite]) -> tuple[PredictorSite, ...]:
+    """The predictors whose instructions may be rewritten: not those that list tools, as ReAct's do."""
+    editable = tuple(site for site in sites if not site.lists_tools)
+    if not editable:
+        raise ProgramError(
+            "Every predictor lists its tools in its instruction, and rewriting that would lose them. Optimise a "
+            "program with another predictor."
+        )
+    kept = [site.name for site in sites if site.lists_tools]
+    if kept:
+        warnings.warn(
+            f"Predictors {', '.join(kept)} list their tools in their instructions and keep them as they are.",
+            stacklevel=4,
+        )
+    return editable
+
+
+def _check_budget(task: Task) -> None:
+    limit = task.settings.max_lm_calls
+    least = task.validation_calls()
+    if limit is not None and limit < least:
+        raise SettingsError(
+            f"max_lm_calls={limit} does not cover the final comparison: {task.settings.beam_width + 1} programs on "
+            f"{len(task.validation)} rows, {task.calls_per_output()} calls each, are {least}. Raise it, or lower "
+            "validation_rows or beam_width."
+        )

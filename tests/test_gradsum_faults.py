@@ -1,0 +1,301 @@
+"""GRAD-SUM when things go wrong: answers that cannot be used, kills, interrupts, and the end of the budget."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import dspy
+import pytest
+from scripted_gradsum import (
+    ROWS,
+    SEED,
+    editor_script,
+    exact_match,
+    gradient_script,
+    instruction_of,
+    judge_script,
+    optimizer,
+    program,
+    program_script,
+)
+from scripted_text import Asked, text_lm
+
+from dspy_greater.errors import JudgeError, RunDirectoryError, SettingsError
+from dspy_greater.gradsum.meter import BudgetSpent, Meter
+from dspy_greater.identity import described_lm
+from dspy_greater.run.events import IterationTaken
+
+HELD_OUT = (1, 4, 7, 9, 12, 14)
+VALIDATION = [ROWS[number] for number in HELD_OUT]
+TRAIN = [row for row in ROWS if row not in VALIDATION]
+
+
+def compiled(**settings: Any) -> Any:
+    return optimizer(**settings).compile(program(), TRAIN, valset=VALIDATION)
+
+
+# --- answers that cannot be used ---
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        ("Lovely weather today.", "AdapterParseError"),
+        ({"explanation": "fine", "score": "very good"}, "the score 'very good' is not a whole number from 1 to 5"),
+        ({"explanation": "fine", "score": "7"}, "the score '7' is not a whole number from 1 to 5"),
+        ({"explanation": "fine", "score": "3.5"}, "the score '3.5' is not a whole number"),
+        ({"explanation": "", "score": "3"}, "the explanation is empty"),
+    ],
+)
+def test_a_judge_that_only_talks_nonsense_is_a_clear_error(answer: Any, problem: str) -> None:
+    judge = text_lm(lambda asked: answer)
+    with pytest.raises(JudgeError) as found:
+        compiled(judge_lm=judge, retries=1)
+    told = str(found.value)
+    assert "no usable verdict on any of 6 outputs, each asked 2 times" in told
+    assert problem in told and "Use another judge_lm" in told
+    assert len(judge.engine.asked) == 12
+
+
+def test_a_dead_judge_is_a_clear_error() -> None:
+    def dead(asked: Asked) -> Any:
+        raise OSError("no route to host")
+
+    with pytest.raises(JudgeError, match="no route to host"):
+        compiled(judge_lm=text_lm(dead))
+
+
+@pytest.mark.parametrize("score", ["4", "4.0", "4/5", "4 out of 5", " 4. "])
+def test_a_score_may_be_written_as_people_do(score: str) -> None:
+    better = compiled(judge_lm=text_lm(lambda asked: {"explanation": "good", "score": score}), iterations=0)
+    assert better.score == 0.75
+
+
+def moody(script: Any, every: int) -> Any:
+    """Answers with nonsense whenever it is asked for the first time and the question is unlucky."""
+    count = itertools.count()
+    lock = threading.Lock()
+
+    def answer(asked: Asked) -> Any:
+        with lock:
+            unlucky = next(count) % every == 0
+        return "Let me think about that." if unlucky and "correction" not in asked else script(asked)
+
+    return answer
+
+
+def test_malformed_answers_are_asked_again_and_counted() -> None:
+    judge, gradient = text_lm(moody(judge_script, 3)), text_lm(moody(gradient_script, 2))
+    editor = text_lm(moody(editor_script, 1))
+    better = compiled(judge_lm=judge, gradient_lm=gradient, editor_lm=editor)
+    calm = compiled()
+    assert instruction_of(better) == instruction_of(calm)
+    assert better.detailed_results.validation == calm.detailed_results.validation
+    spent = better.detailed_results.spent_by_module
+    retried = [asked for asked in judge.engine.asked if "correction" in asked]
+    assert spent["evaluation"]["malformed"] == len(retried) > 0
+    assert "attempt 2. Your last answer could not be used: AdapterParseError" in retried[0]["correction"]
+    edits = sum("correction" not in asked for asked in editor.engine.asked)
+    assert spent["editing"] == {
+        "calls": 2 * edits,
+        "prompt_tokens": 20 * edits,
+        "completion_tokens": 4 * edits,
+        "answered": edits,
+        "malformed": edits,
+        "unanswered": 0,
+    }
+
+
+def test_an_editor_that_only_talks_nonsense_leaves_the_seed_and_is_reported() -> None:
+    editor = text_lm(lambda asked: "I would rather not.")
+    with pytest.warns(UserWarning, match="no answer could be used: 3 of editing"):
+        better = compiled(editor_lm=editor)
+    assert instruction_of(better) == SEED
+    assert better.detailed_results.spent_by_module["editing"]["unanswered"] == 3
+    assert len(editor.engine.asked) == 9
+
+
+@pytest.mark.parametrize("versions", [[], ["", "  "], ["[[ ## answer ## ]] yes"], "one"])
+def test_versions_that_cannot_be_prompts_are_malformed(versions: Any) -> None:
+    with pytest.warns(UserWarning, match="of editing"):
+        better = compiled(editor_lm=text_lm(lambda asked: {"versions": versions}), iterations=1, retries=0)
+    assert instruction_of(better) == SEED
+
+
+def test_gradients_that_are_not_written_are_left_out() -> None:
+    def unwilling(asked: Asked) -> Any:
+        return "No." if asked.get("inputs") == "question: 3" else gradient_script(asked)
+
+    with pytest.warns(UserWarning, match="1 of gradients"):
+        better = compiled(gradient_lm=text_lm(unwilling), iterations=1, sample_size=10, retries=0)
+    (member,) = better.detailed_results.iterations[0].members
+    failed = [output.row for output in member.outputs if output.judged != 1.0]
+    assert len(member.gradients) == len(failed) - 1
+
+
+def test_an_output_without_a_verdict_counts_as_the_worst_and_has_no_gradient() -> None:
+    def partial(asked: Asked) -> Any:
+        return "?" if asked["inputs"] == "question: 0" else judge_script(asked)
+
+    with pytest.warns(UserWarning, match="1 of evaluation. Outputs without a verdict count as the worst"):
+        better = compiled(judge_lm=text_lm(partial), iterations=1, sample_size=10)
+    outputs = better.detailed_results.iterations[0].members[0].outputs
+    (unjudged,) = [output for output in outputs if output.inputs == "question: 0"]
+    assert unjudged.judged == 0.0 and "the judge gave no usable verdict: AdapterParseError" in (unjudged.error or "")
+    gradients = better.detailed_results.iterations[0].members[0].gradients
+    assert unjudged.row not in [each.row for each in gradients]
+
+
+# --- kills, interrupts ---
+
+
+class Killed(BaseException):
+    pass
+
+
+def after(number: int, error: type[BaseException]) -> Any:
+    """A listener that raises after so many iterations."""
+
+    def listener(event: Any) -> None:
+        if isinstance(event, IterationTaken) and event.iteration + 1 == number:
+            raise error
+
+    return listener
+
+
+def told(better: Any) -> Any:
+    details = better.detailed_results
+    return details.iterations, details.finalists, details.validation, details.winner, details.spent_by_module
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path: Path, number: int) -> None:
+    with pytest.raises(Killed):
+        compiled(log_dir=tmp_path, listeners=[after(number, Killed)])
+    student = program()
+    resumed = optimizer(log_dir=tmp_path).compile(student, TRAIN, valset=VALIDATION)
+    whole = program()
+    uninterrupted = optimizer().compile(whole, TRAIN, valset=VALIDATION)
+    assert told(resumed) == told(uninterrupted)
+    asked = [len(each.predictors()[0].lm.engine.asked) for each in (student, whole)]
+    assert asked[0] < asked[1]
+
+
+def test_a_kill_in_the_middle_of_an_iteration_loses_that_iteration_only(tmp_path: Path) -> None:
+    def tired(asked: Asked) -> Any:
+        if len(editor.engine.asked) > 2:  # the second iteration's
+            raise Killed
+        return editor_script(asked)
+
+    editor = text_lm(tired)
+    with pytest.raises(Killed):
+        compiled(log_dir=tmp_path, editor_lm=editor)
+    assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 3  # header, start, one iteration
+    resumed = compiled(log_dir=tmp_path, editor_lm=text_lm(editor_script))
+    assert told(resumed)[:4] == told(compiled(editor_lm=text_lm(editor_script)))[:4]
+
+
+def test_a_run_with_other_criteria_is_not_continued(tmp_path: Path) -> None:
+    compiled(log_dir=tmp_path, iterations=1)
+    with pytest.raises(RunDirectoryError, match='criteria: "The answer is.*" -> "Something else."'):
+        compiled(log_dir=tmp_path, iterations=1, criteria="Something else.")
+
+
+def test_no_secret_of_a_language_model_is_written_down() -> None:
+    known = described_lm(dspy.LM("openai/some-model", api_key="sesame", temperature=0.5))
+    assert known == {"lm": "openai/some-model", "sampling": {"temperature": 0.5}}
+
+
+def test_an_interrupt_returns_the_best_so_far() -> None:
+    better = compiled(listeners=[after(2, KeyboardInterrupt)], iterations=5)
+    assert better.detailed_results.interrupted
+    assert len(better.detailed_results.iterations) == 2
+    assert better.score > better.detailed_results.seed_score
+
+
+def test_a_second_interrupt_raises() -> None:
+    def twice(asked: Asked) -> Any:
+        if stopped:
+            raise KeyboardInterrupt
+        return program_script(asked)
+
+    stopped: list[Any] = []
+
+    def listener(event: Any) -> None:
+        if isinstance(event, IterationTaken):
+            stopped.append(event)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer(listeners=[listener]).compile(program(twice), TRAIN, valset=VALIDATION)
+
+
+# --- the budget ---
+
+
+@pytest.mark.parametrize("limit", [36, 60, 80, 110, 150])
+def test_a_budget_on_calls_is_kept_and_the_best_so_far_returned(limit: int) -> None:
+    better = compiled(max_lm_calls=limit, iterations=20)
+    details = better.detailed_results
+    assert details.spent["calls"] <= limit
+    assert f"do not fit into max_lm_calls={limit}" in (details.out_of_budget or "")
+    assert len(details.iterations) < 20
+    assert better.score >= details.seed_score
+
+
+def test_a_budget_on_tokens_is_kept() -> None:
+    better = compiled(max_lm_tokens=1500, iterations=20)
+    details = better.detailed_results
+    assert details.spent["prompt_tokens"] + details.spent["completion_tokens"] <= 1500
+    assert "do not fit into max_lm_tokens=1500" in (details.out_of_budget or "")
+    assert 1 <= len(details.iterations) < 20
+
+
+def test_a_larger_budget_is_never_a_shorter_run() -> None:
+    lengths = [len(compiled(max_lm_calls=limit).detailed_results.iterations) for limit in (40, 90, 140, 400)]
+    assert lengths == sorted(lengths) and lengths[0] == 0 and lengths[-1] == 3
+    assert compiled(max_lm_calls=400).detailed_results.out_of_budget is None
+
+
+def test_a_budget_that_does_not_cover_the_final_comparison_is_refused() -> None:
+    with pytest.raises(
+        SettingsError, match="max_lm_calls=35 does not cover the final comparison: 3 programs on 6 rows"
+    ):
+        compiled(max_lm_calls=35)
+
+
+def test_a_run_that_ended_at_its_budget_ends_there_again(tmp_path: Path) -> None:
+    first = compiled(max_lm_calls=110, iterations=20, log_dir=tmp_path)
+    again = compiled(max_lm_calls=110, iterations=20, log_dir=tmp_path)
+    assert again.detailed_results.iterations == first.detailed_results.iterations
+    assert told(again)[1:4] == told(first)[1:4]
+
+
+def test_the_meter_counts_exactly_under_threads() -> None:
+    meter = Meter(max_calls=10_000)
+
+    def work() -> None:
+        for _ in range(1000):
+            meter.add("evaluation", calls=1, prompt_tokens=3)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert meter.spent()["evaluation"]["calls"] == 8000
+    assert meter.spent()["evaluation"]["prompt_tokens"] == 24_000
+    meter.reserve(1500)
+    meter.admit(500)
+    with pytest.raises(BudgetSpent, match="501 more LM calls do not fit into max_lm_calls=10000 after 8000"):
+        meter.admit(501)
+
+
+def test_the_journal_holds_plain_json(tmp_path: Path) -> None:
+    compiled(log_dir=tmp_path, metric=exact_match, iterations=1)
+    for line in (tmp_path / "journal.jsonl").read_text().splitlines():
+        json.loads(line)

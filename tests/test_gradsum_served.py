@@ -1,0 +1,56 @@
+"""GRAD-SUM with its task model behind a real OpenAI-compatible server on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import pytest
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "gradsum_judge.py"
+MISSING = [name for name in ("fastapi", "uvicorn", "accelerate") if importlib.util.find_spec(name) is None]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"needs pip install 'dspy-greater[serving]': no {', '.join(MISSING)}"),
+]
+
+
+def example() -> Any:
+    spec = importlib.util.spec_from_file_location("gradsum_judge", EXAMPLE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_served_model_is_optimised_end_to_end_by_a_judge(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    gradsum_judge, addresses = example(), []
+    serve = gradsum_judge.served
+
+    def remembered(*args: Any, **kwargs: Any) -> Any:
+        context = serve(*args, **kwargs)
+        enter = context.__enter__
+        monkeypatch.setattr(type(context), "__enter__", lambda self: addresses.append(enter()) or addresses[-1])
+        return context
+
+    monkeypatch.setattr(gradsum_judge, "served", remembered)
+    figures = gradsum_judge.main(
+        ["--rows", "4", "--test-rows", "4", "--iterations", "1", "--sample-size", "3", "--subset-size", "2"]
+    )
+    told = capsys.readouterr().out
+    assert "judge and editor a script" in told
+    assert figures["found"]["judge"] >= figures["seed"]["judge"]  # what the weights can do is not this test's business
+    spent = figures["spent"]
+    assert spent["generation"]["calls"] == spent["generation"]["runs"] > 0
+    assert spent["generation"]["prompt_tokens"] > spent["generation"]["completion_tokens"] > 0
+    assert spent["evaluation"]["answered"] > 0
+    (address,) = addresses
+    assert urlparse(address).hostname == "127.0.0.1"
+    with socket.socket() as probe:  # the server is gone
+        assert probe.connect_ex(("127.0.0.1", urlparse(address).port)) != 0
+    assert "gradsum_judge" not in sys.modules

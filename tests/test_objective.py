@@ -1,0 +1,222 @@
+"""The task loss of an instruction: reasoning of its own, exact losses, and what is asked only once."""
+
+from __future__ import annotations
+
+import datetime
+import enum
+import math
+from typing import Any, Literal
+
+import dspy
+import pydantic
+import pytest
+from scripted_engine import (
+    SEED,
+    ScriptedEngine,
+    chat_answer,
+    exact_match,
+    obedient_script,
+    planted_engine,
+    planted_rows,
+    program_on,
+    value_in,
+)
+
+from dspy_greater import local_lm
+from dspy_greater.layout import Layout
+from dspy_greater.loss import teacher_forced_losses
+from dspy_greater.metric import RowMetric
+from dspy_greater.objective import Instruction, Objective
+from dspy_greater.program import predictors_of
+from dspy_greater.rollout import plain
+from dspy_greater.run.events import Evaluation
+from dspy_greater.settings import Settings
+
+ROWS = planted_rows(4)
+
+
+def objective_of(program: Any, rows: Any = ROWS, *, metric: Any = exact_match, field: str = "answer") -> Objective:
+    [site] = predictors_of(program)
+    return Objective(
+        program=program,
+        site=site,
+        field=field,
+        rows=rows,
+        metric=RowMetric(metric),
+        engine=site.lm.engine.engine,
+        settings=Settings(),
+    )
+
+
+def instruction(objective: Objective, text: str) -> Instruction:
+    return Instruction(objective.layout.instruction_ids(text), text)
+
+
+def seed_of(objective: Objective) -> Evaluation:
+    [found] = objective.evaluate([objective.seed()])
+    return found
+
+
+def test_an_evaluation_is_the_metric_and_the_exact_loss_of_the_models_own_reasoning() -> None:
+    objective = objective_of(program_on(planted_engine()))
+    found = seed_of(objective)
+    assert (found.instruction, found.score) == (SEED, 0.0)
+    assert [row.row for row in found.rows] == [0, 1, 2, 3]
+    assert [row.inputs for row in found.rows] == [dict(row.inputs()) for row in ROWS]
+    assert {row.written["reasoning"] for row in found.rows} == {"read it quickly"}
+    losses = teacher_forced_losses(objective.engine, objective.supervised(found), answer_temperature=0.2)
+    assert [row.cross_entropy for row in found.rows] == pytest.approx(losses.cross_entropy)
+    assert found.cross_entropy == pytest.approx(sum(losses.cross_entropy) / 4)
+    assert found.fluency_nll == pytest.approx(sum(losses.fluency_nll) / 4)
+    assert found.objective == pytest.approx((1.0 + 0.02 * found.fluency_nll, found.cross_entropy))
+
+
+def test_new_instructions_are_generated_in_one_batch_and_known_ones_not_again() -> None:
+    engine = ScriptedEngine(obedient_script)
+    objective = objective_of(program_on(engine))
+    texts = [instruction(objective, text) for text in ("Say it.", "Please count.", "Say it.")]
+    first = objective.evaluate(texts)
+    assert engine.batches == [8]
+    assert first[0] is first[2] and [each.score for each in first] == [0.0, 1.0, 0.0]
+    spent = engine.counters
+    assert objective.evaluate(texts[:2]) == first[:2]
+    assert engine.counters == spent
+    assert objective.evaluate([]) == []
+
+
+def test_what_an_interrupted_run_had_evaluated_is_not_evaluated_again() -> None:
+    engine = ScriptedEngine(obedient_script)
+    first = seed_of(objective_of(program_on(engine)))
+    again = objective_of(program_on(engine))
+    again.recall([first])
+    assert seed_of(again) is first
+    assert engine.batches == [4]
+
+
+def test_the_same_instruction_gets_the_same_numbers_alone_and_among_others() -> None:
+    texts = ["Say it.", "Please count.", "Read it now."]
+    together = objective_of(program_on(planted_engine()))
+    for text, found in zip(texts, together.evaluate([instruction(together, each) for each in texts]), strict=True):
+        alone = objective_of(program_on(planted_engine()))
+        [single] = alone.evaluate([instruction(alone, text)])
+        assert single.score == found.score
+        assert single.objective == pytest.approx(found.objective, rel=1e-5)
+
+
+def test_a_row_that_did_not_parse_keeps_what_was_written_as_its_reasoning() -> None:
+    objective = objective_of(program_on(ScriptedEngine(lambda prompt: "It must be yes.")))
+    found = seed_of(objective)
+    assert all(row.written == {"reasoning": "It must be yes."} for row in found.rows)
+    assert all(row.error and row.error.startswith("AdapterParseError") for row in found.rows)
+    assert found.score == 0.0 and all(math.isfinite(row.cross_entropy) for row in found.rows)
+
+
+def test_empty_reasoning_still_has_a_loss() -> None:
+    objective = objective_of(program_on(ScriptedEngine(lambda prompt: chat_answer(reasoning="", answer="yes"))))
+    found = seed_of(objective)
+    assert found.rows[0].written == {"reasoning": ""}
+    assert math.isfinite(found.cross_entropy)
+
+
+def test_a_row_on_which_the_predictor_was_not_called_counts_as_a_mistake_without_a_loss() -> None:
+    class Choosy(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.step = program_on(ScriptedEngine(lambda prompt: chat_answer(reasoning="I look.", answer="yes")))
+
+        def forward(self, question: str) -> Any:
+            return self.step(question=question) if "one" in question else dspy.Prediction(answer="yes")
+
+    objective = objective_of(Choosy())
+    found = seed_of(objective)
+    assert [row.error for row in found.rows] == [None, None, *["predictor `step.predict` was not called"] * 2]
+    assert [math.isnan(row.cross_entropy) for row in found.rows] == [False, False, True, True]
+    assert len(objective.supervised(found)) == len(objective.proposal_contexts(found, 0)) == 2
+    assert math.isfinite(found.objective[0])
+
+
+def test_of_several_calls_of_a_predictor_the_last_one_counts() -> None:
+    class Twice(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.step = program_on(ScriptedEngine(lambda prompt: chat_answer(reasoning=value_in(prompt), answer="yes")))
+
+        def forward(self, question: str) -> Any:
+            self.step(question="first")
+            return self.step(question="second " + question)
+
+    found = seed_of(objective_of(Twice()))
+    assert [row.inputs["question"] for row in found.rows] == ["second " + row.question for row in ROWS]
+
+
+def test_a_proposal_context_is_the_input_and_then_the_instruction_up_to_the_position() -> None:
+    objective = objective_of(program_on(planted_engine()))
+    found = seed_of(objective)
+    contexts = objective.proposal_contexts(found, 2)
+    assert {context[-2:] for context in contexts} == {found.token_ids[:2]}
+    texts = [objective.engine.tokenizer.decode(context) for context in contexts]
+    assert all(text.endswith("Please say") for text in texts)
+    assert all(row.question in text for row, text in zip(ROWS, texts, strict=True))
+
+
+# ---- typed fields
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+class Fruit(pydantic.BaseModel):
+    name: str
+    ripe: bool = True
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        ("two apples", str),
+        (3, int),
+        (2.5, float),
+        (True, bool),
+        (None, str),
+        (["a", "b"], str),
+        (["a", "b"], list[str]),
+        (("a", "b"), str),
+        ({"a": 1, 2: [3]}, dict),
+        (Colour.RED, Colour),
+        (Fruit(name="pear"), Fruit),
+        ([Fruit(name="pear")], list[Fruit]),
+        (datetime.date(2024, 12, 12), datetime.date),
+        (datetime.datetime(2024, 12, 12, 3, 4), datetime.datetime),
+    ],
+)
+@pytest.mark.parametrize("adapter", [dspy.ChatAdapter(), dspy.JSONAdapter(), dspy.XMLAdapter()])
+def test_an_input_of_any_type_is_scored_as_dspy_sends_it(value: Any, kind: Any, adapter: Any) -> None:
+    signature = dspy.Signature({"thing": (kind, dspy.InputField()), "answer": (str, dspy.OutputField())}, SEED)
+    layout = Layout(planted_engine().tokenizer, adapter, signature)
+    assert layout.prompt(SEED, {"thing": plain(value)}) == layout.prompt(SEED, {"thing": value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "gold", "says"),
+    [
+        (Literal["yes", "no"], "yes", "yes"),
+        (int, 12, "12"),
+        (bool, True, "True"),
+        (str, "yes", "yes"),
+        (float, 0.5, "0.5"),
+        (list[str], ["a", "b"], '["a", "b"]'),
+    ],
+)
+def test_gold_values_of_any_type_are_scored_and_matched(kind: Any, gold: Any, says: str) -> None:
+    engine = ScriptedEngine(lambda prompt: chat_answer(reasoning="I look.", answer=says))
+    fields = {"question": (str, dspy.InputField()), "answer": (kind, dspy.OutputField())}
+    program = dspy.ChainOfThought(dspy.Signature(fields, SEED))
+    program.set_lm(local_lm(engine, cache=False))
+    rows = [dspy.Example(question="one", answer=gold).with_inputs("question")]
+    objective = objective_of(program, rows)
+    found = seed_of(objective)
+    assert (found.score, found.rows[0].error) == (1.0, None)
+    [supervised] = objective.supervised(found)
+    answer = supervised.token_ids[supervised.answer.start : supervised.answer.stop]
+    assert engine.tokenizer.decode(answer).strip() == says

@@ -1,0 +1,380 @@
+"""Bad input is refused before the first token is generated, with words that say what to do."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import dspy
+import numpy as np
+import pytest
+from dspy.utils.dummies import DummyLM
+from scripted_engine import (
+    SEED,
+    ScriptedEngine,
+    chat_answer,
+    exact_match,
+    obedient_script,
+    optimizer,
+    planted_engine,
+    planted_rows,
+    program_on,
+)
+
+from dspy_greater import GReaTerTeleprompter, local_lm
+from dspy_greater.errors import (
+    ContextLengthError,
+    DataError,
+    GreaterError,
+    MetricError,
+    ProgramError,
+    SettingsError,
+    WeightsError,
+)
+from dspy_greater.problem import Problem, pose
+from dspy_greater.rows import split
+from dspy_greater.settings import Settings
+
+ROWS = planted_rows(8)
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:dspy")
+
+
+@pytest.fixture
+def engine() -> ScriptedEngine:
+    return ScriptedEngine(obedient_script)
+
+
+def compile_with(engine: Any, trainset: Any = ROWS, **options: Any) -> Any:
+    settings = {name: options.pop(name) for name in ("metric", "weights") if name in options}
+    return optimizer(**settings).compile(options.pop("program", program_on(engine)), trainset, **options)
+
+
+def refused(kind: type[GreaterError], text: str, engine: Any, *arguments: Any, **options: Any) -> None:
+    """The error is of this kind, says this, and came before anything was generated."""
+    with pytest.raises(kind, match=text):
+        compile_with(engine, *arguments, **options)
+    assert getattr(engine, "batches", []) == []
+
+
+# ---- rows
+
+
+@pytest.mark.parametrize("trainset", [[], None, ()])
+def test_an_empty_trainset_is_refused(engine: Any, trainset: Any) -> None:
+    refused(DataError, "The trainset is empty. Pass at least one dspy.Example", engine, trainset)
+
+
+def test_rows_that_are_not_examples_are_named(engine: Any) -> None:
+    rows = [*ROWS[:2], {"question": "x", "answer": "yes"}]
+    refused(DataError, r"Row 2 of the trainset is not dspy.Example. Build them as dspy.Example\(", engine, rows)
+
+
+def test_rows_that_do_not_say_which_fields_are_inputs_are_named(engine: Any) -> None:
+    rows = [ROWS[0], dspy.Example(question="x", answer="yes"), dspy.Example(question="y", answer="yes")]
+    refused(
+        DataError,
+        r"Rows 1, 2 of the trainset do not say which fields are inputs. Call .with_inputs",
+        engine,
+        rows,
+    )
+    refused(DataError, r"Rows 1, 2 of the valset do not say", engine, ROWS, valset=rows)
+
+
+@pytest.mark.parametrize("gold", [{}, {"answer": None}])
+def test_rows_without_a_gold_value_are_named_with_the_field(engine: Any, gold: dict[str, Any]) -> None:
+    rows = [*ROWS[:3], dspy.Example(question="x", **gold).with_inputs("question")]
+    refused(
+        DataError,
+        "Row 3 of the trainset has no gold value for `answer`, which predictor `predict`",
+        engine,
+        rows,
+    )
+
+
+def test_no_gold_values_at_all_name_the_fields_on_both_sides(engine: Any) -> None:
+    rows = [dspy.Example(question=text, label="yes").with_inputs("question") for text in "xy"]
+    refused(
+        DataError,
+        "output fields are answer, reasoning; the rows' labels are label. Give the examples a value for one of",
+        engine,
+        rows,
+    )
+    rows = [dspy.Example(question=text).with_inputs("question") for text in "xy"]
+    refused(DataError, "the rows' labels are none", engine, rows)
+
+
+# ---- the metric
+
+
+def test_no_metric_is_refused_with_both_ways_to_pass_one(engine: Any) -> None:
+    text = r"There is no metric. Pass one as GReaTerTeleprompter\(metric=...\) or compile\(student, trainset, metric\)"
+    refused(MetricError, text, engine, metric=None)
+
+
+def test_a_metric_that_cannot_be_called_is_refused(engine: Any) -> None:
+    refused(MetricError, "metric='exact' cannot be called", engine, metric="exact")
+
+
+def test_a_metric_that_raises_on_every_row_ends_the_run_after_the_first_rollout(engine: Any) -> None:
+    def metric(example: Any, prediction: Any, trace: Any = None) -> bool:
+        return prediction.label == example.label
+
+    with pytest.raises(
+        MetricError,
+        match=r"The metric failed on all 4 training rows; on the first, the metric raised AttributeError",
+    ):
+        compile_with(engine, metric=metric)
+    assert len(engine.batches) == 1
+
+
+def test_a_metric_that_raises_on_some_rows_counts_them_as_mistakes(engine: Any) -> None:
+    def metric(example: Any, prediction: Any, trace: Any = None) -> bool:
+        if "pears" in example.question:
+            raise ZeroDivisionError("no pears")
+        return exact_match(example, prediction)
+
+    better = compile_with(engine, metric=metric, program=program_on(engine, instruction="Please count."))
+    seed = better.detailed_results.predictors[0].seed
+    failed = [row for row in seed.rows if row.error]
+    assert 0 < len(failed) < 4
+    assert {row.error for row in failed} == {"the metric raised ZeroDivisionError: no pears"}
+    assert seed.score == 1 - len(failed) / 4
+
+
+@pytest.mark.parametrize("value", [None, "yes", [1]])
+def test_a_metric_that_returns_no_score_is_shown_at_its_first_call(engine: Any, value: Any) -> None:
+    with pytest.raises(MetricError, match="which is not a score. Return a bool, a number, or a dspy.Prediction"):
+        compile_with(engine, metric=lambda example, prediction, trace=None: value)
+    assert len(engine.batches) == 1
+
+
+def test_a_metric_that_is_nan_on_every_row_is_useless_and_refused(engine: Any) -> None:
+    with pytest.raises(MetricError, match="failed on all 4 training rows; on the first, the metric returned nan"):
+        compile_with(engine, metric=lambda example, prediction, trace=None: float("nan"))
+
+
+@pytest.mark.parametrize("wrap", [lambda hit: dspy.Prediction(score=hit), np.bool_, np.float32, float, int])
+def test_a_metric_may_return_any_kind_of_number(engine: Any, wrap: Any) -> None:
+    def metric(example: Any, prediction: Any, trace: Any = None) -> Any:
+        return wrap(exact_match(example, prediction))
+
+    program = program_on(engine, instruction="Please count.")
+    assert compile_with(engine, metric=metric, program=program).score == 1.0
+
+
+# ---- language models and weights
+
+
+def test_an_lm_without_weights_is_refused_at_the_start_with_what_to_pass() -> None:
+    program = dspy.ChainOfThought("question -> answer")
+    program.set_lm(dspy.LM("openai/gpt-4o", api_key="none"))
+    refused(
+        WeightsError,
+        r"predictor 'predict', which runs on the LM 'openai/gpt-4o'; a gradient needs them..*weights=\{'openai/gpt-4o'",
+        planted_engine(),
+        program=program,
+    )
+
+
+def test_a_program_without_an_lm_is_refused(engine: Any) -> None:
+    text = r"Predictor `predict` has no language model. Call dspy.configure\(lm=...\) or set_lm\(...\)"
+    refused(ProgramError, text, engine, program=dspy.ChainOfThought("question -> answer"))
+
+
+@pytest.mark.parametrize("weights", [{"predict": 0}, {"dummy": 0}, 0])
+def test_weights_are_found_by_predictor_by_lm_or_for_all(weights: Any) -> None:
+    engine = planted_engine()
+    chosen = dict.fromkeys(weights, engine) if isinstance(weights, dict) else engine
+    program = dspy.ChainOfThought(dspy.Signature("question -> answer", SEED))
+    program.set_lm(DummyLM([{"reasoning": "r", "answer": "yes"}]))
+    problem = posed(program, weights=chosen)
+    assert problem.targets[0].engine is engine
+
+
+def test_weights_that_are_none_of_these_are_refused(engine: Any) -> None:
+    refused(WeightsError, "weights is a int; pass an Engine", engine, weights=3)
+
+
+def test_a_prompt_that_fills_the_context_is_refused_with_the_longest_row(engine: Any) -> None:
+    rows = [*ROWS, dspy.Example(question="maybe " * 2000, answer="yes").with_inputs("question")]
+    text = r"takes \d{4} tokens for the row \{'question': 'maybe maybe.*\.\.\..*context of 1024 tokens, which leaves no"
+    with pytest.raises(ContextLengthError, match=text):
+        optimizer(train_rows=9).compile(program_on(engine), rows, valset=planted_rows(24)[20:])
+    assert engine.batches == []
+
+
+# ---- programs
+
+
+def test_a_program_without_predictors_is_refused(engine: Any) -> None:
+    class Nothing(dspy.Module):
+        def forward(self, question: str) -> Any:
+            return dspy.Prediction(answer="yes")
+
+    refused(
+        ProgramError,
+        "The program has no predictors to optimise. Pass a dspy.Module",
+        engine,
+        program=Nothing(),
+    )
+
+
+def test_an_agent_whose_instruction_lists_its_tools_is_refused_and_told_why(engine: Any) -> None:
+    def search(query: str) -> str:
+        """Look something up."""
+        return query
+
+    program = dspy.ReAct("question -> answer", tools=[search])
+    program.set_lm(local_lm(engine, cache=False))
+    refused(ProgramError, "Predictor `react` .*(tools|plain text)", engine, program=program)
+
+
+def test_a_program_that_never_calls_its_predictor_is_refused_with_its_own_error(engine: Any) -> None:
+    class Broken(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.step = program_on(engine)
+
+        def forward(self, question: str) -> Any:
+            raise OSError("the index is missing")
+
+    refused(
+        ProgramError,
+        "`step.predict` was not called on any of the 4 training rows; on the first, OSError: the index is missing",
+        engine,
+        program=Broken(),
+    )
+
+
+def test_predictors_without_gold_values_are_named_and_keep_their_instructions() -> None:
+    engine = ScriptedEngine(
+        lambda prompt: obedient_script(prompt) if "answer ##" in prompt else chat_answer(query="fruit")
+    )
+
+    class TwoHops(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query = dspy.Predict(dspy.Signature("question -> query", "Write a query."))
+            self.answer = dspy.ChainOfThought(dspy.Signature("question, query -> answer", "Please count."))
+            self.set_lm(local_lm(engine, cache=False))
+
+        def forward(self, question: str) -> Any:
+            return self.answer(question=question, query=self.query(question=question).query)
+
+    with pytest.warns(UserWarning, match="Predictors query have no gold values in the trainset and keep their instr"):
+        better = compile_with(engine, program=TwoHops())
+    assert better.query.signature.instructions == "Write a query."
+    assert [each.name for each in better.detailed_results.predictors] == ["answer.predict"]
+    assert better.score == 1.0
+
+
+# ---- settings of the optimizer
+
+
+def test_an_unknown_setting_is_refused_when_the_optimizer_is_built() -> None:
+    with pytest.raises(SettingsError, match="There is no setting learning_rate. The settings are: "):
+        GReaTerTeleprompter(metric=exact_match, learning_rate=0.1)
+
+
+def test_an_unknown_preset_is_refused_when_the_optimizer_is_built() -> None:
+    with pytest.raises(
+        SettingsError, match="auto='huge' is not a preset. Use one of 'light', 'medium', 'heavy' or None"
+    ):
+        GReaTerTeleprompter(metric=exact_match, auto="huge")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", ["0", 1.0, None, True])
+def test_a_seed_that_is_not_a_whole_number_is_refused(seed: Any) -> None:
+    with pytest.raises(SettingsError, match="seed=.*: give a whole number"):
+        GReaTerTeleprompter(metric=exact_match, seed=seed)
+
+
+# ---- the split
+
+
+def posed(program: Any, rows: Any = ROWS, valset: Any = None, **options: Any) -> Problem:
+    settings = Settings.of(None, train_rows=4, validation_rows=4)
+    return pose(program, rows, exact_match, valset, **{"settings": settings, "seed": 0, **options})
+
+
+def keys(rows: Any) -> list[str]:
+    return [row.question for row in rows]
+
+
+def test_without_a_valset_train_and_validation_rows_are_disjoint_and_seeded(engine: Any) -> None:
+    settings = Settings.of(None, train_rows=50, validation_rows=3)
+    train, validation = split(ROWS, None, settings=settings, seed=0)
+    assert sorted(keys([*train, *validation])) == sorted(keys(ROWS))
+    assert len(validation) == 3
+    assert split(ROWS, [], settings=settings, seed=0) == (train, validation)
+    assert split(ROWS, None, settings=settings, seed=0) == (train, validation)
+    assert split(ROWS, None, settings=settings, seed=1) != (train, validation)
+
+
+def test_at_most_half_of_the_trainset_is_kept_for_validation() -> None:
+    train, validation = split(ROWS[:3], None, settings=Settings(), seed=0)
+    assert (len(train), len(validation)) == (2, 1)
+
+
+def test_samples_are_no_larger_than_the_settings_say() -> None:
+    settings = Settings.of(None, train_rows=2, validation_rows=3)
+    train, validation = split(ROWS, planted_rows(24)[8:], settings=settings, seed=0)
+    assert (len(train), len(validation)) == (2, 3)
+
+
+def test_rows_that_train_and_validate_are_counted_in_a_warning() -> None:
+    with pytest.warns(UserWarning, match="2 of 2 validation rows are also training rows, so .* optimistic. Pass"):
+        split(ROWS[:2], ROWS[:2], settings=Settings(), seed=0)
+    with pytest.warns(UserWarning, match="1 of 1 validation rows are also training rows"):
+        split(ROWS[:1], None, settings=Settings(), seed=0)
+
+
+def test_a_valset_of_its_own_gives_no_warning(engine: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        problem = posed(program_on(engine), ROWS[:4], ROWS[4:])
+    assert set(keys(problem.train)).isdisjoint(keys(problem.validation))
+
+
+# ---- identity
+
+
+def test_the_identity_is_the_same_for_the_same_inputs(engine: Any) -> None:
+    assert posed(program_on(engine)).identity() == posed(program_on(engine)).identity()
+
+
+@pytest.mark.parametrize(
+    ("where", "change"),
+    [
+        ("seed", lambda engine: posed(program_on(engine), seed=1)),
+        ("extractor", lambda engine: posed(program_on(engine), extractor="So:")),
+        ("settings", lambda engine: posed(program_on(engine), settings=Settings())),
+        ("train", lambda engine: posed(program_on(engine), planted_rows(9))),
+        ("validation", lambda engine: posed(program_on(engine), valset=planted_rows(24)[20:])),
+        ("predictors", lambda engine: posed(program_on(engine, instruction="Please count."))),
+        ("predictors", lambda engine: posed(program_on(ScriptedEngine(obedient_script, name="other")))),
+        ("predictors", lambda engine: posed(program_on(engine, max_tokens=65))),
+        ("predictors", lambda engine: posed(with_demo(program_on(engine)))),
+    ],
+)
+def test_the_identity_tells_what_changed(engine: Any, where: str, change: Any) -> None:
+    before, now = posed(program_on(engine)).identity(), change(engine).identity()
+    assert where in {name for name in before if before[name] != now[name]}
+
+
+def test_the_identity_holds_no_secret() -> None:
+    program = dspy.ChainOfThought("question -> answer")
+    program.set_lm(dspy.LM("openai/gpt-4o", api_key="sk-very-secret", api_base="http://localhost:1"))
+    assert "secret" not in repr(posed(program, weights=planted_engine()).identity())
+
+
+def with_demo(program: Any) -> Any:
+    program.predictors()[0].demos = [dspy.Example(question="one", reasoning="r", answer="yes")]
+    return program
+
+
+def test_the_identity_tells_another_adapter(engine: Any) -> None:
+    problem = posed(program_on(engine))
+    before = problem.identity()
+    with dspy.context(adapter=dspy.JSONAdapter()):
+        assert problem.identity() != before

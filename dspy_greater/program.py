@@ -238,9 +238,12 @@ def with_instructions(program: Any, texts: Mapping[str, str]) -> Any:
     return copied
 
 
-def trace_calls(program: Any, example: Any, *, adapter: Any = None, lm: Any = None) -> CallTrace:
+def trace_calls(
+    program: Any, example: Any, *, adapter: Any = None, lm: Any = None, deployed: bool = False
+) -> CallTrace:
     """Run the program once on an example's inputs and record every call of its predictors.
 
+    With `deployed` the adapter keeps its fallback to JSON, as it will when the program is used.
     A program that fails is recorded, never raised; interrupts are raised. Calls are in the order in which
     they started. Safe in many threads at once; carry the caller's settings into them with `carrying`.
 
@@ -253,7 +256,7 @@ def trace_calls(program: Any, example: Any, *, adapter: Any = None, lm: Any = No
     recorder = _Recorder(names)
     overrides: dict[str, Any] = {
         "trace": [],
-        "adapter": search_adapter(adapter),
+        "adapter": (adapter or dspy.settings.adapter) if deployed else search_adapter(adapter),
         "callbacks": [*dspy.settings.get("callbacks", []), recorder],
     }
     if lm is not None:

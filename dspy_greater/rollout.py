@@ -40,7 +40,9 @@ class Rollout:
     prediction: Any = field(default=None, compare=False)
 
 
-def roll_out(programs: Sequence[Any], rows: Sequence[Any], metric: RowMetric, *, threads: int) -> list[list[Rollout]]:
+def roll_out(
+    programs: Sequence[Any], rows: Sequence[Any], metric: RowMetric, *, threads: int, deployed: bool = False
+) -> list[list[Rollout]]:
     """Run every program on every row.
 
     Args:
@@ -49,6 +51,8 @@ def roll_out(programs: Sequence[Any], rows: Sequence[Any], metric: RowMetric, *,
         metric: scores (example, prediction).
         threads: how many runs are under way at a time where an LM is a server; where the LM is
             an in-process model, all of them are.
+        deployed: let the adapter ask again in JSON where an answer does not parse, as it will when the
+            program is used; while searching, only the prompt that is searched counts.
 
     Returns:
         For each program the rollouts of the rows, in their order.
@@ -63,7 +67,7 @@ def roll_out(programs: Sequence[Any], rows: Sequence[Any], metric: RowMetric, *,
     ```
     """
     pairs = [(program, row) for program in programs for row in rows]
-    done = run_pairs(pairs, metric, threads=threads)
+    done = run_pairs(pairs, metric, threads=threads, deployed=deployed)
     return (
         [done[start : start + len(rows)] for start in range(0, len(done), len(rows))]
         if rows
@@ -71,12 +75,20 @@ def roll_out(programs: Sequence[Any], rows: Sequence[Any], metric: RowMetric, *,
     )
 
 
-def run_pairs(pairs: Sequence[tuple[Any, Any]], metric: Callable[[Any, Any], Score], *, threads: int) -> list[Rollout]:
-    """Run programs on rows, each (program, row) once; see `roll_out`."""
+def run_pairs(
+    pairs: Sequence[tuple[Any, Any]],
+    metric: Callable[[Any, Any], Score],
+    *,
+    threads: int,
+    refuse_dead: bool = True,
+    deployed: bool = False,
+) -> list[Rollout]:
+    """Run programs on rows, each (program, row) once; see `roll_out`. Without `refuse_dead` all may fail."""
     sites = {id(program): predictors_of(program) for program, _ in pairs}
     lms = [site.lm for found in sites.values() for site in found]
-    done = together(lambda program, row: _run(program, row, metric), pairs, lms=lms, threads=threads)
-    _refuse_dead_lm(done, len(pairs) // max(1, len(sites)))
+    done = together(lambda program, row: _run(program, row, metric, deployed), pairs, lms=lms, threads=threads)
+    if refuse_dead:
+        _refuse_dead_lm(done, len(pairs) // max(1, len(sites)))
     return done
 
 
@@ -150,8 +162,8 @@ def plain(value: Any) -> object:
     return tuple(map(serialize_for_json, value)) if isinstance(value, tuple) else serialize_for_json(value)
 
 
-def _run(program: Any, row: Any, metric: Callable[[Any, Any], Score]) -> Rollout:
-    trace = trace_calls(program, row)
+def _run(program: Any, row: Any, metric: Callable[[Any, Any], Score], deployed: bool) -> Rollout:
+    trace = trace_calls(program, row, deployed=deployed)
     calls = {call.predictor: call for call in trace.calls}
     if trace.error is not None:
         return Rollout(calls, 0.0, trace.error, trace.failure == "lm", trace=trace.calls)

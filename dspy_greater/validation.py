@@ -17,7 +17,7 @@ def validation_scores(
     *,
     threads: int,
 ) -> list[float]:
-    """Mean metric of each finalist on the rows.
+    """Mean metric of each finalist on the rows, run as it will be deployed.
 
     Args:
         program: a program in which every predictor holds its LM.
@@ -27,7 +27,7 @@ def validation_scores(
         threads: see `roll_out`.
     """
     programs = [searching_copy(program, texts) for texts in finalists]
-    rollouts = roll_out(programs, rows, metric, threads=threads)
+    rollouts = roll_out(programs, rows, metric, threads=threads, deployed=True)
     return [sum(each.score for each in group) / len(group) for group in rollouts]
 
 

@@ -125,11 +125,10 @@ class ScriptedOptimizer:
         missing = sorted(person for person in persons if person not in output)
         right = output.lower().rstrip(". \n").endswith(work_out(TASK, question).answer.lower())
         if missing:
-            return {
-                "explanation": f"The output does not go through {', '.join(missing)}.",
-                "score": "2" if right else "1",
-            }
-        return {"explanation": "It goes through everybody." + ("" if right else " The end is wrong."), "score": "5" if right else "3"}  # fmt: skip  # noqa: E501
+            return {"explanation": f"It does not go through {', '.join(missing)}.", "score": "2" if right else "1"}
+        if right:
+            return {"explanation": "It goes through everybody to the right end.", "score": "5"}
+        return {"explanation": "It goes through everybody, but the end is wrong.", "score": "3"}
 
     def stream(self, request: Any) -> Any:
         """The same in one piece."""
@@ -161,7 +160,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=2)
     parser.add_argument("--sample-size", type=int, default=10)
     parser.add_argument("--subset-size", type=int, default=6)
-    parser.add_argument("--max-tokens", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
@@ -174,10 +172,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     weights = pocket.path()
     with nullcontext(options.api_base) if options.model else served(weights) as address:
         model = options.model or f"openai/{weights}"
-        lm = dspy.LM(
-            model, api_base=address, api_key="none", temperature=0.0, max_tokens=options.max_tokens, cache=False
-        )
-        optimizer_lm = dspy.LM(options.optimizer or "scripted/optimizer", engine=None if options.optimizer else ScriptedOptimizer(), cache=False)  # fmt: skip  # noqa: E501
+        lm = dspy.LM(model, api_base=address, api_key="none", temperature=0.0, max_tokens=300, cache=False)
+        if options.optimizer:
+            optimizer_lm = dspy.LM(options.optimizer)
+        else:
+            optimizer_lm = dspy.LM("scripted/optimizer", engine=ScriptedOptimizer(), cache=False)
         with dspy.context(lm=lm, adapter=dspy.ChatAdapter(use_json_adapter_fallback=False)):
             program = dspy.ChainOfThought(dspy.Signature("question -> answer", options.instruction))
             optimizer = GradSumTeleprompter(

@@ -24,7 +24,7 @@ from scripted_gradsum import (
 )
 from scripted_text import Asked, text_lm
 
-from dspy_greater.errors import JudgeError, RunDirectoryError, SettingsError
+from dspy_greater.errors import JudgeError, ProgramError, RunDirectoryError, SettingsError
 from dspy_greater.gradsum.meter import BudgetSpent, Meter
 from dspy_greater.identity import described_lm
 from dspy_greater.run.events import IterationTaken
@@ -148,6 +148,51 @@ def test_an_output_without_a_verdict_counts_as_the_worst_and_has_no_gradient() -
     assert unjudged.judged == 0.0 and "the judge gave no usable verdict: AdapterParseError" in (unjudged.error or "")
     gradients = better.detailed_results.iterations[0].members[0].gradients
     assert unjudged.row not in [each.row for each in gradients]
+
+
+def too_long(asked: Asked) -> Any:
+    """A language model that one row, and prompts that ramble, are too long for."""
+    if asked["question"] == "3" or "ramble" in asked.instruction:
+        raise OSError("the prompt is too long")
+    return program_script(asked)
+
+
+def test_a_row_that_the_model_cannot_take_scores_nothing_and_blames_no_prompt() -> None:
+    better = optimizer(iterations=6).compile(program(too_long), TRAIN, valset=VALIDATION)
+    failed = [
+        (member, output)
+        for iteration in better.detailed_results.iterations
+        for member in iteration.members
+        for output in member.outputs
+        if output.inputs == "question: 3"
+    ]
+    assert failed
+    for member, output in failed:
+        assert output.judged == 0.0 and "the prompt is too long" in (output.error or "")
+        assert output.row not in [each.row for each in member.gradients]
+    assert better.score > better.detailed_results.seed_score
+
+
+def test_a_candidate_that_the_model_cannot_take_is_only_a_bad_one() -> None:
+    rambling = text_lm(lambda asked: {"versions": ["Level 20, but ramble."]})
+    better = optimizer(editor_lm=rambling).compile(program(too_long), TRAIN, valset=VALIDATION)
+    assert instruction_of(better) == SEED
+    assert [each.score for each in better.detailed_results.iterations[0].compared][1] == (0.0,)
+
+
+def test_a_server_that_dies_during_the_run_is_an_error_and_the_run_goes_on_later(tmp_path: Path) -> None:
+    def dying(asked: Asked) -> Any:
+        if len(task.engine.asked) > 40:
+            raise OSError("connection refused")
+        return program_script(asked)
+
+    task = text_lm(dying, "scripted/task")
+    student = program()
+    student.set_lm(task)
+    with pytest.raises(ProgramError, match="could not be called.*connection refused.*log_dir goes on from its last"):
+        optimizer(log_dir=tmp_path, iterations=5).compile(student, TRAIN, valset=VALIDATION)
+    resumed = optimizer(log_dir=tmp_path, iterations=5).compile(program(), TRAIN, valset=VALIDATION)
+    assert resumed.score > resumed.detailed_results.seed_score
 
 
 # --- kills, interrupts ---

@@ -153,3 +153,10 @@ def test_a_metric_is_called_with_the_example_first() -> None:
     seen = []
     RowMetric(lambda example, prediction: seen.append((example, prediction)) or 1.0)("row", "answer")
     assert seen == [("row", "answer")]
+
+
+def test_feedback_that_comes_with_a_score_is_kept() -> None:
+    assert score_of(dspy.Prediction(score=0.5, feedback="shorter")).feedback == "shorter"
+    assert score_of({"score": 0.5, "feedback": "shorter"}).feedback == "shorter"
+    assert score_of(dspy.Prediction(score=0.5)).feedback is None
+    assert score_of(True).feedback is None

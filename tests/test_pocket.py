@@ -107,7 +107,14 @@ def test_an_instruction_that_fits_another_task_hardly_helps(task: str) -> None:
     assert max(strengths) <= 1
 
 
-@given(TASK, st.lists(st.sampled_from(grammar._FILLER + sum(grammar._WORD_POOL.values(), [])), max_size=8), SEED)
+@given(
+    TASK,
+    st.lists(
+        st.sampled_from([*grammar._FILLER, *(word for pool in grammar._WORD_POOL.values() for word in pool)]),
+        max_size=8,
+    ),
+    SEED,
+)
 @settings(max_examples=300, deadline=None)
 def test_a_further_word_never_makes_an_instruction_weaker(task: str, words: list[str], seed: int) -> None:
     rng = random.Random(seed)

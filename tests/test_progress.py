@@ -7,7 +7,20 @@ from collections.abc import Callable
 
 import pytest
 
-from dspy_greater.run.events import Candidate, Evaluation, Event, SearchStarted, StepTaken, Validated, Warned
+from dspy_greater.run.events import (
+    BeamStarted,
+    BeamValidated,
+    Candidate,
+    Evaluation,
+    Event,
+    IterationTaken,
+    MemberEdited,
+    PromptsScored,
+    SearchStarted,
+    StepTaken,
+    Validated,
+    Warned,
+)
 from dspy_greater.run.progress import Listeners, ProgressBar
 
 
@@ -163,3 +176,15 @@ def test_ctrl_c_passes_through_a_listener() -> None:
     for _ in range(2):  # it is not the listener's fault
         with pytest.raises(KeyboardInterrupt):
             listeners.emit(STARTED)
+
+
+def test_grad_sum_shows_iterations_best_score_and_calls() -> None:
+    compared = tuple(PromptsScored({"predict": text}, (), (score,)) for text, score in (("a", 0.5), ("b", 0.75)))
+    member = MemberEdited({"predict": "a"}, (), (), {}, ({"predict": "b"},))
+    spent = {"generation": {"calls": 8}, "evaluation": {"calls": 4}}
+    iteration = IterationTaken(0, (0, 1), (0,), (member,), compared, ({"predict": "b"},), spent)
+    validated = BeamValidated(({"predict": "a"}, {"predict": "b"}), ((0.25,), (0.5,)), 1)
+    text = "\n".join(drawn(BeamStarted({"predict": "a"}, 4), iteration, validated))
+    assert "GRAD-SUM:  25%" in text and "1/4" in text
+    assert "best=0.75, candidates=1, LM calls=12" in text
+    assert "validation=0.5, seed=0.25" in text

@@ -28,6 +28,7 @@ from dspy_greater.errors import MetricError, ProgramError
 from dspy_greater.metric import RowMetric
 from dspy_greater.program import carrying
 from dspy_greater.rollout import pin_lms, roll_out, searching_copy
+from dspy_greater.validation import validation_scores
 
 ROWS = planted_rows(6)
 MATCH = RowMetric(exact_match)
@@ -283,3 +284,26 @@ def test_what_the_script_reads_is_what_the_row_asks() -> None:
     engine = ScriptedEngine(obedient_script)
     roll_out([program_on(engine)], ROWS, MATCH, threads=4)
     assert sorted(value_in(prompt) for prompt in engine.prompts) == sorted(row.question for row in ROWS)
+
+
+def test_validation_runs_programs_as_they_are_deployed_and_the_search_does_not() -> None:
+    seen: list[bool] = []
+
+    class Watching(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.answer = dspy.Predict("question -> answer")
+
+        def forward(self, question: str) -> dspy.Prediction:
+            adapter = dspy.settings.adapter
+            seen.append(True if adapter is None else adapter.use_json_adapter_fallback)
+            return dspy.Prediction(answer="yes")
+
+    program = Watching()
+    program.set_lm(dspy.utils.DummyLM([{"answer": "yes"}]))
+    row = dspy.Example(question="?", answer="yes").with_inputs("question")
+    metric = RowMetric(lambda example, prediction, trace=None: True)
+    roll_out([program], [row], metric, threads=1)
+    roll_out([program], [row], metric, threads=1, deployed=True)
+    validation_scores(program, [{}], [row], metric, threads=1)
+    assert seen == [False, True, True]

@@ -14,6 +14,7 @@ from ..rollout import together
 from .meter import Meter, Module
 
 Answer = TypeVar("Answer")
+_LONGEST_PROBLEM = 500  # characters
 
 
 class MalformedAnswer(GreaterError):
@@ -87,4 +88,5 @@ def _try(question: Question[Answer], lm: Any, attempt: int, problem: str | None)
         with dspy.context(lm=lm, adapter=search_adapter(), trace=[]):
             return question.read(dspy.Predict(signature)(**inputs)), None
     except Exception as error:  # text that does not parse, a refusal, a dead server: no answer that can be used
-        return None, str(error) if isinstance(error, MalformedAnswer) else f"{type(error).__name__}: {error}"
+        told = str(error) if isinstance(error, MalformedAnswer) else f"{type(error).__name__}: {error}"
+        return None, told[:_LONGEST_PROBLEM]

@@ -10,7 +10,7 @@ from typing import Any
 import dspy
 
 from ..errors import JudgeError
-from ..metric import Score, refuse_useless_metric
+from ..metric import Score
 from ..rollout import Rollout, run_pairs, searching_copy
 from ..run.events import Output
 from .ask import Asker, MalformedAnswer, Question
@@ -44,15 +44,12 @@ class Evaluator:
         Raises:
             BudgetSpent: they do not fit into the budget.
             JudgeError: the judge gave no usable verdict on any of them.
-            MetricError: the metric returned something that is not a score, or failed on all of them.
+            MetricError: the metric returned something that is not a score.
             ProgramError: the program's language model could not be called, not even once.
         """
         wanted = [(prompts, row) for prompts in beam for row in rows]
         new = [pair for pair in wanted if (_key(pair[0]), pair[1]) not in self._known]
-        outputs = self._generate(new)
-        if not self._known:
-            refuse_useless_metric([output.error for output in outputs])
-        outputs = self._judge(outputs)
+        outputs = self._judge(self._generate(new))
         for (prompts, row), output in zip(new, outputs, strict=True):
             self._known[_key(prompts), row] = output
         return [tuple(self._known[_key(prompts), row] for row in rows) for prompts in beam]
@@ -64,15 +61,25 @@ class Evaluator:
         programs = {_key(prompts): searching_copy(task.program, prompts) for prompts, _ in pairs}
         runs = [(programs[_key(prompts)], self._rows[row]) for prompts, row in pairs]
         with meter.counting("generation"):
-            done = run_pairs(runs, task.metric or _unscored, threads=task.settings.threads)
+            done = run_pairs(
+                runs, task.metric or _unscored, threads=task.settings.threads, refuse_dead=self._should_work(pairs)
+            )
         meter.add("generation", runs=len(runs))
         return [self._output(row, rollout) for (_, row), rollout in zip(pairs, done, strict=True)]
+
+    def _should_work(self, pairs: Sequence[tuple[Prompts, int]]) -> bool:
+        """Whether it can only be a dead server when all of these fail: not one row, or one prompt, that is too long."""
+        worked = [known for known, output in self._known.items() if output.error is None]
+        prompts, rows = {key for key, _ in worked}, {row for _, row in worked}
+        return not worked or any(_key(each) in prompts and row in rows for each, row in pairs)
 
     def _output(self, row: int, rollout: Rollout) -> Output:
         task, example = self._task, self._rows[row]
         metric = None if task.metric is None else rollout.score
         problems = []
-        if rollout.error is not None:
+        if rollout.lm_failed:
+            pass  # no prompt mends that
+        elif rollout.error is not None:
             problems.append(f"It failed: {rollout.error}")
         elif metric is not None and metric < task.settings.full_score:
             problems.append(f"The metric gave it {metric:g}, and {task.settings.full_score:g} is full score.")

@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from ..metric import refuse_useless_metric
 from ..run.events import IterationTaken, MemberEdited, Output, PromptsScored, TextGradient
 from .ask import Asker, MalformedAnswer, Question
 from .evaluate import NO_EXPECTED_ANSWER, Evaluator, mean_score
@@ -62,6 +63,8 @@ class Loop:
         """One loop: from the beam's outputs to the next beam."""
         sample, subset = self._draw()
         generated = self._training.evaluate(self.beam, sample)  # generation and evaluation
+        if not self.iterations:
+            refuse_useless_metric([output.error for outputs in generated for output in outputs])
         gradients = self._differentiate(generated)
         summaries = self._summarise(gradients)
         candidates = self._edit(summaries)

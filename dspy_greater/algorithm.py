@@ -48,7 +48,8 @@ def minimise(
     Raises:
         LossError: several steps in a row had no candidate with a finite loss.
     """
-    state = begin(seed, settings)
+    positions = objective.layout.positions
+    state = begin(seed, settings, editable=positions(seed.token_ids))
     replay = iter(recorded)
     while not state.finished(settings):
         known = next(replay, None)
@@ -56,7 +57,8 @@ def minimise(
         evaluated = [each.evaluation for each in step.candidates if each.evaluation is not None]
         objective.recall([*evaluated, step.chosen])
         failed = bool(step.candidates) and all(math.isinf(each.objective[0]) for each in evaluated)
-        state = advance(state, step.chosen, evaluated, settings, failed=failed)
+        editable = positions(step.chosen.token_ids)
+        state = advance(state, step.chosen, evaluated, settings, failed=failed, editable=editable)
         _give_up_if_failing(state, settings, predictor)
         yield state, step, known is None
 
@@ -166,6 +168,7 @@ def _told(
 def _give_up_if_failing(state: SearchState, settings: Settings, predictor: str) -> None:
     if state.failed_steps >= settings.max_failed_steps:
         raise LossError(
-            f"Predictor `{predictor}`: no candidate had a finite loss in {state.failed_steps} steps in a row. Load "
-            "the model in a wider dtype (local_lm(..., dtype='float32')) and check its weights."
+            f"Predictor `{predictor}`: no candidate had a finite loss in {state.failed_steps} steps in a row. Check "
+            "that program(**trainset[0].inputs()) answers, load the model in a wider dtype "
+            "(local_lm(..., dtype='float32')), and check its weights."
         )

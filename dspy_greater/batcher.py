@@ -50,6 +50,8 @@ class Batcher:
         self._led = False
         self._arrived = 0.0
         self._group: Lockstep | None = None
+        self._group_turn = threading.Lock()  # held for as long as a group lasts
+        self._group_owner: int | None = None
         self._sizes: deque[int] = deque(maxlen=10_000)
 
     @property
@@ -85,20 +87,22 @@ class Batcher:
     def lockstep(self, workers: int, *, stall_seconds: float = 60.0) -> Iterator[Lockstep]:
         """Batches that start exactly when all `workers` threads wait; see `Lockstep`.
 
+        There is one group at a time: a second thread waits here until the first has left its block.
+
         Raises:
-            GreaterError: the engine is already in lockstep.
+            GreaterError: the calling thread is in lockstep already, and would wait for itself.
         """
+        me, current = threading.get_ident(), self._group
+        if self._group_owner == me or (current is not None and current.has_this_thread()):
+            raise GreaterError("This thread is in lockstep already on the same model; leave that block first.")
         group = Lockstep(self._answer, workers, stall_seconds)
-        with self._changed:
-            if self._group is not None:
-                raise GreaterError("This engine is in lockstep already; leave that block first.")
-            self._group = group
-        try:
-            yield group
-        finally:
-            with self._changed:
-                self._group = None
-            group.close()
+        with self._group_turn:
+            self._group_owner, self._group = me, group
+            try:
+                yield group
+            finally:
+                self._group_owner = self._group = None
+                group.close()
 
     def _gather(self) -> list[_Ticket]:
         """Take all requests once none has arrived for a moment."""

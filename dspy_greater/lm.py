@@ -6,6 +6,7 @@ import asyncio
 import queue
 import secrets
 import threading
+import zlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -256,7 +257,8 @@ class LocalEngine:
         seed = 0
         if temperature > 0:
             base = secrets.randbits(63) if config.seed is None else config.seed
-            seed = row_seed(base, self._repeat(request))
+            # Different prompts draw differently: rows that share their draws would all err on the same side.
+            seed = row_seed(row_seed(base, zlib.crc32(repr(prompt).encode())), self._repeat(request))
         generation = GenerationRequest(
             prompt,
             most if room is None else min(room, most),

@@ -69,12 +69,18 @@ class RowMetric:
         return _coerced(value)
 
 
-def refuse_useless_metric(errors: Sequence[str | None]) -> None:
-    """Raises `MetricError` when the errors of all rows are the metric's own."""
+def refuse_useless_metric(*runs: Sequence[str | None], rows: str = "training rows") -> None:
+    """Raises `MetricError` when the errors of all rows of all runs are the metric's own.
+
+    Args:
+        runs: for each run over the rows, why each row failed, or None where it did not.
+        rows: what the rows are, for the message.
+    """
+    errors = [error for run in runs for error in run]
     if errors and all((error or "").startswith("the metric") for error in errors):
         raise MetricError(
-            f"The metric failed on all {len(errors)} training rows; on the first, {errors[0]}. Try "
-            "metric(trainset[0], program(**trainset[0].inputs())) and mend it."
+            f"The metric failed on all {len(runs[0])} {rows}; on the first, {errors[0]}. Try "
+            "metric(row, program(**row.inputs())) on one of them and mend it."
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .engine import Engine
@@ -20,6 +20,9 @@ from .rollout import Rollout, plain, roll_out, searching_copy
 from .run.events import Evaluation, RowOutcome
 from .select import evaluation
 from .settings import Settings
+
+_MOST_CUTS = 8  # attempts to make a row fit the context by shortening its reasoning
+_MARK = "\ue000value\ue000"
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ class Objective:
 
     def supervised(self, evaluated: Evaluation) -> list[Supervised]:
         """x ⊙ p ⊙ r ⊙ p_extract ⊙ y of every row on which the predictor was called."""
-        return [self._supervise(evaluated.instruction, row) for row in evaluated.rows if row.inputs]
+        found = [self._supervise(evaluated.instruction, row) for row in evaluated.rows]
+        return [each for each in found if each is not None]
 
     def proposal_contexts(self, evaluated: Evaluation, position: int) -> list[tuple[int, ...]]:
         """x_j ⊙ p_<i of every row on which the predictor was called, in the paper's layout."""
@@ -97,35 +101,52 @@ class Objective:
 
     def _score(self, instructions: Sequence[Instruction], drafts: Sequence[Sequence[RowOutcome]]) -> None:
         """Exact losses for all rows of all instructions in one pass; remember the evaluations."""
-        called = [[row for row in rows if row.inputs] for rows in drafts]
-        flat = [
-            self._supervise(each.text, row) for each, rows in zip(instructions, called, strict=True) for row in rows
+        laid_out = [
+            [self._supervise(instruction.text, row) for row in rows]
+            for instruction, rows in zip(instructions, drafts, strict=True)
         ]
-        losses = (
-            teacher_forced_losses(
-                self.engine,
-                flat,
-                answer_temperature=self._settings.answer_temperature,
-                max_batch_tokens=self._settings.max_batch_tokens,
-            )
-            if flat
-            else Losses((), ())
-        )
+        flat = [each for group in laid_out for each in group if each is not None]
+        losses = self._losses(flat)
         taken = iter(zip(losses.cross_entropy, losses.fluency_nll, strict=True))
-        for instruction, rows in zip(instructions, drafts, strict=True):
-            pairs = [next(taken) if row.inputs else (math.nan, math.nan) for row in rows]
+        for instruction, rows, group in zip(instructions, drafts, laid_out, strict=True):
+            pairs = [(math.nan, math.nan) if each is None else next(taken) for each in group]
             fluency = [nll for _, nll in pairs if math.isfinite(nll)]
             self._known[instruction.text] = evaluation(
                 instruction.token_ids,
                 instruction.text,
-                [_with_loss(row, loss) for row, (loss, _) in zip(rows, pairs, strict=True)],
+                [replace(row, cross_entropy=loss) for row, (loss, _) in zip(rows, pairs, strict=True)],
                 sum(fluency) / len(fluency) if fluency else math.nan,
                 score_fluency_weight=self._settings.score_fluency_weight,
             )
 
-    def _supervise(self, instruction: str, row: RowOutcome) -> Supervised:
-        gold = self._rows[row.row].labels()[self._field]
-        return self.layout.supervised(instruction, row.inputs, row.written, self._field, gold)
+    def _losses(self, supervised: Sequence[Supervised]) -> Losses:
+        if not supervised:
+            return Losses((), ())
+        return teacher_forced_losses(
+            self.engine,
+            supervised,
+            answer_temperature=self._settings.answer_temperature,
+            max_batch_tokens=self._settings.max_batch_tokens,
+        )
+
+    def _supervise(self, instruction: str, row: RowOutcome) -> Supervised | None:
+        """The row's tokens, its reasoning cut to what fits the context; None when it was not called or cannot fit."""
+        if not row.inputs:
+            return None
+        gold, limit = self._rows[row.row].labels()[self._field], self.engine.context_length
+        written, preamble = dict(row.written), row.preamble
+        for _ in range(_MOST_CUTS):
+            found = self.layout.supervised(instruction, row.inputs, written, self._field, gold, preamble=preamble)
+            surplus = 0 if limit is None else len(found.token_ids) - limit
+            if surplus <= 0:
+                return found
+            texts = {name: text for name, text in written.items() if isinstance(text, str)}
+            longest = max(texts, key=lambda name: len(texts[name]), default=None)
+            kept = 1 - min(1.0, (surplus + 8) / max(1, len(found.reasoning)))
+            preamble = preamble[: int(kept * len(preamble))]
+            if longest is not None:
+                written[longest] = texts[longest][: int(kept * len(texts[longest]))]
+        return None
 
     def _outcome(self, index: int, rollout: Rollout) -> RowOutcome:
         call = rollout.calls.get(self._site.name)
@@ -135,11 +156,22 @@ class Objective:
         names = self._site.output_fields
         earlier = names[: names.index(self._field)]
         written = {name: plain(call.outputs.get(name, "")) for name in earlier}
+        preamble, body = split_completion(self._site, call.completion or "")
         if call.error is not None and earlier and not any(written.values()):
-            written[earlier[0]] = call.completion or ""  # what did not parse is still what the model reasoned
+            written[earlier[0]] = body  # what did not parse is still what the model reasoned
         inputs = {name: plain(value) for name, value in call.inputs.items()}
-        return RowOutcome(index, rollout.score, inputs, written, math.nan, rollout.error)
+        return RowOutcome(index, rollout.score, inputs, written, math.nan, rollout.error, preamble)
 
 
-def _with_loss(row: RowOutcome, cross_entropy: float) -> RowOutcome:
-    return RowOutcome(row.row, row.score, row.inputs, row.written, cross_entropy, row.error)
+def split_completion(site: PredictorSite, completion: str) -> tuple[str, str]:
+    """What a model wrote before the header of its first field (a native <think> block), and what after it.
+
+    A completion without that header is all body.
+    """
+    values = dict.fromkeys(site.output_fields, _MARK)
+    header = str(site.adapter.format_assistant_message_content(site.signature, values)).partition(_MARK)[0].strip()
+    for opening in filter(None, dict.fromkeys([header, *header.split()[:1]])):  # models space JSON in their own way
+        before, found, after = completion.partition(opening)
+        if found:
+            return before, after.lstrip("\n")
+    return "", completion

@@ -6,7 +6,7 @@ Everything that can be refused is refused here, before the first token is genera
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,11 +16,14 @@ from .identity import described, fingerprint
 from .layout import Layout
 from .lm import weights_behind
 from .metric import Metric, RowMetric
-from .program import PredictorSite, check_examples, predictors_of, refuse_unsupported, supervised_field
+from .program import PredictorSite, check_examples, predictors_of, refuse_unsupported, refuse_unusable
 from .rollout import pin_lms
-from .rows import split
+from .rows import CALL_OF_COMPILE, as_list, refuse_missing_gold, refuse_unfit_gold, split, supervised_field
 from .run.serialise import JSON
 from .settings import Settings
+
+# Settings that say how the work is done and not what comes out: a run may go on with others.
+_OF_THE_MACHINE = ("threads", "max_batch_tokens")
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,9 @@ class Problem:
         sites = {site.name: described(site) for site in predictors_of(self.program)}
         for target in self.targets:
             sites[target.site.name] |= {"field": target.field, "weights": target.engine.identity}
+        settings = asdict(self.settings)
         return {
-            "settings": asdict(self.settings),
+            "settings": {name: value for name, value in settings.items() if name not in _OF_THE_MACHINE},
             "seed": self.seed,
             "extractor": self.extractor,
             "metric": self.metric.name,
@@ -63,9 +67,9 @@ class Problem:
 
 def pose(
     student: Any,
-    trainset: Sequence[Any],
+    trainset: Iterable[Any],
     metric: Metric | None,
-    valset: Sequence[Any] | None,
+    valset: Iterable[Any] | None,
     *,
     settings: Settings,
     seed: int,
@@ -75,35 +79,28 @@ def pose(
     """Check everything and gather it.
 
     Raises:
-        DataError: rows are missing, lack gold values or do not say which fields are inputs.
+        DataError: rows are missing, lack gold values, have some that do not fit, or do not say which fields are
+            inputs.
         MetricError: there is no metric, or it cannot be called.
-        ProgramError: nothing to optimise, or a predictor that is not supported.
+        ProgramError: not a program, nothing to optimise, or a predictor that is not supported.
         WeightsError: a predictor's LM has no open weights that are known.
         ContextLengthError: a row's prompt leaves no room in the model's context.
     """
-    check_examples(trainset)
-    if valset:
-        check_examples(valset, name="valset")
+    rows, held_out = as_list(trainset, name="trainset"), as_list(valset, name="valset")
+    check_examples(rows)
+    if held_out:
+        check_examples(held_out, name="valset")
     if metric is None:
         raise MetricError(
             "There is no metric. Pass one as GReaTerTeleprompter(metric=...) or compile(student, trainset, metric)."
         )
     row_metric = RowMetric(metric)
-    train, validation = split(trainset, valset, settings=settings, seed=seed)
     sites = predictors_of(student)
-    refuse_unsupported(sites)
-    targets = tuple(
-        Target(site, field, weights_behind(site.lm, weights=_weights_of(weights, site), predictor_name=site.name))
-        for site in sites
-        if (field := supervised_field(site, trainset)) is not None
-    )
-    if not targets:
-        outputs = sorted({name for site in sites for name in site.output_fields})
-        raise DataError(
-            "No predictor has an output field with gold values in the trainset. The program's output fields are "
-            f"{', '.join(outputs)}; the rows' labels are {', '.join(sorted(trainset[0].labels().keys())) or 'none'}. "
-            "Give the examples a value for one of those fields, under the same name."
-        )
+    refuse_unusable(sites)
+    targets = _targets(sites, rows, weights)
+    for target in targets:
+        refuse_missing_gold(target.site, target.field, held_out, name="valset")
+    train, validation = split(rows, held_out, settings=settings, seed=seed)
     _warn_of_the_rest(sites, targets)
     for target in targets:
         if len(sites) == 1:  # the inputs of later predictors are known only once the program runs
@@ -111,13 +108,23 @@ def pose(
     return Problem(pin_lms(student), targets, train, validation, row_metric, settings, seed, extractor)
 
 
-def _weights_of(weights: Any, site: PredictorSite) -> Any:
-    """The part of `weights` that is meant for a predictor: by its name, by its LM's name, or all of it."""
-    if not isinstance(weights, Mapping):
-        return weights
-    if site.name in weights:
-        return weights[site.name]
-    return weights.get(getattr(site.lm, "model", None))
+def _targets(sites: Sequence[PredictorSite], trainset: Sequence[Any], weights: Any) -> tuple[Target, ...]:
+    """The predictors that the rows have gold values for, each of which can be optimised."""
+    chosen = [(site, field) for site in sites if (field := supervised_field(site, trainset)) is not None]
+    if not chosen:
+        outputs = sorted({name for site in sites for name in site.output_fields})
+        raise DataError(
+            "No predictor has an output field with gold values in the trainset. The program's output fields are "
+            f"{', '.join(outputs)}; the rows' labels are {', '.join(sorted(trainset[0].labels().keys())) or 'none'}. "
+            "Give the examples a value for one of those fields, under the same name."
+        )
+    refuse_unsupported([site for site, _ in chosen])
+    for site, field in chosen:
+        refuse_unfit_gold(site, field, trainset)
+    return tuple(
+        Target(site, field, weights_behind(site.lm, weights=weights, predictor_name=site.name))
+        for site, field in chosen
+    )
 
 
 def _warn_of_the_rest(sites: Sequence[PredictorSite], targets: Sequence[Target]) -> None:
@@ -127,7 +134,7 @@ def _warn_of_the_rest(sites: Sequence[PredictorSite], targets: Sequence[Target])
         warnings.warn(
             f"Predictors {', '.join(rest)} have no gold values in the trainset and keep their instructions. "
             "Only predictors with an output field that the rows have a value for are optimised.",
-            stacklevel=4,
+            stacklevel=CALL_OF_COMPILE,
         )
 
 

@@ -22,6 +22,8 @@ Result = TypeVar("Result")
 _ROWS_NAMED = 10
 # Custom types that every adapter writes into the prompt as ordinary text.
 _TEXT_TYPES = ("Code", "Reasoning")
+# What the optimizers attach to the program that they return.
+_ATTACHED = {"candidate_programs", "detailed_results", "score"}
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,6 @@ class PredictorSite:
     input_fields: tuple[str, ...]
     output_fields: tuple[str, ...]
     lists_tools: bool = False
-
-    def reasoning_fields(self, supervised: str | None) -> tuple[str, ...]:
-        """The text fields that the model writes before `supervised`; all text fields without one."""
-        names = self.output_fields
-        before = names[: names.index(supervised)] if supervised in names else names
-        types = self.signature.output_fields
-        return tuple(name for name in before if types[name].annotation in (str, dspy.Reasoning))
 
 
 @dataclass(frozen=True)
@@ -98,10 +93,13 @@ def search_adapter(adapter: Any = None) -> Any:
 def predictors_of(program: Any, *, adapter: Any = None) -> tuple[PredictorSite, ...]:
     """The predictors of a program, in the order of `named_predictors()`, each once.
 
+    Raises `ProgramError` when it is not a program.
+
     ```python
     [site.name for site in predictors_of(dspy.ChainOfThought("question -> answer"))]  # ["predict"]
     ```
     """
+    _refuse_stranger(program)
     chosen = search_adapter(adapter)
     sites: list[PredictorSite] = []
     seen: set[int] = set()
@@ -133,58 +131,45 @@ def check_examples(examples: Sequence[Any], *, name: str = "trainset") -> None:
     strangers = [row for row, example in enumerate(examples) if not isinstance(example, dspy.Example)]
     if strangers:
         raise DataError(
-            f"{_rows(strangers)} of the {name} {_are(strangers)} not dspy.Example. "
+            f"{name_rows(strangers)} of the {name} {_are(strangers)} not dspy.Example. "
             "Build them as dspy.Example(question=..., answer=...).with_inputs('question')."
         )
     bare = [row for row, example in enumerate(examples) if example._input_keys is None]
     if bare:
         raise DataError(
-            f"{_rows(bare)} of the {name} {_do(bare)} not say which fields are inputs. "
+            f"{name_rows(bare)} of the {name} {_do(bare)} not say which fields are inputs. "
             "Call .with_inputs('question', ...) on each example."
         )
 
 
-def supervised_field(site: PredictorSite, trainset: Sequence[Any]) -> str | None:
-    """The last output field of the predictor that the examples carry a gold value for, or None.
+def name_rows(rows: Sequence[int]) -> str:
+    """The first of these row numbers, for a message.
 
-    Raises `DataError` when some rows lack that value, or do not say which fields are inputs.
+    Example:
+        >>> name_rows([3]), name_rows(range(12))
+        ('Row 3', 'Rows 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more')
     """
-    check_examples(trainset)
-    labels = [example.labels() for example in trainset]
-    for name in reversed(site.output_fields):
-        missing = [row for row, label in enumerate(labels) if label.get(name) is None]
-        if len(missing) == len(labels):
-            continue
-        if missing:
-            raise DataError(
-                f"{_rows(missing)} of the trainset {_have(missing)} no gold value for `{name}`, which "
-                f"predictor `{site.name}` is trained on (rows are counted from 0). Fill in the value, "
-                "or leave those rows out."
-            )
-        return name
-    return None
+    named = ", ".join(str(row) for row in rows[:_ROWS_NAMED])
+    more = f" and {len(rows) - _ROWS_NAMED} more" if len(rows) > _ROWS_NAMED else ""
+    return f"Row{'s' if len(rows) > 1 else ''} {named}{more}"
 
 
-def refuse_unsupported(sites: Sequence[PredictorSite], *, append: bool = False) -> None:
-    """Raises `ProgramError` when a predictor cannot be optimised, saying why and what to do.
-
-    With `append`, instructions that list tools are allowed: a sentence after them leaves the list alone.
-    """
-    refuse_unusable(sites)
+def refuse_unsupported(sites: Sequence[PredictorSite]) -> None:
+    """Raises `ProgramError` when a predictor with gold values cannot be optimised, saying why and what to do."""
     for site in sites:
         where = f"Predictor `{site.name}`"
+        keep = f"leave its output fields ({', '.join(site.output_fields)}) out of the rows: it then stays as it is"
+        if site.lists_tools:
+            raise ProgramError(
+                f"{where} lists its tools in its instruction, and rewriting it would lose them. Please {keep}."
+            )
         for name, info in site.signature.fields.items():
             unusual = _unusual_types(info)
-            if unusual and not (append and site.lists_tools):
+            if unusual:
                 raise ProgramError(
                     f"{where} has the field `{name}` of type {unusual[0]}, which is not written into the "
-                    "prompt as plain text. Leave this predictor out of the search, or use a text field."
+                    f"prompt as plain text. Use a text field, or {keep}."
                 )
-        if site.lists_tools and not append:
-            raise ProgramError(
-                f"{where} lists its tools in its instruction, and rewriting it would lose them. "
-                'Use mode="append", which adds a sentence after the list.'
-            )
 
 
 def refuse_unusable(sites: Sequence[PredictorSite]) -> None:
@@ -203,16 +188,26 @@ def refuse_unusable(sites: Sequence[PredictorSite]) -> None:
 
 
 def copy_program(program: Any) -> Any:
-    """A deep copy of a program that shares its language models: weights are never copied."""
-    shared: dict[int, Any] = {}
-    for _, module in program.named_sub_modules():
-        for value in vars(module).values():
-            if isinstance(value, dspy.BaseLM):
-                shared[id(value)] = value
+    """A deep copy of a program that shares its language models: weights are never copied.
+
+    What an optimizer attached to it stays behind: a program that is compiled again would carry all the
+    candidates of every earlier time, each with candidates of its own.
+    """
+    instead: dict[int, Any] = {}
+    originals = {id(module): module for _, module in program.named_sub_modules()}
+    for module in originals.values():
+        instead |= {id(value): value for value in vars(module).values() if isinstance(value, dspy.BaseLM)}
+        if _is_compiled(module):
+            instead[id(module.candidate_programs)] = []
     try:
-        return copy.deepcopy(program, shared)
+        copied = copy.deepcopy(program, instead)
     except Exception:  # parts that cannot be copied: DSPy shares those
-        return program.deepcopy()
+        copied = program.deepcopy()
+    for module in [module for _, module in copied.named_sub_modules()]:
+        if id(module) not in originals and _is_compiled(module):
+            for name in _ATTACHED:
+                delattr(module, name)
+    return copied
 
 
 def with_instruction(program: Any, name: str, text: str) -> Any:
@@ -332,6 +327,21 @@ class _Recorder(BaseCallback):
             return tuple(call for call in self._done.values() if call is not None)
 
 
+def _is_compiled(module: Any) -> bool:
+    """Whether an optimizer attached its results; a program may have a `score` of its own."""
+    attached = vars(module)
+    return attached.keys() >= _ATTACHED and isinstance(attached["candidate_programs"], list)
+
+
+def _refuse_stranger(program: Any) -> None:
+    if not isinstance(program, dspy.Module):
+        kind = f"the class {program.__name__}" if isinstance(program, type) else f"a {type(program).__name__}"
+        raise ProgramError(
+            f"The student is {kind}, not a program. Pass an instance of a dspy.Module, such as "
+            "dspy.ChainOfThought('question -> answer')."
+        )
+
+
 def _active_call() -> str:
     from dspy.utils.callback_context import ACTIVE_CALL_ID
 
@@ -363,19 +373,9 @@ def _unusual_types(info: Any) -> list[str]:
     return [name for name in names if name.split("[")[0].split("_")[0] not in _TEXT_TYPES]
 
 
-def _rows(rows: Sequence[int]) -> str:
-    named = ", ".join(str(row) for row in rows[:_ROWS_NAMED])
-    more = f" and {len(rows) - _ROWS_NAMED} more" if len(rows) > _ROWS_NAMED else ""
-    return f"Row{'s' if len(rows) > 1 else ''} {named}{more}"
-
-
 def _are(rows: Sequence[int]) -> str:
     return "are" if len(rows) > 1 else "is"
 
 
 def _do(rows: Sequence[int]) -> str:
     return "do" if len(rows) > 1 else "does"
-
-
-def _have(rows: Sequence[int]) -> str:
-    return "have" if len(rows) > 1 else "has"

@@ -125,16 +125,19 @@ def _together(
         return _all(enter_and_run, jobs, size)
 
 
-def searching_copy(program: Any, texts: Mapping[str, str]) -> Any:
+def searching_copy(program: Any, texts: Mapping[str, str], seed: int = 0) -> Any:
     """A copy of the program with other instructions, whose in-process models do not answer from a cache.
 
-    The counters then say what the search cost; a server's cache, which saves money, is left on.
+    The counters then say what the search cost; a server's cache, which saves money, is left on. A model
+    that has no seed gets one from `seed`, another for each predictor, so that a search at a temperature can
+    be repeated. A prompt that a predictor asks twice is then answered alike; `n=` gives several samples.
     """
     copied = with_instructions(program, texts)
-    for _, predictor in copied.named_predictors():
+    for place, (_, predictor) in enumerate(copied.named_predictors()):
         lm = predictor.lm
         if _local_engine(lm) is not None:
-            predictor.lm = lm.copy(cache=False)
+            own = lm.kwargs.get("seed")
+            predictor.lm = lm.copy(cache=False, seed=seed + place if own is None else own)
     return copied
 
 

@@ -41,9 +41,13 @@ class SearchState:
         return self.position >= len(self.current.token_ids)
 
 
-def begin(seed: Evaluation, settings: Settings) -> SearchState:
-    """The state before the first step: p = p* = the seed instruction (Algorithm 1, line 3)."""
-    return SearchState(seed=seed, current=seed, best=_ranked((seed,), settings))
+def begin(seed: Evaluation, settings: Settings, *, editable: Sequence[int] | None = None) -> SearchState:
+    """The state before the first step: p = p* = the seed instruction (Algorithm 1, line 3).
+
+    `editable` are the positions that may be changed, all of them by default; line breaks may not.
+    """
+    first = min(editable, default=0) if editable is not None else 0
+    return SearchState(seed=seed, current=seed, best=_ranked((seed,), settings), position=first)
 
 
 def advance(
@@ -53,6 +57,7 @@ def advance(
     settings: Settings,
     *,
     failed: bool = False,
+    editable: Sequence[int] | None = None,
 ) -> SearchState:
     """The state after a step that evaluated some instructions and chose one (lines 16 to 19)."""
     return replace(
@@ -60,7 +65,7 @@ def advance(
         current=chosen,
         best=_ranked((*state.best, chosen, *evaluated), settings),
         step=state.step + 1,
-        position=_next_position(state.position, chosen, settings),
+        position=_next_position(state.position, chosen, settings, editable),
         failed_steps=state.failed_steps + 1 if failed else 0,
     )
 
@@ -80,14 +85,16 @@ def step_random(seed: int, predictor: str, step: int) -> random.Random:
     return random.Random(f"{seed}/{predictor}/{step}")
 
 
-def _next_position(position: int, chosen: Evaluation, settings: Settings) -> int:
-    """The next index; past the end, a new token if the sentence is open, else back to the start."""
+def _next_position(position: int, chosen: Evaluation, settings: Settings, editable: Sequence[int] | None) -> int:
+    """The next editable index; past the last, a new token if the sentence is open, else back to the first."""
     length = len(chosen.token_ids)
-    if position + 1 < length:
-        return position + 1
+    positions = range(length) if editable is None else sorted(editable)
+    later = [each for each in positions if each > position]
+    if later:
+        return later[0]
     could_not_grow = position >= length  # the step was to append a token, and there was none
     grows = not ends_sentence(chosen.instruction) and length < settings.max_instruction_tokens
-    return length if grows and not could_not_grow else 0
+    return length if grows and not could_not_grow else min(positions, default=0)
 
 
 def _ranked(evaluations: Sequence[Evaluation], settings: Settings) -> tuple[Evaluation, ...]:

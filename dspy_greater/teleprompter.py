@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +19,7 @@ from .objective import Objective
 from .problem import Problem, Target, pose
 from .report.result import CompileResult, PredictorResult
 from .rollout import searching_copy
+from .rows import as_list
 from .run.events import Evaluation, Listener, SearchStarted, StepTaken, Validated
 from .run.journal import Journal
 from .run.progress import Listeners, ProgressBar
@@ -109,12 +112,13 @@ class GReaTerTeleprompter(Teleprompter):
             valset: rows on which the finalists meet the seed; without any, part of the trainset.
 
         Returns:
-            The program, with `detailed_results` (`CompileResult`), `candidate_programs` and `score`.
+            The program, with `detailed_results` (`CompileResult`), `candidate_programs` and `score` (0 to 1).
             Ctrl-C ends the search early with the best so far; a second one raises.
 
         Raises:
             GreaterError: one of its subclasses, before the search, for input that cannot work.
         """
+        trainset, valset = as_list(trainset, name="trainset"), as_list(valset, name="valset")
         problem = pose(
             student,
             trainset,
@@ -138,12 +142,12 @@ class GReaTerTeleprompter(Teleprompter):
                 search = _Search(problem, target, program, journal, listeners)
                 try:
                     search.run()  # Algorithm 1
-                    result = search.validate()
-                except KeyboardInterrupt:
-                    if search.interrupted or not results:  # the second one, or nothing to return yet
+                except KeyboardInterrupt:  # before this predictor's seed was evaluated
+                    if not results:
                         raise
                     interrupted = True
                     break
+                result = search.validate()
                 program = searching_copy(program, {target.site.name: result.instruction})
                 results.append(result)
                 if search.interrupted:
@@ -194,21 +198,32 @@ class _Search:
             self.interrupted = True
 
     def validate(self) -> PredictorResult:
-        """The finalists meet the seed on the validation rows; a tie keeps the seed."""
+        """The finalists meet the seed on the validation rows; a tie keeps the seed, and so does a first Ctrl-C."""
         problem, state = self._problem, self._state
         texts = list(dict.fromkeys([state.seed.instruction, *(each.instruction for each in state.best)]))
         finalists = [{self._name: text} for text in texts]
-        scores = validation_scores(
-            self._program, finalists, problem.validation, problem.metric, threads=problem.settings.threads
-        )
-        best = texts[winner(scores)]
+        known = [each for each in self._recorded if isinstance(each, Validated) and list(each.scores) == texts]
+        if known:
+            validated = known[-1]
+        else:
+            try:
+                scores = validation_scores(
+                    self._program, finalists, problem.validation, problem.metric, threads=problem.settings.threads
+                )
+            except KeyboardInterrupt:
+                if self.interrupted:  # the second one
+                    raise
+                self.interrupted = True
+                return self._result({state.seed.instruction: math.nan}, state.seed.instruction)
+            validated = Validated(self._name, dict(zip(texts, scores, strict=True)), texts[winner(scores)])
         scored = {each.instruction: each.token_ids for each in [state.seed, *state.best]}
-        round_trip(self._objective.layout, best, scored[best])
-        by_text = dict(zip(texts, scores, strict=True))
-        self._tell(Validated(self._name, by_text, best), record=False)
-        return PredictorResult(
-            self._name, self._target.field, state.seed, tuple(self._steps), state.best, by_text, best
-        )
+        round_trip(self._objective.layout, validated.winner, scored[validated.winner])
+        self._tell(validated, record=not known)
+        return self._result(validated.scores, validated.winner)
+
+    def _result(self, validation: dict[str, float], instruction: str) -> PredictorResult:
+        state, steps = self._state, tuple(self._steps)
+        return PredictorResult(self._name, self._target.field, state.seed, steps, state.best, validation, instruction)
 
     def _seed(self) -> Evaluation:
         """The seed's reasoning and losses, from the journal or made now.
@@ -225,6 +240,7 @@ class _Search:
             (seed,) = self._objective.evaluate([self._objective.seed()])
             refuse_useless_metric([row.error for row in seed.rows])
             _refuse_unused_predictor(seed, self._name)
+            _warn_if_all_failed(seed, self._name)
         self._tell(SearchStarted(self._name, seed, self._problem.settings.steps), record=not recorded)
         return seed
 
@@ -251,6 +267,18 @@ class _Meter:
             seconds=time.monotonic() - self._started,
             spent={name: sum(part[name] for part in spent) for name in spent[0]},
             interrupted=interrupted,
+        )
+
+
+def _warn_if_all_failed(seed: Evaluation, name: str) -> None:
+    if all(row.error is not None for row in seed.rows):
+        warnings.warn(
+            f"The program failed on all {len(seed.rows)} training rows with the seed instruction of predictor "
+            f"`{name}`; on the first, {seed.rows[0].error} The search goes on from there. If no instruction can help, "
+            "check the "
+            "adapter and the LM's max_tokens.",
+            RuntimeWarning,
+            stacklevel=5,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .metric import RowMetric
+from .metric import RowMetric, refuse_useless_metric
 from .rollout import roll_out, searching_copy
 
 
@@ -25,9 +25,13 @@ def validation_scores(
         rows: the validation rows.
         metric: the user's metric.
         threads: see `roll_out`.
+
+    Raises:
+        MetricError: the metric failed on every row of every finalist, so that its zeros compare nothing.
     """
     programs = [searching_copy(program, texts) for texts in finalists]
     rollouts = roll_out(programs, rows, metric, threads=threads, deployed=True)
+    refuse_useless_metric(*([each.error for each in group] for group in rollouts), rows="validation rows")
     return [sum(each.score for each in group) / len(group) for group in rollouts]
 
 

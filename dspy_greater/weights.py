@@ -38,8 +38,8 @@ def weights_behind(lm: Any, *, weights: Any = None, predictor_name: str = "") ->
     Args:
         lm: the LM of a predictor.
         weights: an `Engine`, a `local_lm`, a loaded `(model, tokenizer)` pair, a name or path, or a
-            mapping from the LM's model string to one of these.
-        predictor_name: for the error message.
+            mapping to one of these from the predictor's name or the LM's model string.
+        predictor_name: the predictor's path in its program.
 
     Raises:
         WeightsError: no weights are known; names the predictor, the LM and what to pass.
@@ -49,7 +49,7 @@ def weights_behind(lm: Any, *, weights: Any = None, predictor_name: str = "") ->
     """
     name = str(getattr(lm, "model", lm))
     if isinstance(weights, Mapping):
-        weights = weights.get(name)
+        weights = weights.get(predictor_name, weights.get(name))
     if weights is not None:
         return as_engine(weights)
     own = getattr(getattr(lm, "engine", None), "engine", None)
@@ -79,6 +79,7 @@ def as_engine(weights: Any) -> Engine:
         WeightsError: it is none of these, or cannot be loaded.
     """
     if isinstance(weights, Engine):
+        remember(weights)
         return weights
     if isinstance(weights, (str, os.PathLike)):
         return shared_engine(os.fspath(weights))
@@ -90,7 +91,8 @@ def as_engine(weights: Any) -> Engine:
         return _from_pair(*weights)
     raise WeightsError(
         f"weights is a {type(weights).__name__}; pass an Engine, a local_lm, a loaded "
-        "(model, tokenizer) pair, a name or path, or a mapping from the LM's model string to one of these."
+        "(model, tokenizer) pair, a name or path, or a mapping to one of these from the predictor's name or the LM's "
+        "model string."
     )
 
 
@@ -131,7 +133,7 @@ def live_engine(identity: str) -> Engine | None:
 
 
 def remember(engine: Engine) -> None:
-    """Let `live_engine` find an engine that was built from a model the caller loaded."""
+    """Let `live_engine` find an engine that the caller built, so that a program saved with it can be loaded."""
     _shared[(engine.identity, id(engine))] = engine
 
 

@@ -13,8 +13,13 @@ import argparse
 import json
 import os
 import random
+import sys
 import time
 from pathlib import Path
+
+# A hub that cannot be reached should not hold up the demo; read when the hub's client is imported.
+os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "3")
+os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
 
 import dspy
 
@@ -27,6 +32,8 @@ HUB_DATASET = "lukaemon/bbh"
 def load_rows(task: str, directory: Path | None) -> tuple[list[dspy.Example], str]:
     """All rows of a task, and where they came from."""
     if directory is not None:
+        if not (directory / f"{task}.json").is_file():
+            sys.exit(f"There is no {directory / f'{task}.json'}. --bbh names the directory with the benchmark's files.")
         raw = json.loads((directory / f"{task}.json").read_text())["examples"]
         source = f"BIG-Bench Hard, {directory / f'{task}.json'}"
     else:
@@ -37,13 +44,15 @@ def load_rows(task: str, directory: Path | None) -> tuple[list[dspy.Example], st
 
 def from_hub_or_generator(task: str) -> tuple[list[dict[str, str]], str]:
     """Real rows through `datasets`; generated ones, with a notice, where the hub cannot be reached."""
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "3")
-    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
     from datasets import load_dataset
 
     try:
         return list(load_dataset(HUB_DATASET, task, split="test")), f"BIG-Bench Hard, {HUB_DATASET} on the hub"
     except Exception as error:  # no network, no such task: whatever it is, the demo can go on
+        if task not in TASKS:
+            sys.exit(
+                f"{task} could not be read from the hub ({error}), and rows are generated for {', '.join(TASKS)} only."
+            )
         rng = random.Random(f"quickstart/{task}")
         questions = list(dict.fromkeys(generate(task, rng) for _ in range(250)))
         raw = [{"input": question, "target": work_out(task, question).answer} for question in questions]
@@ -93,8 +102,10 @@ def main() -> None:
     rows, source = load_rows(arguments.task, arguments.bbh)
     random.Random(arguments.seed).shuffle(rows)
     test, rest = rows[: arguments.test_rows], rows[arguments.test_rows :]
-    train, validation = rest[:50], rest[50:150]
-    print(f"rows: {source}; {len(train)} train, {len(validation)} validation, {len(test)} test")
+    if len(rest) < 4:
+        sys.exit(f"--test-rows {arguments.test_rows} leaves {len(rest)} of {len(rows)} rows for the search; use fewer.")
+    train, validation = rest[: len(rest) // 3], rest[len(rest) // 3 :]
+    print(f"rows: {source}; {len(rest)} for the search, {len(test)} for the test")
 
     dspy.configure(lm=local_lm(arguments.model))
     program = dspy.ChainOfThought(dspy.Signature("question -> answer", arguments.instruction))
@@ -117,12 +128,18 @@ def main() -> None:
         low, high = interval(share, len(test))
         print(f"{name} {100 * share:5.1f} % [{100 * low:.1f}, {100 * high:.1f}]  {text!r}")
     print(f"saved to {saved}; loaded in plain DSPy it scores {100 * again:.1f} %")
-    print(f"{len(details.steps)} steps, {details.spent['generated_tokens']} generated tokens, {details.seconds:.0f} s")
+    print(f"{details.train_rows} training and {details.validation_rows} validation rows, {len(details.steps)} steps,")
+    print(f"{details.spent['generated_tokens']} generated tokens, {details.seconds:.0f} s")
     result = {
         "task": arguments.task,
         "model": arguments.model,
         "seed": arguments.seed,
-        "rows": {"source": source, "train": len(train), "validation": len(validation), "test": len(test)},
+        "rows": {
+            "source": source,
+            "train": details.train_rows,
+            "validation": details.validation_rows,
+            "test": len(test),
+        },
         "seed_instruction": arguments.instruction,
         "found_instruction": found,
         "seed_accuracy": before,

@@ -285,6 +285,44 @@ def test_lockstep_refuses_more_threads_than_announced_and_a_second_group() -> No
     assert batcher.submit(3) == 3
 
 
+def test_a_second_thread_waits_for_the_first_to_leave_lockstep() -> None:
+    batcher = Batcher(lambda requests: requests)
+    entered: list[str] = []
+
+    def second() -> int:
+        with batcher.lockstep(1) as group, group.worker():
+            entered.append("second")
+            return batcher.submit(2)
+
+    with ThreadPoolExecutor(1) as pool:
+        with batcher.lockstep(1):
+            waiting = pool.submit(second)
+            time.sleep(0.1)
+            assert batcher.submit(1) == 1  # this thread is no worker: it goes the ordinary way
+            entered.append("first leaves")
+        assert waiting.result(20) == 2
+    assert entered == ["first leaves", "second"]
+
+
+def test_a_worker_that_would_wait_for_its_own_group_is_refused() -> None:
+    batcher = Batcher(lambda requests: requests)
+
+    def nested() -> None:
+        with group.worker(), batcher.lockstep(1):
+            pass
+
+    with batcher.lockstep(1) as group, ThreadPoolExecutor(1) as pool:
+        assert isinstance(pool.submit(nested).exception(20), GreaterError)
+
+
+def test_lockstep_can_be_entered_again_after_an_error() -> None:
+    batcher = Batcher(lambda requests: requests)
+    with pytest.raises(KeyboardInterrupt), batcher.lockstep(1):
+        raise KeyboardInterrupt
+    with batcher.lockstep(1) as group, group.worker():
+        assert batcher.submit(1) == 1
+
+
 def test_a_worker_that_waits_for_something_else_does_not_hold_the_others_for_ever() -> None:
     batcher = Batcher(lambda requests: requests)
     release = threading.Event()
@@ -342,6 +380,16 @@ def test_a_saved_program_finds_its_weights_again_in_this_process(tmp_path: Path)
     state = engine_of(lm).dump_state()
     with pytest.raises(WeightsError, match="passed as an object"):
         LocalEngine.load_state({**state, "identity": "gone@1:float32"})
+
+
+def test_a_program_on_an_engine_that_the_caller_built_is_loaded_in_the_same_process(tmp_path: Path) -> None:
+    lm: Any = local_lm(Engine(*pair(seed=12), name="mine"), max_tokens=12)
+    program = dspy.Predict("question -> answer")
+    program.set_lm(lm)
+    program.save(str(tmp_path / "program.json"))
+    loaded = dspy.Predict("question -> answer")
+    loaded.load(str(tmp_path / "program.json"), allow_unsafe_lm_state=True)
+    assert loaded.get_lm().engine is lm.engine
 
 
 FRESH = """

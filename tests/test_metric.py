@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dspy_greater.errors import GreaterError, MetricError
-from dspy_greater.metric import RowMetric, Score
+from dspy_greater.metric import RowMetric, Score, refuse_useless_metric
 
 
 def score_of(value: Any) -> Score:
@@ -160,3 +160,12 @@ def test_feedback_that_comes_with_a_score_is_kept() -> None:
     assert score_of({"score": 0.5, "feedback": "shorter"}).feedback == "shorter"
     assert score_of(dspy.Prediction(score=0.5)).feedback is None
     assert score_of(True).feedback is None
+
+
+def test_a_metric_that_worked_once_in_any_run_is_not_useless() -> None:
+    failed = "the metric raised KeyError: 'answer'"
+    refuse_useless_metric([failed, failed], [failed, None])
+    refuse_useless_metric([failed, "AdapterParseError: no answer"])
+    refuse_useless_metric()
+    with pytest.raises(MetricError, match=r"failed on all 2 validation rows; on the first, the metric raised KeyError"):
+        refuse_useless_metric([failed, failed], [failed, failed], rows="validation rows")

@@ -26,7 +26,7 @@ from dspy_greater import local_lm
 from dspy_greater.layout import Layout
 from dspy_greater.loss import teacher_forced_losses
 from dspy_greater.metric import RowMetric
-from dspy_greater.objective import Instruction, Objective
+from dspy_greater.objective import Instruction, Objective, split_completion
 from dspy_greater.program import predictors_of
 from dspy_greater.rollout import plain
 from dspy_greater.run.events import Evaluation
@@ -220,3 +220,55 @@ def test_gold_values_of_any_type_are_scored_and_matched(kind: Any, gold: Any, sa
     [supervised] = objective.supervised(found)
     answer = supervised.token_ids[supervised.answer.start : supervised.answer.stop]
     assert engine.tokenizer.decode(answer).strip() == says
+
+
+# --- what the model wrote outside its fields ---
+
+
+@pytest.mark.parametrize(
+    ("adapter", "body"),
+    [
+        (dspy.ChatAdapter(), "[[ ## reasoning ## ]]\nBecause.\n\n[[ ## answer ## ]]\n4"),
+        (dspy.JSONAdapter(), '{"reasoning": "Because.", "answer": "4"}'),
+        (dspy.XMLAdapter(), "<reasoning>\nBecause.\n</reasoning>\n<answer>\n4\n</answer>"),
+    ],
+)
+def test_a_native_thinking_block_is_told_from_the_fields_after_it(adapter: Any, body: str) -> None:
+    program = dspy.ChainOfThought("question -> answer")
+    (site,) = predictors_of(program, adapter=adapter)
+    preamble, rest = split_completion(site, "<think>\nTwo and two.\n</think>\n" + body)
+    assert preamble == "<think>\nTwo and two.\n</think>\n"
+    assert "Because." in rest
+    assert split_completion(site, "no header at all") == ("", "no header at all")
+    assert split_completion(site, body)[0] == ""
+
+
+def test_a_native_thinking_block_is_part_of_the_reasoning_that_is_differentiated_through() -> None:
+    thought = "<think>count them twice</think>\n"
+    engine = ScriptedEngine(lambda prompt: thought + chat_answer(reasoning="Because.", answer="four"))
+    objective = objective_of(program_on(engine))
+    found = seed_of(objective)
+    assert {row.preamble for row in found.rows} == {thought}
+    for row in objective.supervised(found):
+        text = engine.tokenizer.decode(list(row.token_ids[row.reasoning.start : row.reasoning.stop]))
+        assert text.startswith("<think>count them twice</think>") and "Because." in text
+
+
+def test_a_reasoning_that_fills_the_context_is_cut_and_still_scored() -> None:
+    engine = ScriptedEngine(lambda prompt: chat_answer(reasoning="and so on " * 2000, answer="four"))
+    limit = engine.context_length
+    assert limit is not None
+    objective = objective_of(program_on(engine))
+    found = seed_of(objective)
+    supervised = objective.supervised(found)
+    assert len(supervised) == len(found.rows)
+    assert all(limit - 200 < len(row.token_ids) <= limit for row in supervised)
+    assert all(math.isfinite(row.cross_entropy) for row in found.rows)
+
+
+def test_an_unparsed_answer_is_reasoning_without_the_header_it_began_with() -> None:
+    engine = ScriptedEngine(lambda prompt: "[[ ## reasoning ## ]]\nI was cut off")
+    objective = objective_of(program_on(engine))
+    found = seed_of(objective)
+    assert {row.written["reasoning"] for row in found.rows} == {"I was cut off"}
+    assert all(row.error is not None for row in found.rows)

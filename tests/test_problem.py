@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import dspy
@@ -103,6 +105,28 @@ def test_no_gold_values_at_all_name_the_fields_on_both_sides(engine: Any) -> Non
     refused(DataError, "the rows' labels are none", engine, rows)
 
 
+def test_a_valset_without_gold_values_is_refused_by_its_own_name(engine: Any) -> None:
+    valset = [ROWS[0], dspy.Example(question="x", label="yes").with_inputs("question")]
+    text = "Row 1 of the valset has no gold value for `answer`, which predictor `predict`"
+    refused(DataError, text, engine, valset=valset)
+
+
+def test_gold_values_that_do_not_fit_are_refused_before_anything_is_generated(engine: Any) -> None:
+    program = program_on(engine, signature="question -> answer: bool")
+    rows = [*ROWS[:3], dspy.Example(question="x", answer="perhaps").with_inputs("question")]
+    text = "(?s)Row 3 of the trainset has a gold value that does not fit `answer` of predictor `predict`.*'perhaps'"
+    refused(DataError, text, engine, rows, program=program)
+    empty = [*ROWS[:3], dspy.Example(question="x", answer="").with_inputs("question")]
+    refused(DataError, "Row 3 of the trainset has no gold value for `answer`", engine, empty)
+
+
+def test_rows_may_come_from_generators(engine: Any) -> None:
+    program = program_on(engine)
+    problem = posed(program, (row for row in ROWS[:4]), (row for row in ROWS[4:]))
+    assert problem.identity() == posed(program, ROWS[:4], ROWS[4:]).identity()
+    refused(DataError, "The trainset is a int. Pass a list of dspy.Example", engine, 3)
+
+
 # ---- the metric
 
 
@@ -181,10 +205,11 @@ def test_a_program_without_an_lm_is_refused(engine: Any) -> None:
     refused(ProgramError, text, engine, program=dspy.ChainOfThought("question -> answer"))
 
 
-@pytest.mark.parametrize("weights", [{"predict": 0}, {"dummy": 0}, 0])
+@pytest.mark.parametrize("weights", [{"predict": 0}, {"dummy": 0}, {"predict": 0, "dummy": 1}, 0])
 def test_weights_are_found_by_predictor_by_lm_or_for_all(weights: Any) -> None:
     engine = planted_engine()
-    chosen = dict.fromkeys(weights, engine) if isinstance(weights, dict) else engine
+    engines = [engine, planted_engine()]
+    chosen = {name: engines[place] for name, place in weights.items()} if isinstance(weights, dict) else engine
     program = dspy.ChainOfThought(dspy.Signature("question -> answer", SEED))
     program.set_lm(DummyLM([{"reasoning": "r", "answer": "yes"}]))
     problem = posed(program, weights=chosen)
@@ -219,14 +244,50 @@ def test_a_program_without_predictors_is_refused(engine: Any) -> None:
     )
 
 
-def test_an_agent_whose_instruction_lists_its_tools_is_refused_and_told_why(engine: Any) -> None:
+def agent_on(engine: Any) -> Any:
     def search(query: str) -> str:
         """Look something up."""
         return query
 
     program = dspy.ReAct("question -> answer", tools=[search])
     program.set_lm(local_lm(engine, cache=False))
-    refused(ProgramError, "Predictor `react` .*(tools|plain text)", engine, program=program)
+    return program
+
+
+def test_gold_values_for_an_instruction_that_lists_its_tools_are_refused_and_told_why(engine: Any) -> None:
+    rows = [dspy.Example(question="x", answer="yes", next_thought="search").with_inputs("question")]
+    text = (
+        "Predictor `react` lists its tools in its instruction, and rewriting it would lose them. Please leave its out"
+    )
+    refused(ProgramError, text, engine, rows, program=agent_on(engine))
+
+
+def test_an_agent_keeps_the_instruction_that_lists_its_tools(engine: Any) -> None:
+    with pytest.warns(UserWarning, match="Predictors react have no gold values in the trainset and keep"):
+        problem = posed(agent_on(engine))
+    assert [(target.site.name, target.field) for target in problem.targets] == [("extract.predict", "answer")]
+
+
+def test_a_field_that_is_no_text_is_refused_only_where_it_would_be_optimised(engine: Any) -> None:
+    class Looks(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.look = dspy.Predict("picture: dspy.Image -> question")
+            self.answer = dspy.ChainOfThought(dspy.Signature("question -> answer", SEED))
+            self.set_lm(local_lm(engine, cache=False))
+
+    with pytest.warns(UserWarning, match="Predictors look have no gold values"):
+        problem = posed(Looks())
+    assert [target.site.name for target in problem.targets] == ["answer.predict"]
+    rows = [dspy.Example(picture="x", question="y", answer="yes").with_inputs("picture")]
+    refused(ProgramError, r"`look` has the field `picture` of type Image", engine, rows, program=Looks())
+
+
+@pytest.mark.parametrize("student", [dspy.ChainOfThought, "question -> answer", None])
+def test_a_student_that_is_not_a_program_is_refused(engine: Any, student: Any) -> None:
+    refused(
+        ProgramError, "The student is .*, not a program. Pass an instance of a dspy.Module", engine, program=student
+    )
 
 
 def test_a_program_that_never_calls_its_predictor_is_refused_with_its_own_error(engine: Any) -> None:
@@ -266,6 +327,31 @@ def test_predictors_without_gold_values_are_named_and_keep_their_instructions() 
     assert better.query.signature.instructions == "Write a query."
     assert [each.name for each in better.detailed_results.predictors] == ["answer.predict"]
     assert better.score == 1.0
+
+
+def test_a_program_that_is_compiled_again_and_again_does_not_grow() -> None:
+    engine = ScriptedEngine(obedient_script)
+    program = program_on(engine)
+    for _ in range(3):
+        program = compile_with(engine, program=program)
+        assert program.candidate_programs
+        attached = [vars(each["program"]).keys() for each in program.candidate_programs]
+        assert not [names for names in attached if "candidate_programs" in names or "detailed_results" in names]
+
+
+def test_two_compiles_at_once_on_one_model_find_what_each_finds_alone() -> None:
+    engine = ScriptedEngine(obedient_script)
+    students = [program_on(engine, instruction=text) for text in (SEED, "Please count.")]
+
+    def found(student: Any) -> Any:
+        (result,) = compile_with(engine, program=student).detailed_results.predictors
+        # The counters are the engine's, and so of both.
+        return replace(result, steps=tuple(replace(step, spent={}) for step in result.steps))
+
+    alone = [found(student) for student in students]
+    with ThreadPoolExecutor(2) as pool:
+        together = [pool.submit(found, student) for student in students]
+        assert [each.result(60) for each in together] == alone
 
 
 # ---- settings of the optimizer
@@ -329,6 +415,26 @@ def test_rows_that_train_and_validate_are_counted_in_a_warning() -> None:
         split(ROWS[:1], None, settings=Settings(), seed=0)
 
 
+def test_warnings_point_to_the_line_that_calls_compile(engine: Any) -> None:
+    class TwoHops(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query = dspy.Predict("question -> query")
+            self.answer = dspy.ChainOfThought(dspy.Signature("question -> answer", SEED))
+            self.set_lm(local_lm(engine, cache=False))
+
+        def forward(self, question: str) -> Any:
+            return self.answer(question=question)
+
+    compiler = optimizer(steps=0)
+    with pytest.warns(UserWarning, match="validation rows|keep their instructions") as told:
+        compiler.compile(TwoHops(), ROWS[:2], valset=ROWS[:2])
+    assert {warning.filename for warning in told} == {__file__}
+    texts = [str(warning.message) for warning in told]
+    assert ["also training rows" in text for text in texts] == [True, False]
+    assert "Predictors query have no gold values" in texts[1]
+
+
 def test_a_valset_of_its_own_gives_no_warning(engine: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -360,6 +466,12 @@ def test_the_identity_is_the_same_for_the_same_inputs(engine: Any) -> None:
 def test_the_identity_tells_what_changed(engine: Any, where: str, change: Any) -> None:
     before, now = posed(program_on(engine)).identity(), change(engine).identity()
     assert where in {name for name in before if before[name] != now[name]}
+
+
+def test_settings_of_the_machine_do_not_change_the_identity(engine: Any) -> None:
+    settings = {"train_rows": 4, "validation_rows": 4}
+    other = Settings.of(None, **settings, threads=3, max_batch_tokens=512)
+    assert posed(program_on(engine), settings=other).identity() == posed(program_on(engine)).identity()
 
 
 def test_the_identity_holds_no_secret() -> None:

@@ -17,11 +17,12 @@ from dspy_greater.program import (
     copy_program,
     predictors_of,
     refuse_unsupported,
+    refuse_unusable,
     search_adapter,
-    supervised_field,
     trace_calls,
     with_instruction,
 )
+from dspy_greater.rows import refuse_unfit_gold, supervised_field
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:dspy")
 
@@ -67,9 +68,6 @@ def test_every_predictor_is_listed_once_with_its_path() -> None:
     assert sites[1].instruction == program.answer.predict.signature.instructions
     assert sites[1].input_fields == ("question", "context")
     assert sites[1].output_fields == ("reasoning", "answer")
-    assert sites[1].reasoning_fields("answer") == ("reasoning",)
-    assert sites[1].reasoning_fields("reasoning") == ()
-    assert sites[0].reasoning_fields(None) == ("query",)
 
 
 def test_a_bare_predictor_is_a_program_too() -> None:
@@ -121,6 +119,35 @@ def test_missing_gold_names_rows_and_field() -> None:
         supervised_field(site, many)
 
 
+@pytest.mark.parametrize("empty", ["", "  \n"])
+def test_an_empty_gold_value_is_a_missing_one(empty: str) -> None:
+    site = predictors_of(TwoHops())[1]
+    with pytest.raises(DataError, match=r"Row 2 of the trainset has no gold value for `answer`"):
+        supervised_field(site, [*ROWS, row(question="?", answer=empty)])
+    assert supervised_field(site, [row(question="?", answer=empty)]) is None
+
+
+def test_gold_values_that_do_not_fit_their_field_are_named_by_row() -> None:
+    site = predictors_of(dspy.Predict("question -> count: int"))[0]
+    refuse_unfit_gold(site, "count", [row(question="1 + 1?", count=2), row(question="2 + 2?", count="4")])
+    rows = [row(question="?", count=count) for count in (1, "two", 3, "four")]
+    with pytest.raises(
+        DataError,
+        match=r"(?s)Rows 1, 3 of the trainset have a gold value that does not fit `count` of predictor `self`.*"
+        r"counted from 0\). In row 1: The gold value 'two' .*int.*Correct the rows, or the field's type",
+    ):
+        refuse_unfit_gold(site, "count", rows)
+
+
+@pytest.mark.parametrize(
+    ("student", "kind"),
+    [(TwoHops, "the class TwoHops"), ("question -> answer", "a str"), (None, "a NoneType"), (len, "a builtin_")],
+)
+def test_what_is_not_a_program_is_refused_with_what_to_pass(student: Any, kind: str) -> None:
+    with pytest.raises(ProgramError, match=f"The student is {kind}.*Pass an instance of a dspy.Module, such as"):
+        predictors_of(student)
+
+
 def test_unusable_examples_say_how_to_mend_them() -> None:
     with pytest.raises(DataError, match=r"Row 1 of the trainset does not say.*\.with_inputs\('question', \.\.\.\)"):
         check_examples([ROWS[0], dspy.Example(question="a", answer="b")])
@@ -142,26 +169,30 @@ def test_unsupported_programs_say_what_to_do() -> None:
     with dspy.context(lm=dummy()):
         refuse_unsupported(predictors_of(TwoHops()))
         with pytest.raises(ProgramError, match="no predictors to optimise"):
-            refuse_unsupported(predictors_of(dspy.Module()))
-        with pytest.raises(ProgramError, match=r"field `picture` of type Image.*Leave this predictor out"):
+            refuse_unusable(predictors_of(dspy.Module()))
+        with pytest.raises(
+            ProgramError, match=r"field `picture` of type Image.*text field, or leave .*\(answer\) out of"
+        ):
             refuse_unsupported(predictors_of(dspy.Predict("picture: dspy.Image -> answer")))
         with pytest.raises(ProgramError, match=r"field `past` of type History"):
             refuse_unsupported(predictors_of(dspy.Predict("past: dspy.History, question -> answer")))
         agent = predictors_of(dspy.ReAct("question -> answer", tools=[search]))
         assert [site.lists_tools for site in agent] == [True, False]
-        with pytest.raises(ProgramError, match=r'`react` lists its tools.*mode="append"'):
+        with pytest.raises(
+            ProgramError, match=r"`react` lists its tools.*leave its output fields \(next_thought, .*out of"
+        ):
             refuse_unsupported(agent)
-        refuse_unsupported(agent, append=True)
+        refuse_unsupported(agent[1:])
     with (
         dspy.context(lm=None),
         pytest.raises(ProgramError, match=r"`query` has no language model.*dspy.configure"),
     ):
-        refuse_unsupported(predictors_of(TwoHops()))
+        refuse_unusable(predictors_of(TwoHops()))
     with (
         dspy.context(lm="openai/x"),
         pytest.raises(ProgramError, match=r"the string 'openai/x'.*Pass a dspy.LM"),
     ):
-        refuse_unsupported(predictors_of(TwoHops()))
+        refuse_unusable(predictors_of(TwoHops()))
 
 
 # --- copies ---
@@ -191,6 +222,40 @@ def test_language_models_are_shared_and_never_copied() -> None:
     assert copied.query is not student.query
     assert copied.query.lm is lm
     assert copied.answer.predict.lm is lm
+
+
+def compiled(program: Any) -> Any:
+    """The program as an optimizer returns it."""
+    program.candidate_programs = [{"score": 1.0, "program": copy_program(program)}]
+    program.detailed_results, program.score = object(), 1.0
+    return program
+
+
+def test_a_copy_leaves_behind_what_an_optimizer_attached() -> None:
+    student = compiled(TwoHops())
+    student.inner = compiled(dspy.Predict("question -> answer"))
+    copied = copy_program(student)
+    attached = {"candidate_programs", "detailed_results", "score"}
+    assert attached.isdisjoint(vars(copied)) and attached.isdisjoint(vars(copied.inner))
+    assert attached <= vars(student).keys() and attached <= vars(student.inner).keys()
+    assert [name for name, _ in copied.named_predictors()] == [name for name, _ in student.named_predictors()]
+
+
+def test_a_copy_of_what_cannot_be_copied_takes_nothing_from_the_student() -> None:
+    student = TwoHops()
+    student.steps = [compiled(dspy.Predict("question -> answer")), threading.Lock()]
+    copied = copy_program(student)
+    assert copied.steps[0] is student.steps[0]
+    assert student.steps[0].score == 1.0
+
+
+def test_a_copy_keeps_a_score_that_is_the_programs_own() -> None:
+    student = TwoHops()
+    student.score = dspy.Predict("answer -> grade")
+    student.candidate_programs = None
+    copied = copy_program(student)
+    assert isinstance(copied.score, dspy.Predict)
+    assert copied.candidate_programs is None
 
 
 # --- traces ---

@@ -135,6 +135,7 @@ class Listening(ScriptedEngine):
         return super().complete(requests)
 
 
+@pytest.mark.filterwarnings("ignore:The program failed on all:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:The data contains the special tokens")
 @pytest.mark.parametrize("suffix", ["", " é – 漢\n\tx", " <|end|> x"])
 @pytest.mark.parametrize("adapter", [dspy.ChatAdapter, dspy.JSONAdapter, dspy.XMLAdapter])
@@ -221,6 +222,7 @@ def test_the_tokenizer_is_left_as_it_was() -> None:
     assert state() == before
 
 
+@pytest.mark.filterwarnings("ignore:The program failed on all:RuntimeWarning")
 def test_the_student_the_rows_and_the_signature_are_left_alone() -> None:
     program = program_on(planted_engine())
     predictor = program.predictors()[0]
@@ -310,7 +312,7 @@ def test_a_torn_last_line_costs_that_step_only(tmp_path: Path, cut: int) -> None
     whole = compiled(steps=2, log_dir=tmp_path / "whole")
     journal = tmp_path / "whole" / "journal.jsonl"
     content = journal.read_bytes()
-    assert len(lines.read(content).payloads) == 4
+    assert len(lines.read(content).payloads) == 5  # header, seed, two steps, validation
     journal.write_bytes(content[:-cut])
     assert record(compiled(steps=2, log_dir=tmp_path / "whole")) == record(whole)
     assert journal.read_bytes() == content
@@ -526,6 +528,29 @@ def test_an_interrupt_in_the_second_predictor_keeps_what_the_first_one_gained() 
     assert instruction_of(better.second) == SEED
 
 
+def test_a_first_interrupt_in_the_validation_returns_the_seed_and_a_second_one_raises(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*args: Any, **settings: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dspy_greater.teleprompter.validation_scores", interrupted)
+    program = compiled(steps=2)
+    assert program.detailed_results.interrupted
+    assert instruction_of(program) == SEED
+    assert len(program.detailed_results.steps) == 2
+    with pytest.raises(KeyboardInterrupt):
+        compiled(steps=2, listeners=[interrupting((StepTaken, 0))])
+
+
+def test_a_finished_run_is_returned_from_its_journal_without_a_token_generated(tmp_path: Path) -> None:
+    first = compiled(steps=2, log_dir=tmp_path)
+    engine = planted_engine()
+    again = compiled(engine, steps=2, log_dir=tmp_path)
+    assert engine.counters.generated_tokens == 0
+    assert record(again) == record(first)
+
+
 # ---- faults
 
 
@@ -580,6 +605,7 @@ def test_a_listener_that_raises_is_reported_and_does_not_end_the_search() -> Non
     assert better.score == 1.0
 
 
+@pytest.mark.filterwarnings("ignore:The program failed on all:RuntimeWarning")
 def test_reasoning_that_never_ends_is_bounded_and_still_scored() -> None:
     program = program_on(planted_engine(), max_tokens=8)
     details = compiled(program=program, steps=1).detailed_results

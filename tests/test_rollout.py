@@ -264,6 +264,59 @@ def test_a_searching_copy_leaves_the_cache_of_a_server_on() -> None:
     assert searching_copy(program, {}).predictors()[0].lm is program.predictors()[0].lm
 
 
+def sampled(search_seed: int, **own: Any) -> list[str]:
+    program = dspy.ChainOfThought(dspy.Signature("question -> answer", SEED))
+    program.set_lm(local_lm(planted_engine(sharpness=0.5), temperature=1.0, max_tokens=64, **own))
+    program = searching_copy(program, {}, search_seed)
+    [rollouts] = roll_out([program], ROWS * 4, MATCH, threads=4)
+    return [str(rollout.calls["predict"].completion) for rollout in rollouts]
+
+
+def test_a_searching_copy_at_a_temperature_draws_the_same_again() -> None:
+    first = sampled(0)
+    assert sampled(0) == first
+    assert sampled(1) != first
+
+
+def test_a_searching_copy_keeps_a_seed_that_the_lm_has() -> None:
+    assert sampled(0, seed=7) == sampled(1, seed=7)
+
+
+def test_the_predictors_of_a_searching_copy_do_not_share_their_draws() -> None:
+    class Jury(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.jurors = [dspy.Predict("question -> answer") for _ in range(3)]
+            self.set_lm(local_lm(ScriptedEngine(obedient_script), temperature=1.0))
+
+    program = Jury()
+    assert [juror.lm.kwargs["seed"] for juror in searching_copy(program, {}, 5).jurors] == [5, 6, 7]
+    again = searching_copy(searching_copy(program, {}, 5), {}, 9)
+    assert [juror.lm.kwargs["seed"] for juror in again.jurors] == [5, 6, 7]
+    assert "seed" not in program.jurors[0].lm.kwargs
+
+
+def test_two_threads_roll_out_on_one_model_at_once() -> None:
+    engine = ScriptedEngine(obedient_script)
+    programs = [Chain(engine, pause=0.002) for _ in range(2)]
+    alone = [[each.score for each in roll_out([program], ROWS, MATCH, threads=4)[0]] for program in programs]
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(roll_out, [program], ROWS, MATCH, threads=4) for program in programs]
+        assert [[each.score for each in run.result(20)[0]] for run in runs] == alone
+
+
+def test_a_metric_that_fails_on_all_validation_rows_of_all_finalists_is_refused() -> None:
+    def metric(example: Any, prediction: Any, trace: Any = None) -> bool:
+        return prediction.answer == example.label
+
+    program = program_on(ScriptedEngine(obedient_script))
+    finalists = [{}, {"predict": "Please count."}]
+    with pytest.raises(
+        MetricError, match="The metric failed on all 6 validation rows; on the first, the metric raised AttributeError"
+    ):
+        validation_scores(program, finalists, ROWS, RowMetric(metric), threads=1)
+
+
 def test_a_pinned_program_carries_the_lm_it_would_use_now() -> None:
     now, own = DummyLM([{"answer": "a"}]), DummyLM([{"answer": "b"}])
 

@@ -32,6 +32,7 @@ def test_explicit_weights_come_first_and_a_local_lm_is_its_own(tmp_path: Path) -
     assert weights_behind(served, weights=lm) is engine
     path = save_tiny(tmp_path / "model")
     assert weights_behind(served, weights={"openai/gpt-4o": path}).name == path
+    assert weights_behind(served, weights={"openai/gpt-4o": path, "hop": engine}, predictor_name="hop") is engine
     launched = dspy.LM(f"openai/local:{path}", api_key="x")
     assert weights_behind(launched) is weights_behind(served, weights=path)
     with pytest.raises(WeightsError, match="weights is a int"):

@@ -141,7 +141,7 @@ def _editable(sites: Sequence[PredictorSite]) -> tuple[PredictorSite, ...]:
     if kept:
         warnings.warn(
             f"Predictors {', '.join(kept)} list their tools in their instructions and keep them as they are.",
-            stacklevel=4,
+            stacklevel=6,
         )
     return editable
 

@@ -20,6 +20,7 @@ class RowOutcome:
     written: dict[str, object]  # output fields before the supervised one: the reasoning
     cross_entropy: float  # of the gold answer after that reasoning; NaN when not finite
     error: str | None = None  # why the row failed, if it did
+    preamble: str = ""  # what the model wrote before its first field: a native <think> block
 
 
 @dataclass(frozen=True)

@@ -220,16 +220,12 @@ def _refuse_damage(path: Path, content: bytes, intact: lines.Intact) -> NoReturn
 
 def _back_up(path: Path, content: bytes) -> Path:
     """A copy beside the file; the same damage is copied once."""
-    for number in itertools.count(1):
-        copy = path.with_name(f"{path.name}.damaged-{number}")
-        try:
-            with open(copy, "xb") as file:
-                file.write(content)
-            return copy
-        except FileExistsError:
-            if copy.read_bytes() == content:
-                return copy
-    raise NotImplementedError  # the count does not end
+    numbered = (path.with_name(f"{path.name}.damaged-{number}") for number in itertools.count(1))
+    copy = next(each for each in numbered if not each.exists() or each.read_bytes() == content)
+    if not copy.exists():
+        with open(copy, "xb") as file:
+            file.write(content)
+    return copy
 
 
 def _flat(value: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], str]:

@@ -429,3 +429,16 @@ def test_weights_that_changed_since_saving_are_an_error(tmp_path: Path) -> None:
     save_tiny(tmp_path / "model", seed=1)
     with pytest.raises(WeightsError, match="found in its place"):
         LocalEngine.load_state({**state, "origin": {**state["origin"], "revision": "other"}})
+
+
+def test_with_one_seed_different_prompts_draw_differently_and_the_same_prompt_draws_again() -> None:
+    lm = local_lm((tiny_model("llama"), tiny_tokenizer()), temperature=1.0, seed=7, cache=False, max_tokens=12)
+    questions = [f"Question number {number}?" for number in range(6)]
+    seeds = {lm.engine._call(_request_of(lm, question)).request.seed for question in questions}
+    assert len(seeds) == len(questions)
+    assert [lm(question) for question in questions] == [lm(question) for question in questions]
+
+
+def _request_of(lm: Any, question: str) -> Any:
+    config = lm15.Config(temperature=1.0, max_tokens=12, seed=7)
+    return lm15.Request(model=lm.model, messages=(lm15.Message.user(question),), config=config)

@@ -95,7 +95,7 @@ def _propose(
 ) -> Proposed:
     """Equations 3 and 4: legal instructions with another token at the position, or one more at the end."""
     ids, position, layout = state.current.token_ids, state.position, objective.layout
-    appends = position == len(ids)
+    appends = state.appends()
     contexts = objective.proposal_contexts(state.current, position)
     if not contexts or not (appends or position in layout.positions(ids)):
         return {}
@@ -121,7 +121,7 @@ def _propose(
 
 def _with_placeholder(objective: Objective, state: SearchState, proposed: Proposed) -> Evaluation:
     """The current instruction; where the step appends, with the likeliest token as the one to improve on."""
-    if state.position < len(state.current.token_ids) or not proposed:
+    if not state.appends() or not proposed:
         return state.current
     (longer,) = objective.evaluate([next(iter(proposed))])
     return longer

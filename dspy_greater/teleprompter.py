@@ -274,9 +274,8 @@ def _warn_if_all_failed(seed: Evaluation, name: str) -> None:
     if all(row.error is not None for row in seed.rows):
         warnings.warn(
             f"The program failed on all {len(seed.rows)} training rows with the seed instruction of predictor "
-            f"`{name}`; on the first, {seed.rows[0].error} The search goes on from there. If no instruction can help, "
-            "check the "
-            "adapter and the LM's max_tokens.",
+            f"`{name}`; on the first: {seed.rows[0].error}\nThe search goes on from there. If no instruction can help, "
+            "check the adapter and the LM's max_tokens.",
             RuntimeWarning,
             stacklevel=5,
         )

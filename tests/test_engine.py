@@ -135,7 +135,7 @@ def test_out_of_memory_halves_the_batch_keeps_what_was_written_and_remembers(mon
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return forward(*args, **options)
 
-    starved.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    starved.__signature__ = inspect.signature(forward)
     monkeypatch.setattr(engine.model, "forward", starved)
     seen: list[tuple[int, int]] = []
     assert engine.generate(prompts, max_new_tokens=12, on_token=lambda *pair: seen.append(pair)) == expected

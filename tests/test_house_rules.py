@@ -25,7 +25,7 @@ BUILTIN_ERRORS = {
     if isinstance(value, type) and issubclass(value, BaseException) and not issubclass(value, Warning)
 }
 # What Python itself expects from a protocol or an abstract method, and the user's own interrupt.
-MAY_BE_RAISED = {"AttributeError", "NotImplementedError", "StopIteration", "KeyboardInterrupt"}
+MAY_BE_RAISED = {"AttributeError", "StopIteration", "KeyboardInterrupt"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

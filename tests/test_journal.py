@@ -137,7 +137,7 @@ def test_an_event_of_the_wrong_type_leaves_the_journal_as_it_was(tmp_path: Path)
     with Journal.open(tmp_path, IDENTITY) as journal:
         journal.append(HAPPENED[0])
         with pytest.raises(EventFormatError, match="Warned.message"):
-            journal.append(Warned(3))  # type: ignore[arg-type]
+            journal.append(Warned(3))
         journal.append(HAPPENED[1])
     assert bits(recorded(tmp_path)) == bits(HAPPENED[:2])
 

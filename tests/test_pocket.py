@@ -43,7 +43,7 @@ def solved_independently(task: str, question: str) -> str:
         return "No" if lies % 2 else "Yes"
     if task == "object_counting":
         number = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4, "five": 5}
-        listing, kind = re.fullmatch(r"I have (.*)\. How many (.*) do I have\?", question).groups()  # type: ignore[union-attr]
+        listing, kind = re.fullmatch(r"I have (.*)\. How many (.*) do I have\?", question).groups()
         members = {name.split(" ", 1)[1] for name in tasks._KINDS[kind]} | set(tasks._KINDS[kind].values())
         parts = [part.split(" ", 1) for part in re.split(r", and |, | and ", listing)]
         return str(sum(number[count] for count, name in parts if name in members))

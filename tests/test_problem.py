@@ -366,7 +366,7 @@ def test_an_unknown_preset_is_refused_when_the_optimizer_is_built() -> None:
     with pytest.raises(
         SettingsError, match="auto='huge' is not a preset. Use one of 'light', 'medium', 'heavy' or None"
     ):
-        GReaTerTeleprompter(metric=exact_match, auto="huge")  # type: ignore[arg-type]
+        GReaTerTeleprompter(metric=exact_match, auto="huge")
 
 
 @pytest.mark.parametrize("seed", ["0", 1.0, None, True])

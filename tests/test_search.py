@@ -100,7 +100,7 @@ def test_failed_steps_are_counted_in_a_row_only() -> None:
 
 def test_a_steps_randomness_depends_on_seed_predictor_and_step_and_on_nothing_else() -> None:
     def draw(*key: object) -> float:
-        return step_random(*key).random()  # type: ignore[arg-type]
+        return step_random(*key).random()
 
     assert draw(0, "predict", 3) == draw(0, "predict", 3)
     assert len({draw(0, "predict", 3), draw(1, "predict", 3), draw(0, "other", 3), draw(0, "predict", 4)}) == 4

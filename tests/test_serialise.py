@@ -89,7 +89,7 @@ def test_numbers_of_array_libraries_become_plain_ones() -> None:
 @pytest.mark.parametrize(
     ("value", "hint", "message"),
     [
-        (Warned(3), Event, "Warned.message should be text, but it is of type int."),  # type: ignore[arg-type]
+        (Warned(3), Event, "Warned.message should be text, but it is of type int."),
         ((1, "2"), tuple[int, ...], r"value\[1\] should be a whole number, but it is of type str."),
         ((1,), tuple[int, int], "value should have 2 entries, but it has 1."),
         ([1], tuple[int, ...], "value should be a tuple, but it is of type list."),

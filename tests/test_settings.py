@@ -35,12 +35,12 @@ def test_a_setting_of_the_users_own_wins_over_the_preset_and_none_keeps_it() -> 
 
 def test_an_unknown_preset_lists_the_known_ones() -> None:
     with pytest.raises(SettingsError, match="auto='lihgt' is not a preset. Use one of 'light', 'medium', 'heavy' or"):
-        Settings.of("lihgt")  # type: ignore[arg-type]
+        Settings.of("lihgt")
 
 
 def test_a_preset_of_another_type_is_refused_like_an_unknown_one() -> None:
     with pytest.raises(SettingsError, match="is not a preset"):
-        Settings.of(["light"])  # type: ignore[arg-type]
+        Settings.of(["light"])
 
 
 def test_an_unknown_setting_is_named_and_the_known_ones_are_listed() -> None:
@@ -87,7 +87,7 @@ def test_errors_can_be_caught_as_the_packages_own_and_as_value_errors() -> None:
 def test_settings_cannot_be_changed_afterwards() -> None:
     settings = Settings()
     with pytest.raises(FrozenInstanceError):
-        settings.steps = 3  # type: ignore[misc]
+        settings.steps = 3
 
 
 def test_every_setting_is_checked_for_its_type() -> None:

@@ -11,6 +11,9 @@ RUN_THREADS  ?= 2
 # An extra package index for torch only, such as PyTorch's own index of wheels without CUDA.
 TORCH_INDEX ?=
 
+# One process a core; `make test TEST_PROCESSES=0` runs all in one.
+TEST_PROCESSES ?= 2
+
 PYTEST_ARGS ?=
 
 # Where training writes; the weights that ship lie in dspy_greater/pocket/weights.
@@ -29,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt needs Python 3.11 or later: make PYTHON=python3.11 install")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,bench]'
 	@touch $@
 
 # BBH names a directory with the BIG-Bench Hard files; without it the demo looks on the hub.
@@ -40,7 +43,7 @@ demo: install
 	OMP_NUM_THREADS=$(RUN_THREADS) $(BIN)/python examples/quickstart.py --task $(TASK) $(if $(BBH),--bbh $(BBH))
 
 test: install
-	OMP_NUM_THREADS=$(TEST_THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$(TEST_THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 test-quick: PYTEST_ARGS += -m "not slow"
 test-quick: test

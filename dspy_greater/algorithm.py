@@ -1,14 +1,14 @@
 """Algorithm 1 of arXiv 2412.09722: propose -> reason -> gradient over reasoning -> select, one position at a time.
 
 `minimise` is the loop, `take_step` its body. Each stage is a module: `propose`, `objective`
-(reasoning and exact losses), `gradient`, `select`, and `search` for what comes next.
+(reasoning and exact losses), `gradient`, `select`, and `search` for what comes next. The default variant has
+the same loop and a step of its own, `whole_step`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
 from typing import Any
 
 from .errors import LossError
@@ -16,9 +16,10 @@ from .gradient import TokenGradient, gradient_over_reasoning
 from .objective import Instruction, Objective
 from .propose import propose
 from .run.events import Candidate, Evaluation, StepTaken
-from .search import SearchState, advance, begin, step_random
-from .select import select
+from .search import SearchState, advance, begin, restarted, step_random
+from .select import realised_change, select
 from .settings import Settings
+from .whole_step import take_whole_step
 
 Proposed = dict[Instruction, float]  # candidate -> mean log-probability of its token, likeliest first
 
@@ -31,8 +32,11 @@ def minimise(
     predictor: str,
     random_seed: int,
     recorded: Iterable[StepTaken] = (),
+    generated_tokens: int = 0,
 ) -> Iterator[tuple[SearchState, StepTaken, bool]]:
     """Algorithm 1: T steps from the seed instruction, each yielded with the state after it.
+
+    Fewer where `max_generated_tokens` is reached.
 
     Args:
         objective: the task loss of the predictor's instruction.
@@ -41,6 +45,7 @@ def minimise(
         predictor: the predictor's name, for events and the randomness of the steps.
         random_seed: decides which rows propose at each step.
         recorded: steps of an interrupted run; they are replayed instead of taken.
+        generated_tokens: what the budget has spent before, on the seed too.
 
     Yields:
         The state, the step that led to it, and whether the step was taken now (not replayed).
@@ -49,18 +54,43 @@ def minimise(
         LossError: several steps in a row had no candidate with a finite loss.
     """
     positions = objective.layout.positions
-    state = begin(seed, settings, editable=positions(seed.token_ids))
+    state = begin(
+        seed,
+        settings,
+        editable=positions(seed.token_ids),
+        generated_tokens=generated_tokens,
+        fixed=objective.layout.fixed,
+    )
     replay = iter(recorded)
     while not state.finished(settings):
         known = next(replay, None)
-        step = known or take_step(objective, state, settings, predictor=predictor, random_seed=random_seed)
+        step = known or _step(objective, state, settings, predictor=predictor, random_seed=random_seed)
         evaluated = [each.evaluation for each in step.candidates if each.evaluation is not None]
         objective.recall([*evaluated, step.chosen])
-        failed = bool(step.candidates) and all(math.isinf(each.objective[0]) for each in evaluated)
-        editable = positions(step.chosen.token_ids)
-        state = advance(state, step.chosen, evaluated, settings, failed=failed, editable=editable)
+        failed = bool(step.candidates) and all(each.complete and math.isinf(each.objective[0]) for each in evaluated)
+        state = advance(
+            state,
+            step.chosen,
+            evaluated,
+            settings,
+            failed=failed,
+            editable=positions(step.chosen.token_ids),
+            generated_tokens=step.spent.get("generated_tokens", 0),
+            predictions=step.predictions,
+        )
+        if settings.variant == "whole":
+            state = restarted(state, positions)
         _give_up_if_failing(state, settings, predictor)
         yield state, step, known is None
+
+
+def _step(
+    objective: Objective, state: SearchState, settings: Settings, *, predictor: str, random_seed: int
+) -> StepTaken:
+    """One step of the variant; what its prompts begin with is read once."""
+    take = take_whole_step if settings.variant == "whole" else take_step
+    with objective.engine.shared_prefixes():
+        return take(objective, state, settings, predictor=predictor, random_seed=random_seed)
 
 
 def take_step(
@@ -68,14 +98,17 @@ def take_step(
 ) -> StepTaken:
     """Lines 7 to 18 for the state's position."""
     engine, position = objective.engine, state.position
-    before = engine.counters
+    before = objective.spent()
 
     proposed = _propose(objective, state, settings, random_seed=random_seed, predictor=predictor)
     current = _with_placeholder(objective, state, proposed)  # p, one token longer if the sentence goes on
     edits = {each.token_ids[position]: each for each in proposed if each.text != current.instruction}
-    gradient = _differentiate(objective, current, position, list(edits), settings)
-    selected = gradient.most_negative(settings.selections) if gradient else ()
-    evaluated = objective.evaluate([edits[token] for token in selected])
+    if settings.ranking == "random":
+        gradient, selected = None, _at_random(edits, settings, random_seed, predictor, state)
+    else:
+        gradient = _differentiate(objective, current, position, list(edits), settings)
+        selected = gradient.most_negative(settings.selections) if gradient else ()
+    evaluated = objective.evaluate([edits[token] for token in selected], beat=state.to_beat(current, settings))
     selection = select(current, evaluated)
 
     return StepTaken(
@@ -86,7 +119,7 @@ def take_step(
         candidates=_told(engine.tokenizer, position, proposed, gradient, current, evaluated),
         chosen=selection.chosen,
         reason=selection.reason,
-        spent=asdict(engine.counters - before),
+        spent=objective.spent(before),
     )
 
 
@@ -131,7 +164,7 @@ def _differentiate(
     objective: Objective, current: Evaluation, position: int, candidates: list[int], settings: Settings
 ) -> TokenGradient | None:
     """Equations 5 to 7 on the rows' own reasoning; None when there is nothing to differentiate."""
-    supervised = objective.supervised(current)
+    supervised = objective.supervised(current, reasoned=settings.ranking != "answer")
     if not candidates or not supervised:
         return None
     return gradient_over_reasoning(
@@ -143,6 +176,13 @@ def _differentiate(
         fluency_weight=settings.fluency_weight,
         max_batch_tokens=settings.max_batch_tokens,
     )
+
+
+def _at_random(
+    edits: Iterable[int], settings: Settings, random_seed: int, predictor: str, state: SearchState
+) -> list[int]:
+    tokens = list(edits)
+    return step_random(random_seed, predictor, state.step).sample(tokens, min(settings.selections, len(tokens)))
 
 
 def _told(
@@ -160,7 +200,9 @@ def _told(
     def tell(candidate: Instruction, log_probability: float) -> Candidate:
         token = candidate.token_ids[position]
         text: Callable[..., str] = tokenizer.decode
-        return Candidate(token, text([token]), log_probability, slopes.get(token), outcomes.get(candidate.text))
+        outcome = outcomes.get(candidate.text)
+        told = None if outcome is None or outcome is current else realised_change(current, outcome)
+        return Candidate(token, text([token]), log_probability, slopes.get(token), outcome, realised=told)
 
     return tuple(tell(candidate, log_probability) for candidate, log_probability in proposed.items())
 

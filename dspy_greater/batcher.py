@@ -181,7 +181,8 @@ class Lockstep:
             with self._changed:
                 self._members.discard(me)
                 self._live -= 1
-                self._changed.notify_all()
+                if self._waiting and len(self._waiting) >= self._live:
+                    self._changed.notify()  # all who are left wait already: one of them leads
 
     def submit(self, request: Any) -> Any:
         """Wait until every live worker waits, then for the result."""
@@ -190,7 +191,7 @@ class Lockstep:
         with self._changed:
             self._waiting.append(ticket)
             self._progress = time.monotonic()
-            self._changed.notify_all()
+            # Nobody is woken for this: the last to arrive finds the batch full and leads it.
             while not ticket.done and not self._ready():
                 self._changed.wait(timeout=min(1.0, self._patience))
             if not ticket.done:

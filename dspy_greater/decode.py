@@ -1,7 +1,7 @@
 """The decode loop: rows of token ids in, written tokens out, on a left-padded batch with a key-value cache.
 
-Finished rows leave the batch, the part of the prompts that all rows share is read once, and the cache is
-written in place. A row's result does not depend on which rows it shares a batch with: its random numbers
+Finished rows leave the batch, the part of the prompts that all rows share is read once (`prefix`), and the
+cache is written in place. A row's result does not depend on which rows it shares a batch with: its random numbers
 are its own.
 """
 
@@ -18,12 +18,11 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-_SHARED_PREFIX_LEAST = 16  # shorter shared prefixes are not worth a forward of their own
+from .prefix import PrefixStore, Tally, shared_length, tokens_held
+
 _NOISE_BLOCK = 64
 _GROWTH_LEAST = 64  # tokens by which a cache grows at least
 _COMPACT_BELOW = 0.875  # finished rows leave once they are an eighth of the batch
-
-Tally = Callable[..., None]
 
 
 @dataclass
@@ -114,38 +113,24 @@ class _InPlaceLayer(DynamicLayer):
         super().batch_select_indices(indices)
         self._buffers = None
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.get_seq_length() > 0:  # views: the next update copies them into a buffer
-            self.keys, self.values = (
-                held.expand(repeats, -1, -1, -1) for held in (self.keys, self.values) if held is not None
-            )
-        self._buffers = None
 
-
-def _new_cache(model: Any, limit: int) -> tuple[DynamicCache, bool]:
-    """A cache for this model, and whether a shared prefix may be read into it once and spread over rows."""
+def _new_cache(model: Any, limit: int) -> DynamicCache:
+    """A cache for this model and `limit` tokens, written in place where it need not forget any of them."""
     cache = DynamicCache(config=model.config)
-    plain = bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
-    if plain:
+    if limit <= tokens_held(cache):
         cache.layers[:] = [_InPlaceLayer(limit) for _ in cache.layers]
-    return cache, plain
-
-
-def _shared_length(contexts: Sequence[tuple[int, ...]]) -> int:
-    """How many leading tokens all contexts share, leaving every context at least one of its own."""
-    least, greatest = min(contexts), max(contexts)
-    most = min(len(context) for context in contexts) - 1
-    return next((i for i in range(most) if least[i] != greatest[i]), most)
+    return cache
 
 
 @torch.no_grad()
-def decode(model: Any, rows: Sequence[Row], *, pad_token_id: int, tally: Tally) -> None:
+def decode(model: Any, rows: Sequence[Row], *, pad_token_id: int, tally: Tally, prefixes: PrefixStore) -> None:
     """Write every row to its end, greedily where its temperature is 0, by its own random numbers otherwise.
 
-    Rows are changed in place, so what was written before an out-of-memory error is not lost.
+    Rows are changed in place, so what was written before an out-of-memory error is not lost. What all of them
+    begin with comes from `prefixes`.
     """
     batch = _Batch(model, rows, pad_token_id, tally)
-    logits = batch.read()  # [rows, V]
+    logits = batch.read(prefixes)  # [rows, V]
     while True:
         before = sum(len(row.written) for row in batch.rows)
         for row, token in zip(batch.rows, choose(logits, batch.rows), strict=True):
@@ -166,19 +151,18 @@ class _Batch:
         self._contexts = [row.context for row in rows]
         steps = max(row.max_new_tokens - len(row.written) for row in rows)
         self._capacity = max(map(len, self._contexts)) + steps
-        self.cache, self._plain = _new_cache(model, self._capacity)
+        self.cache = _new_cache(model, self._capacity)
         keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if keep else {}
 
-    def read(self) -> Tensor:
+    def read(self, prefixes: PrefixStore) -> Tensor:
         """Prefill: the shared prefix once, then each row's own part. Returns next-token logits [rows, V]."""
-        shared = _shared_length(self._contexts) if self._plain and len(self.rows) > 1 else 0
-        if shared < _SHARED_PREFIX_LEAST:
-            shared = 0
-        if shared:
-            prefix = torch.tensor([self._contexts[0][:shared]], device=self._device)  # [1, shared]
-            self._forward(prefix, torch.ones_like(prefix), torch.arange(shared, device=self._device)[None])
-            self.cache.batch_repeat_interleave(len(self.rows))
+        every_row_keeps_one = shared_length([context[:-1] for context in self._contexts])
+        common = self._contexts[0][:every_row_keeps_one]
+        prefix = prefixes.read(common, rows=len(self.rows), longest=self._capacity)
+        shared = len(prefix) if prefix else 0
+        if prefix:
+            prefix.fill(self.cache.layers, len(self.rows))  # pyright: ignore[reportArgumentType]
         own = [context[shared:] for context in self._contexts]
         width = max(map(len, own))
         ids = torch.tensor([[self._pad] * (width - len(part)) + list(part) for part in own])  # [rows, width]
@@ -192,7 +176,7 @@ class _Batch:
         self._positions = positions[:, -1:].to(self._device)  # [rows, 1], of the newest token
         self._length = shared + width
         padded = int(real.numel() - real.sum())
-        self.tally(prefilled_tokens=shared + real.numel() - padded, padded_tokens=padded)
+        self.tally(prefilled_tokens=real.numel() - padded, padded_tokens=padded)
         return self._forward(ids.to(self._device), self._mask[:, : self._length], positions.to(self._device))
 
     def step(self) -> Tensor:

@@ -7,7 +7,7 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -15,10 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from . import continuous
 from .chat import end_of_turn_ids
 from .counters import Counters
 from .decode import Row, decode, row_seed
 from .errors import ContextLengthError, GreaterError, LayoutError, SettingsError, WeightsError
+from .prefix import PrefixStore, frozen, is_out_of_memory
 
 
 class EngineMemoryError(GreaterError, MemoryError):
@@ -58,7 +60,7 @@ class Engine:
         tokenizer: its tokenizer.
         name: what the weights are called; part of `identity`, and so of every cache key.
         revision: which version of them; found out from the weights themselves when not given.
-        max_batch_rows: the most rows decoded together, 64 on CPU and 256 elsewhere when not given.
+        max_batch_rows: the most rows decoded together, 192 on CPU and 256 elsewhere when not given.
 
     Raises:
         WeightsError: the model is not one that reads and writes tokens.
@@ -88,10 +90,11 @@ class Engine:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         commit = getattr(model.config, "_commit_hash", None)
         self.revision: str = revision or commit or _fingerprint(model, tokenizer)
-        self._batch_rows = max_batch_rows or (64 if self.device.type == "cpu" else 256)
+        self._batch_rows = max_batch_rows or (192 if self.device.type == "cpu" else 256)
         self._owned = False
         self._lock, self._tally_lock, self._depth = threading.RLock(), threading.Lock(), 0
         self._counters = Counters()
+        self.prefixes = PrefixStore(model, self.tally, self._lock)
         self.stop_token_ids = _stop_ids(model, tokenizer)
         # How to load the same weights in another process; None for weights that were handed in.
         self.origin: dict[str, str | None] | None = None
@@ -213,10 +216,23 @@ class Engine:
                 if self._owned or self._depth > 1:
                     yield self
                 else:
-                    with _frozen(self.model):
+                    with frozen(self.model):
                         yield self
             finally:
                 self._depth -= 1
+
+    def shared_prefixes(self) -> AbstractContextManager[None]:
+        """Inside, what prompts have in common is read once for gradients, scores and texts together.
+
+        One prefix is kept, the longest that was read, until the outermost block ends; all threads share it.
+        Outside, every call reads for itself.
+
+        Example:
+            >>> with engine.shared_prefixes():  # doctest: +SKIP
+            ...     engine.generate(prompts, max_new_tokens=4)
+            ...     engine.generate(more_prompts_that_begin_alike, max_new_tokens=4)
+        """
+        return self.prefixes.open()
 
     def room(self, prompt_length: int) -> int | None:
         """How many tokens can be written after a prompt of this many; None when there is no limit.
@@ -286,7 +302,7 @@ class Engine:
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt), rows[i].prompt, rows[i].seed))
         pad = self.tokenizer.pad_token_id
         pad = next(iter(sorted(self.stop_token_ids)), 0) if pad is None else pad
-        with self.exclusive():
+        with self.exclusive(), self.shared_prefixes():
             waiting = [rows[i] for i in order]
             while waiting:
                 batches = -(-len(waiting) // self._batch_rows)
@@ -314,13 +330,16 @@ class Engine:
     def _decoded(self, batch: Sequence[Row], pad: int) -> bool:
         """Decode the batch; False when memory ran out and the batch limit has been halved for another try."""
         try:
-            decode(self.model, batch, pad_token_id=pad, tally=self.tally)
+            paged = continuous.suits(self.model, batch)
+            if not (paged and continuous.generate_rows(self.model, batch, tally=self.tally)):
+                decode(self.model, batch, pad_token_id=pad, tally=self.tally, prefixes=self.prefixes)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             failure = str(error).splitlines()[0]
         else:
             return True
+        self.prefixes.drop()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if len(batch) == 1:
@@ -331,29 +350,6 @@ class Engine:
             )
         self._batch_rows = len(batch) // 2
         return False
-
-
-@contextmanager
-def _frozen(model: Any) -> Iterator[None]:
-    """Eval mode and no gradients for parameters, both as they were afterwards."""
-    training = [module for module in model.modules() if module.training]
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for module in training:
-            module.training = False
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    said = any(words in str(error).lower() for words in ("out of memory", "can't allocate memory"))
-    return said or isinstance(error, torch.OutOfMemoryError)
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:

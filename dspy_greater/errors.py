@@ -26,6 +26,10 @@ class ProgramError(GreaterError, ValueError):
     """The program has nothing to optimise, or a predictor that is not supported."""
 
 
+class UnusedPredictorError(ProgramError):
+    """The program never calls a predictor that is to be optimised."""
+
+
 class WeightsError(GreaterError, ValueError):
     """No open weights are known for a predictor's LM, or they could not be loaded."""
 

@@ -30,8 +30,8 @@ from dspy_greater.engine import Engine
 from dspy_greater.errors import LayoutError, SettingsError
 from dspy_greater.loss import (
     Losses,
+    Reading,
     SupervisedTokens,
-    batch_losses,
     check_supervised,
     in_batches,
     losses_of,
@@ -119,8 +119,9 @@ def gradient_over_reasoning(
     """Equation 7: ∂L/∂ε at `position` of the instruction, for every example and candidate token.
 
     Each example is x ⊙ p ⊙ r ⊙ p_extract ⊙ y with the reasoning r that the model itself wrote under p. One
-    forward and one backward pass over each, whatever the number of candidates. `fluency_weight` is λ of
-    equation 6. Weights get no gradient; the model and the random state are left as they were.
+    forward and one backward pass over each, whatever the number of candidates; what all examples begin with, up
+    to the position, is read once and not differentiated, since the token cannot reach back to it.
+    `fluency_weight` is λ of equation 6. Weights get no gradient; the model and the random state are left as they were.
 
     Raises `LayoutError` for misplaced spans, no examples, or examples whose instructions differ, and
     `SettingsError` for a position or candidate that does not exist.
@@ -156,31 +157,28 @@ def embedding_gradient(
     """The half of equation 7 that needs the model and no candidates: ∂L/∂(ε·E).
 
     Arguments and errors as in `gradient_over_reasoning`. `max_batch_tokens` bounds rows times longest row of
-    one backward pass; it changes memory and speed, never the result beyond rounding.
+    one backward pass, what is read once left out; it changes memory and speed, never the result beyond rounding.
     """
     check_supervised(supervised, answer_temperature)
     current = _current_token(supervised, position)
-    differentiate = partial(
-        _differentiate,
-        engine,
-        position=position,
-        answer_temperature=answer_temperature,
-        fluency_weight=fluency_weight,
-    )
     lengths = [len(example.token_ids) for example in supervised]
+    first = min(example.instruction.start for example in supervised) + position
     # The engine has frozen every weight, so the backward pass ends at the embedding.
     with engine.exclusive(), torch.inference_mode(False), torch.enable_grad():
-        results = in_batches(differentiate, supervised, lengths, max_batch_tokens)
+        reading = Reading(engine, supervised, answer_temperature=answer_temperature, most=first)
+        differentiate = partial(_differentiate, engine, reading, position=position, fluency_weight=fluency_weight)
+        shared = reading.shared()
+        results = in_batches(differentiate, supervised, lengths, max_batch_tokens, shared, reading.forget)
     gradients, losses = zip(*results, strict=True)
     return EmbeddingGradient(position, current, torch.stack(gradients), losses_of(losses))
 
 
 def _differentiate(
     engine: Engine,
+    reading: Reading,
     batch: Sequence[SupervisedTokens],
     *,
     position: int,
-    answer_temperature: float,
     fluency_weight: float,
 ) -> list[tuple[Tensor, tuple[float, float]]]:
     """One forward and one backward pass; for each example ∂L/∂(ε·E) [d] and the two parts of its loss."""
@@ -189,14 +187,15 @@ def _differentiate(
     current = torch.tensor([example.token_ids[at] for example, at in zip(batch, places, strict=True)])  # [N]
     embedding = layer(current.to(layer.weight.device)).detach().requires_grad_()  # [N, d]  ε·E = E[p_i]
 
-    with _embedded_at(layer, places, embedding):
-        cross_entropy, fluency_nll = batch_losses(engine, batch, answer_temperature=answer_temperature)  # [N]
+    shared = reading.shared()  # P, at most the place of the token
+    with embedded_at(layer, [place - shared for place in places], embedding):
+        cross_entropy, fluency_nll = reading.losses(batch)  # [N]
     loss = cross_entropy  # [N]  equation 6
     if fluency_weight != 0:
         loss = cross_entropy + fluency_weight * fluency_nll.exp()
 
     (gradient,) = torch.autograd.grad(loss.sum(), embedding)  # [N, d]: example j's loss sees row j alone
-    engine.tally(backward_tokens=sum(len(example.token_ids) for example in batch))
+    engine.tally(backward_tokens=sum(len(example.token_ids) - shared for example in batch))
     gradient = gradient.to(loss.dtype)  # at least float32
     return list(zip(gradient, zip(cross_entropy.tolist(), fluency_nll.tolist(), strict=True), strict=True))
 
@@ -233,7 +232,7 @@ def token_gradient(engine: Engine, gradient: EmbeddingGradient, candidates: Sequ
 
 
 @contextmanager
-def _embedded_at(layer: Module, places: Sequence[int], embedding: Tensor) -> Iterator[None]:
+def embedded_at(layer: Module, places: Sequence[int], embedding: Tensor) -> Iterator[None]:
     """Inside, `layer` puts out `embedding[j]` at place `places[j]` of row j, and else what it always does."""
     rows, columns = torch.arange(len(places)), torch.tensor(places)  # [N] each
 

@@ -9,34 +9,18 @@ first one usually takes in the last blank of the adapter's indentation.
 from __future__ import annotations
 
 import inspect
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dspy.adapters.utils import serialize_for_json
-
 from dspy_greater.assistant import assistant_text
+from dspy_greater.chat import end_of_turn_ids
 from dspy_greater.encode import EncodedText, PromptEncoder, RenderedText
 from dspy_greater.errors import LayoutError
+from dspy_greater.frames import Frame, Frames, remember
 from dspy_greater.legal import LegalText
-from dspy_greater.spans import Prompt, Span, Supervised, covering
+from dspy_greater.spans import Prompt, Span, Supervised, Written, covering
 
-__all__ = ["Layout", "Prompt", "Span", "Supervised"]
-
-_CACHE_ENTRIES = 4096
-# Everything an adapter or a chat template might escape, collapse or interpret.
-_VERBATIM_PROBE = "Az \"q\" 'r' <s> & {t} {{ u }} {% v %} \\n %s  [w](x) `y` *z* \u00e9 \u2013 \u6f22"
-
-
-@dataclass(frozen=True)
-class _Frame:
-    """The text around the instruction, and the plain-data ranges in it."""
-
-    before: str
-    after: str
-    plain_before: tuple[tuple[int, int], ...]
-    plain_after: tuple[tuple[int, int], ...]
+__all__ = ["Layout", "Prompt", "Span", "Supervised", "Written"]
 
 
 class Layout:
@@ -44,12 +28,14 @@ class Layout:
 
     Arguments: the model's tokenizer, the DSPy adapter and signature of the predictor, its
     demonstrations, and optionally the text between reasoning and gold value (`extractor`, by default the
-    adapter's header of the answer field). None of them is changed.
+    adapter's header of the answer field) and the leading text of the instruction that no edit may change
+    (`fixed`; what follows it is searched). None of them is changed.
 
     Special tokens that occur in the data are tokenised as plain text, with one warning; send prompts to
     the model with `PromptEncoder.chat_ids` and it sees the same tokens.
 
-    Raises `LayoutError` when the instruction cannot be found exactly once in the rendered prompt.
+    Raises `LayoutError` when the instruction cannot be found exactly once in the rendered prompt, or `fixed` is
+    not as DSPy keeps an instruction.
 
     ```python
     layout = Layout(tokenizer, dspy.ChatAdapter(), dspy.Signature("question -> reasoning, answer"))
@@ -67,6 +53,7 @@ class Layout:
         *,
         demos: Sequence[Any] = (),
         extractor: str | None = None,
+        fixed: str = "",
     ) -> None:
         self.encoder = PromptEncoder(tokenizer)
         self.tokenizer = tokenizer
@@ -74,16 +61,17 @@ class Layout:
         self.signature = signature
         self.demos = list(demos)
         self.extractor = extractor
+        self.fixed = fixed
+        if inspect.cleandoc(fixed) != fixed:
+            raise LayoutError(
+                f"The fixed text {fixed[:60]!r} is not as DSPy keeps an instruction, without indentation and empty "
+                "lines around it. Pass `signature.instructions`."
+            )
         self._legal = LegalText(self.encoder, signature)
-        self._frames: dict[str, _Frame] = {}
-        self._spelled: dict[str, str] = {}
+        self._frames = Frames(self.encoder, adapter, signature, self.demos)
         self._ids: dict[str, tuple[int, ...]] = {}
-        self._sentinel = _unused_word(adapter, signature, self.demos)
-        self._marked = signature.with_instructions(self._sentinel)
-        self._reference_inputs = dict.fromkeys(signature.input_fields, "x")
-        self._reference = self._make_frame(self._reference_inputs)
-        self._joiner = self._spell_slowly(f"{self._sentinel}\n{self._sentinel}").replace(self._sentinel, "")
-        self._verbatim = self._spell_slowly(_VERBATIM_PROBE) == _VERBATIM_PROBE
+        self._fixed_tokens: dict[str, int] = {}
+        self._end_of_turn = end_of_turn_ids(tokenizer) or _end_of_text(tokenizer)
 
     # ------------------------------------------------------------------ prompts
 
@@ -92,7 +80,7 @@ class Layout:
 
         Raises `LayoutError` when the instruction's tokens differ from those in other prompts.
         """
-        encoded, span, _ = self._encode(self._frame(inputs), self._spell(instruction), RenderedText(""))
+        encoded, span, _ = self._encode(self._frames.frame(inputs), self._frames.spell(instruction), RenderedText(""))
         self._require_same_ids(instruction, encoded.token_ids, span)
         return Prompt(encoded.token_ids, span)
 
@@ -116,7 +104,7 @@ class Layout:
         content = assistant_text(self.adapter, self.signature, written, field, gold, self.extractor)
         text = preamble + content.text
         tail = RenderedText(text, self.encoder.special_ranges(text))
-        encoded, span, begin = self._encode(self._frame(inputs), self._spell(instruction), tail)
+        encoded, span, begin = self._encode(self._frames.frame(inputs), self._frames.spell(instruction), tail)
         self._require_same_ids(instruction, encoded.token_ids, span)
         starts = [start for start, _ in encoded.offsets]
         stops = [stop for _, stop in encoded.offsets]
@@ -129,6 +117,29 @@ class Layout:
         reasoning = Span(first, min(reasoning_stop, answer)) if header > begin else Span(first, first)
         return Supervised(encoded.token_ids, span, reasoning, Span(answer, len(starts)))
 
+    def written(
+        self, instruction: str, inputs: Mapping[str, Any], completion: str, *, limit: int | None = None
+    ) -> Written:
+        """The prompt followed by what the model wrote, and the token that ends its turn.
+
+        The probability that the model writes `completion` and then stops is the product over the completion's
+        tokens. Where its text is tokenised as the model wrote it, these are the prompt's ids and the ids that
+        were generated. `limit` is the most tokens that the model could write: a completion of that many was cut
+        off, so no end of the turn follows it.
+
+        Raises `LayoutError` as `prompt` does.
+        """
+        prompt = self.prompt(instruction, inputs)
+        tail = RenderedText(completion, self.encoder.special_ranges(completion))
+        encoded, _, _ = self._encode(self._frames.frame(inputs), self._frames.spell(instruction), tail)
+        begin = len(prompt.token_ids)
+        added = encoded.token_ids[begin:]
+        if encoded.token_ids[:begin] != prompt.token_ids:
+            added = self._after_a_wall(tail)  # the model read the prompt before there was anything to merge with
+        if limit is None or len(added) < limit:
+            added += self._end_of_turn
+        return Written((*prompt.token_ids, *added), prompt.instruction, Span(begin, begin + len(added)))
+
     def proposal_prefix(self, inputs: Mapping[str, Any]) -> tuple[int, ...]:
         """Token ids of a user's turn, left open, that holds the inputs and waits for an instruction.
 
@@ -136,14 +147,14 @@ class Layout:
         model proposes for the instruction depend on the input.
         """
         content = self.adapter.format_user_message_content(self.signature, dict(inputs), main_request=False)
-        messages = [{"role": "user", "content": f"{content}\n\n{self._sentinel}"}]
+        messages = [{"role": "user", "content": f"{content}\n\n{self._frames.sentinel}"}]
         rendered = self.encoder.render(messages, add_generation_prompt=False)
-        if rendered.text.count(self._sentinel) != 1:
+        if rendered.text.count(self._frames.sentinel) != 1:
             raise LayoutError(
                 "The chat template does not keep a user's message as it is, so the inputs cannot be put "
                 "before the instruction. Check tokenizer.chat_template."
             )
-        return self.encoder.encode(_cut(rendered, rendered.text.index(self._sentinel))).token_ids
+        return self.encoder.encode(_cut(rendered, rendered.text.index(self._frames.sentinel))).token_ids
 
     def longest(self, inputs_list: Sequence[Mapping[str, Any]], instruction: str) -> tuple[int, int]:
         """Index of the inputs with the longest prompt, and its length in tokens.
@@ -164,8 +175,8 @@ class Layout:
         Raises `LayoutError` when the instruction is empty or only blanks.
         """
         if instruction not in self._ids:
-            encoded, span, _ = self._encode(self._reference, self._spell(instruction), RenderedText(""))
-            _remember(self._ids, instruction, encoded.token_ids[span.start : span.stop])
+            encoded, span, _ = self._encode(self._frames.reference, self._frames.spell(instruction), RenderedText(""))
+            remember(self._ids, instruction, encoded.token_ids[span.start : span.stop])
         return self._ids[instruction]
 
     def text_of(self, ids: Sequence[int]) -> str:
@@ -182,8 +193,13 @@ class Layout:
         return found[1]
 
     def positions(self, ids: Sequence[int]) -> tuple[int, ...]:
-        """The positions that may be edited: all but line breaks and the indentation after them."""
-        return self._legal.positions(tuple(ids))
+        """The positions that may be edited: all but line breaks, the indentation after them, and `fixed`.
+
+        Raises `LayoutError` when there is a fixed text and these ids are of an instruction without it.
+        """
+        old = tuple(ids)
+        first = self._tokens_of_fixed(old) if self.fixed else 0
+        return tuple(position for position in self._legal.positions(old) if position >= first)
 
     def replace(self, ids: Sequence[int], position: int, token: int) -> tuple[tuple[int, ...], str] | None:
         """The instruction with `token` at `position`: its ids and text, or None when it is not legal.
@@ -191,6 +207,7 @@ class Layout:
         A candidate is legal when writing its text into the signature, rendering and tokenising gives the
         same ids: the length and all other positions unchanged. At both ends the token may take in the
         blanks around the instruction, so that there the id of "Think" comes back as that of " Think".
+        The text begins with `fixed`, to the byte, and no word grows on to its last one.
         """
         old = tuple(ids)
         if position not in self.positions(old):
@@ -227,13 +244,33 @@ class Layout:
         if appending or (token is None and position == len(old) - 1):
             free.add(position - 1)
         found = self._resolve(new, frozenset(free))
-        if found is None or not self._legal.no_worse(found[1], self.text_of(old)):
+        if found is None or not self._keeps_fixed(found[1]):
             return None
-        return found
+        return found if self._legal.no_worse(found[1], self.text_of(old)) else None
+
+    def _keeps_fixed(self, text: str) -> bool:
+        added = text[len(self.fixed) :]
+        return text.startswith(self.fixed) and not (self.fixed[-1:].isalnum() and added[:1].isalnum())
+
+    def _tokens_of_fixed(self, ids: tuple[int, ...]) -> int:
+        """How many leading tokens overlap the fixed text."""
+        text = self.text_of(ids)
+        if text not in self._fixed_tokens:
+            spelled, fixed = self._frames.spell(text), self._frames.spell(self.fixed)
+            if not text.startswith(self.fixed) or not spelled.startswith(fixed):
+                raise LayoutError(
+                    f"The instruction {text[:60]!r} does not begin with the fixed text {self.fixed[:60]!r}, which has "
+                    "to stay. Use ids from instruction_ids(fixed), append, insert or replace."
+                )
+            encoded, span, _ = self._encode(self._frames.reference, spelled, RenderedText(""))
+            stop = len(self._frames.reference.before) + len(fixed)
+            starts = [start for start, _ in encoded.offsets[span.start : span.stop]]
+            remember(self._fixed_tokens, text, sum(start < stop for start in starts))
+        return self._fixed_tokens[text]
 
     def _resolve(self, ids: tuple[int, ...], free: frozenset[int]) -> tuple[tuple[int, ...], str] | None:
         """Canonical ids and text; they may differ from `ids` at the `free` positions only."""
-        for text in self._readings(self.encoder.decode(ids)):
+        for text in self._readings(self._decoded(ids)):
             if not text or inspect.cleandoc(text) != text:
                 continue
             canonical = self.instruction_ids(text)
@@ -243,9 +280,18 @@ class Layout:
                 return canonical, text
         return None
 
+    def _decoded(self, ids: tuple[int, ...]) -> str:
+        """The text of these ids in a prompt; a fixed text is known, and may hold what its tokens do not spell."""
+        if not self.fixed:
+            return self.encoder.decode(ids)
+        fixed = self.instruction_ids(self.fixed)
+        if ids[: len(fixed) - 1] != fixed[:-1]:  # its last token may take in what follows it
+            return self.encoder.decode(ids)
+        return self._frames.spell(self.fixed) + self.encoder.decode(ids[len(fixed) :])
+
     def _readings(self, decoded: str) -> list[str]:
         """The instructions that a decoded span may stand for: its ends may carry text from around it."""
-        before, after = self._reference.before, self._reference.after
+        before, after = self._frames.reference.before, self._frames.reference.after
         core = decoded.strip()
         lefts = [k for k in range(1, min(len(core), 16)) if before.rstrip().endswith(core[:k])]
         rights = [k for k in range(1, min(len(core), 16)) if after.lstrip().startswith(core[-k:])]
@@ -253,67 +299,11 @@ class Layout:
         texts = [core[left : len(core) - right].strip() for left, right in pairs]
         if decoded.endswith(" "):
             texts.append(decoded.lstrip())  # DSPy keeps blanks at the end of a seed, and some templates too
-        if "\n" not in self._joiner:
+        if "\n" not in self._frames.joiner:
             return texts
-        return [text.replace(self._joiner, "\n") for text in texts]
+        return [text.replace(self._frames.joiner, "\n") for text in texts]
 
-    def _frame(self, inputs: Mapping[str, Any]) -> _Frame:
-        key = _inputs_key(inputs)
-        if key not in self._frames:
-            _remember(self._frames, key, self._make_frame(inputs))
-        return self._frames[key]
-
-    def _make_frame(self, inputs: Mapping[str, Any]) -> _Frame:
-        rendered = self._render(self._marked, inputs)
-        found = rendered.text.count(self._sentinel)
-        if found != 1:
-            raise LayoutError(
-                f"The instruction occurs {found} times in the prompt that {type(self.adapter).__name__} and "
-                "the chat template render, and it has to occur once. Use ChatAdapter, JSONAdapter or "
-                "XMLAdapter, and a chat template that keeps the system message."
-            )
-        start = rendered.text.index(self._sentinel)
-        stop = start + len(self._sentinel)
-        return _Frame(
-            rendered.text[:start],
-            rendered.text[stop:],
-            tuple(pair for pair in rendered.plain if pair[1] <= start),
-            tuple((a - stop, b - stop) for a, b in rendered.plain if a >= stop),
-        )
-
-    def _render(self, signature: Any, inputs: Mapping[str, Any]) -> RenderedText:
-        messages = self.adapter.format(signature, self.demos, dict(inputs))
-        for message in messages:
-            if not isinstance(message.get("content"), str):
-                raise LayoutError(
-                    f"The {message.get('role')} message is not plain text (an image, a file or a tool call). "
-                    "Use text fields in this predictor, or leave it out of the search."
-                )
-        return self.encoder.render(messages)
-
-    def _spell(self, instruction: str) -> str:
-        """The instruction as it stands in the rendered prompt: indented, and trimmed where templates trim."""
-        one_line = self._verbatim and instruction.isprintable() and instruction == instruction.strip()
-        if one_line and instruction:
-            return instruction
-        if instruction not in self._spelled:
-            _remember(self._spelled, instruction, self._spell_slowly(instruction))
-        return self._spelled[instruction]
-
-    def _spell_slowly(self, instruction: str) -> str:
-        frame = self._reference
-        if not instruction.strip():
-            raise LayoutError("The instruction is empty. Give the predictor's signature an instruction.")
-        text = self._render(self.signature.with_instructions(instruction), self._reference_inputs).text
-        stop = len(text) - len(frame.after)
-        if not text.startswith(frame.before) or not text.endswith(frame.after) or stop <= len(frame.before):
-            raise LayoutError(
-                f"{type(self.adapter).__name__} or the chat template changes other parts of the prompt with "
-                f"the instruction {instruction[:60]!r}. Use ChatAdapter, JSONAdapter or XMLAdapter."
-            )
-        return text[len(frame.before) : stop]
-
-    def _encode(self, frame: _Frame, spelled: str, tail: RenderedText) -> tuple[EncodedText, Span, int]:
+    def _encode(self, frame: Frame, spelled: str, tail: RenderedText) -> tuple[EncodedText, Span, int]:
         """Tokenise a prompt jointly; also the instruction's span and the character the tail starts at."""
         start, stop = len(frame.before), len(frame.before) + len(spelled)
         begin = stop + len(frame.after)
@@ -326,6 +316,15 @@ class Layout:
         text = frame.before + spelled + frame.after + tail.text
         encoded = self.encoder.encode(RenderedText(text, tuple(plain)))
         return encoded, covering(encoded.offsets, start, stop), begin
+
+    def _after_a_wall(self, tail: RenderedText) -> tuple[int, ...]:
+        """A text's tokens after a special token, with which nothing merges."""
+        wall = next(iter(self.encoder.special_texts), "")
+        plain = tuple((a + len(wall), b + len(wall)) for a, b in tail.plain)
+        encoded = self.encoder.encode(RenderedText(wall + tail.text, plain))
+        return tuple(
+            token for token, (_, stop) in zip(encoded.token_ids, encoded.offsets, strict=True) if stop > len(wall)
+        )
 
     def _require_same_ids(self, instruction: str, token_ids: tuple[int, ...], span: Span) -> None:
         if token_ids[span.start : span.stop] != self.instruction_ids(instruction):
@@ -340,24 +339,6 @@ def _cut(rendered: RenderedText, stop: int) -> RenderedText:
     return RenderedText(rendered.text[:stop], tuple(pair for pair in rendered.plain if pair[1] <= stop))
 
 
-def _remember(cache: dict[str, Any], key: str, value: Any) -> None:
-    if len(cache) >= _CACHE_ENTRIES:
-        cache.clear()
-    cache[key] = value
-
-
-def _inputs_key(inputs: Mapping[str, Any]) -> str:
-    # The type is part of the key: 1, 1.0 and True are equal and hash alike, but render differently.
-    encode: Callable[[Any], str] = repr
-    return json.dumps(
-        [[name, type(value).__qualname__, serialize_for_json(value)] for name, value in inputs.items()],
-        default=encode,
-    )
-
-
-def _unused_word(adapter: Any, signature: Any, demos: Sequence[Any]) -> str:
-    text = repr((signature.instructions, signature.fields, demos, type(adapter).__name__))
-    number = 7
-    while f"Zq{number}instructionqZ" in text:
-        number += 1
-    return f"Zq{number}instructionqZ"
+def _end_of_text(tokenizer: Any) -> tuple[int, ...]:
+    end = getattr(tokenizer, "eos_token_id", None)
+    return () if end is None else (end,)

@@ -2,9 +2,11 @@
 
 Nothing is generated here. Each example arrives as one finished sequence x ⊙ p ⊙ r ⊙ p_extract ⊙ y that says
 where its instruction p and its gold answer y stand, and one forward pass reads off how likely the model finds
-both. `dspy_greater.gradient` differentiates the very same numbers.
+both. `dspy_greater.gradient` differentiates the very same numbers. What all examples begin with is read once
+(`dspy_greater.prefix`).
 
-Shapes: N examples (of one batch), T tokens in the longest, R predicted tokens, V vocabulary, d hidden size.
+Shapes: N examples (of one batch), P tokens that all begin with, T tokens after these in the longest, R predicted
+tokens, U predicted tokens that are the same for all, V vocabulary, d hidden size.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch.nn.functional import cross_entropy
 
 from dspy_greater.engine import Engine, EngineMemoryError
 from dspy_greater.errors import LayoutError, SettingsError
+from dspy_greater.prefix import Prefix, is_out_of_memory, shared_length
 
 RowT = TypeVar("RowT")
 ResultT = TypeVar("ResultT")
@@ -89,11 +92,12 @@ def teacher_forced_losses(
     answer_temperature: float = 0.2,
     max_batch_tokens: int = 16_384,
 ) -> Losses:
-    """Equations 5 and 6 without gradient: one forward pass over each example, in the order given.
+    """Equations 5 and 6 without gradient, in the order given: one forward pass over what all examples begin
+    with, and one over the rest of each.
 
     `answer_temperature` divides the logits of the answer's tokens (not the instruction's) before the softmax.
-    `max_batch_tokens` bounds rows times longest row of a padded batch; it changes speed, never the losses
-    beyond rounding. Softmax and mean are taken in float32 (float64 for a float64 model).
+    `max_batch_tokens` bounds rows times longest row of a padded batch, what is read once left out; it changes
+    speed, never the losses beyond rounding. Softmax and mean are taken in float32 (float64 for a float64 model).
 
     Raises `LayoutError` for an empty or misplaced span, `SettingsError` for a temperature or bound that is
     not positive.
@@ -106,60 +110,156 @@ def teacher_forced_losses(
     (True,)
     """
     check_supervised(supervised, answer_temperature)
+    if not supervised:
+        return Losses((), ())
 
     def of_batch(batch: Sequence[SupervisedTokens]) -> list[tuple[float, float]]:
-        answer, fluency = batch_losses(engine, batch, answer_temperature=answer_temperature)  # [N], [N]
+        answer, fluency = reading.losses(batch)  # [N], [N]
         return list(zip(answer.tolist(), fluency.tolist(), strict=True))
 
     lengths = [len(example.token_ids) for example in supervised]
     with engine.exclusive(), torch.no_grad():
-        return losses_of(in_batches(of_batch, supervised, lengths, max_batch_tokens))
+        reading = Reading(engine, supervised, answer_temperature=answer_temperature)
+        shared = reading.shared()
+        return losses_of(in_batches(of_batch, supervised, lengths, max_batch_tokens, shared, reading.forget))
 
 
-def batch_losses(
-    engine: Engine, batch: Sequence[SupervisedTokens], *, answer_temperature: float
-) -> tuple[Tensor, Tensor]:
-    """L_CE and the mean NLL inside L_perpl of equation 6, each [N], differentiable; one forward pass."""
-    instruction = [(row, at) for row, each in enumerate(batch) for at in _indices(each.instruction)]
-    answer = [(row, at) for row, each in enumerate(batch) for at in _indices(each.answer)]
-    positions = instruction + answer
+class Reading:
+    """Examples that are read batch by batch, and what they begin with, which is read once without gradient.
 
-    logits = logits_before(engine, [each.token_ids for each in batch], positions)  # [R, V]  equation 5
-    targets = torch.tensor([batch[row].token_ids[at] for row, at in positions], device=logits.device)  # [R]
-    temperature = logits.new_tensor([1.0] * len(instruction) + [answer_temperature] * len(answer))  # [R]
-    nll = cross_entropy(logits / temperature[:, None], targets, reduction="none")  # [R]
+    Args:
+        engine: the model; hold it (`Engine.exclusive`) while the reading is used.
+        supervised: all examples of the call, at least one.
+        answer_temperature: divides the logits of the answers' tokens.
+        most: nothing from this index on is read together.
+    """
 
-    fluency_nll = _mean_of_each(nll[: len(instruction)], [each.instruction for each in batch])  # [N]
-    answer_nll = _mean_of_each(nll[len(instruction) :], [each.answer for each in batch])  # [N]
-    return answer_nll, fluency_nll
+    def __init__(
+        self,
+        engine: Engine,
+        supervised: Sequence[SupervisedTokens],
+        *,
+        answer_temperature: float,
+        most: int | None = None,
+    ) -> None:
+        self._engine, self._heat = engine, answer_temperature
+        self._rows, self._longest = len(supervised), max(len(each.token_ids) for each in supervised)
+        length = shared_length([tuple(each.token_ids[:-1]) for each in supervised])
+        self._tokens = tuple(supervised[0].token_ids[: length if most is None else min(length, most)])  # [P]
+        self._prefix: Prefix | None = None
+        self._asked = False
+        ends = {(at, heat) for each in supervised for at, heat in self._predicted(each)}
+        self._ends = sorted(ends)  # what the hidden states of the prefix predict, once P is known
+        self._log_probabilities: Tensor | None = None  # [U, V]
+
+    def shared(self) -> int:
+        """P: how many tokens all rows begin with, their states being at hand; 0 when nothing is shared."""
+        if not self._asked:
+            self._asked, prefixes = True, self._engine.prefixes
+            self._prefix = prefixes.read(self._tokens, rows=self._rows, longest=self._longest, with_hidden=True)
+            if self._prefix:  # the same again if it has to be read again
+                self._tokens = self._prefix.token_ids
+                self._ends = [end for end in self._ends if end[0] <= len(self._prefix)]  # [U]
+        return len(self._prefix) if self._prefix else 0
+
+    def forget(self) -> None:
+        """Give the memory of what is shared back; it is read again for the next batch."""
+        self._prefix, self._asked = None, False
+        self._engine.prefixes.drop()
+
+    def losses(self, batch: Sequence[SupervisedTokens]) -> tuple[Tensor, Tensor]:
+        """L_CE and the mean NLL inside L_perpl of equation 6, each [N], differentiable; one forward pass."""
+        instruction = [(row, at, 1.0) for row, each in enumerate(batch) for at in _indices(each.instruction)]
+        answer = [(row, at, self._heat) for row, each in enumerate(batch) for at in _indices(each.answer)]
+        nll = self._nll(batch, instruction + answer)  # [R]
+        fluency_nll = _mean_of_each(nll[: len(instruction)], [each.instruction for each in batch])  # [N]
+        answer_nll = _mean_of_each(nll[len(instruction) :], [each.answer for each in batch])  # [N]
+        return answer_nll, fluency_nll
+
+    def _nll(self, batch: Sequence[SupervisedTokens], asked: Sequence[tuple[int, int, float]]) -> Tensor:
+        """[R] negative log-likelihood of the token at each (row, index, temperature); equation 5."""
+        shared = self.shared()
+        inside = [place for place, (_, at, _) in enumerate(asked) if shared and at <= shared]
+        own = [place for place, (_, at, _) in enumerate(asked) if not shared or at > shared]
+        unknown = self._ends if inside and self._log_probabilities is None else []
+
+        logits = logits_before(
+            self._engine,
+            [each.token_ids for each in batch],
+            [asked[each][:2] for each in own],
+            prefix=self._prefix,
+            in_prefix=[at for at, _ in unknown],
+        )  # [U + R, V]
+        targets = torch.tensor([batch[row].token_ids[at] for row, at, _ in asked], device=logits.device)  # [R]
+        heat = logits.new_tensor([heat for *_, heat in unknown] + [asked[each][2] for each in own])
+        logits = logits / heat[:, None]
+        if unknown:
+            self._log_probabilities = logits[: len(unknown)].detach().log_softmax(-1)
+        nll = cross_entropy(logits[len(unknown) :], targets[own], reduction="none")
+        if self._log_probabilities is None or not inside:
+            return nll
+        rows = [self._ends.index(asked[each][1:]) for each in inside]
+        constant = -self._log_probabilities[rows, targets[inside]]
+        order = torch.tensor([*inside, *own], device=nll.device).argsort()
+        return torch.cat([constant, nll])[order]
+
+    def _predicted(self, example: SupervisedTokens) -> list[tuple[int, float]]:
+        """(index, temperature) of every token of the example whose likelihood is asked for."""
+        return [(at, 1.0) for at in _indices(example.instruction)] + [
+            (at, self._heat) for at in _indices(example.answer)
+        ]
 
 
-def logits_before(engine: Engine, sequences: Sequence[Sequence[int]], positions: Sequence[tuple[int, int]]) -> Tensor:
+def logits_before(
+    engine: Engine,
+    sequences: Sequence[Sequence[int]],
+    positions: Sequence[tuple[int, int]],
+    *,
+    prefix: Prefix | None = None,
+    in_prefix: Sequence[int] = (),
+) -> Tensor:
     """The logits [R, V] with which the model predicts the token at each (row, index) of `positions`.
 
     They stand one place earlier, at index - 1; an index equal to a row's length asks for the next token. The
     output layer, the widest of all, is applied to these R places and no others. Whatever the model does to
     its logits afterwards (Gemma's soft cap, Granite's scale) it does here too: it is the model itself that
     runs. At least float32. Call it inside `engine.exclusive()`.
+
+    With a `prefix`, which shows its hidden states and with which every row begins, only what follows it is read:
+    no index may be its length or less. The indices of `in_prefix` are predicted by the prefix; their logits come
+    first. Raises `LayoutError` for an index whose token nothing that is read here predicts.
     """
-    token_ids, position_ids = _right_padded(sequences)  # [N, T] each, on the CPU
-    rows, indices = torch.tensor(positions).unbind(dim=1)  # [R] each
-    places = (rows, indices - 1)
+    shared = len(prefix) if prefix else 0
+    token_ids, position_ids = _right_padded([sequence[shared:] for sequence in sequences])  # [N, T] each, on the CPU
+    rows, indices = torch.tensor(positions, dtype=torch.long).reshape(-1, 2).unbind(dim=1)  # [R] each
+    places = (rows, indices - 1 - shared)
+    if bool((places[1] < 0).any()):
+        raise LayoutError(
+            f"The token at index {int(indices.min())} is predicted by what stands before it, of which {shared} tokens "
+            "are not read here; ask for later tokens, or read a shorter prefix."
+        )
+    before = prefix.hidden[[at - 1 for at in in_prefix]] if prefix and prefix.hidden is not None else None  # [U, d]
     device = engine.model.get_input_embeddings().weight.device
-    with _output_layer_sees_only(engine.model, places, token_ids.shape) as narrowed:
+    cache = {"past_key_values": prefix.cache(engine.model, len(sequences))} if prefix else {}
+    with _output_layer_sees_only(engine.model, places, token_ids.shape, before) as narrowed:
         logits: Tensor = engine.model(
-            input_ids=token_ids.to(device), position_ids=position_ids.to(device), use_cache=False
+            input_ids=token_ids.to(device),
+            position_ids=(position_ids + shared).to(device),
+            use_cache=prefix is not None,
+            **cache,
         ).logits
-    projected = len(positions) if narrowed else token_ids.numel()
-    real = sum(len(sequence) for sequence in sequences)
+    projected = len(in_prefix) + len(positions) if narrowed else token_ids.numel()
+    real = sum(len(sequence) - shared for sequence in sequences)
     engine.tally(forwards=1, prefilled_tokens=real, padded_tokens=token_ids.numel() - real, lm_head_rows=projected)
-    logits = logits[0] if narrowed else logits[places]  # [R, V]
+    logits = logits[0] if narrowed else logits[places]  # [U + R, V]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @contextmanager
-def _output_layer_sees_only(model: Any, places: tuple[Tensor, Tensor], shape: torch.Size) -> Iterator[list[bool]]:
-    """Inside, the output layer maps [N, T, d] to [1, R, V]. Yields a list that is not empty once it has.
+def _output_layer_sees_only(
+    model: Any, places: tuple[Tensor, Tensor], shape: torch.Size, before: Tensor | None = None
+) -> Iterator[list[bool]]:
+    """Inside, the output layer maps [U, d] and [N, T, d] to [1, U + R, V]. Yields a list, not empty once it has.
 
     A model without such a layer, or that feeds it something else, runs unchanged: the caller picks the places
     from the full logits instead.
@@ -170,7 +270,8 @@ def _output_layer_sees_only(model: Any, places: tuple[Tensor, Tensor], shape: to
         if not inputs or inputs[0].shape[:-1] != shape:
             return None
         narrowed.append(True)
-        return (inputs[0][places][None], *inputs[1:])  # [1, R, d]
+        kept = inputs[0][places]  # [R, d]
+        return ((kept if before is None else torch.cat([before, kept]))[None], *inputs[1:])  # [1, U + R, d]
 
     layer = model.get_output_embeddings()
     if layer is None:
@@ -207,22 +308,28 @@ def in_batches(
     rows: Sequence[RowT],
     lengths: Sequence[int],
     max_batch_tokens: int,
+    shared: int = 0,
+    relieve: Callable[[], None] = lambda: None,
 ) -> list[ResultT]:
     """What `work` makes of each row, in the rows' order; `work` is given some rows at a time.
 
-    Batches are those of `token_batches`. When memory runs out the batch is tried again in two halves; a row
-    that does not fit alone raises `EngineMemoryError`.
+    Batches are those of `token_batches`, for rows without the `shared` tokens that cost a batch nothing. When
+    memory runs out `relieve` is called and the batch is tried again in two halves; a row that does not fit alone
+    raises `EngineMemoryError`.
 
     >>> in_batches(lambda batch: [row.upper() for row in batch], ["abc", "d"], [3, 1], max_batch_tokens=4)
     ['ABC', 'D']
     """
     results: dict[int, ResultT] = {}
-    waiting = token_batches(lengths, max_batch_tokens)
+    waiting = token_batches([length - shared for length in lengths], max_batch_tokens)
     while waiting:
         batch = waiting.pop(0)
         try:
             results.update(zip(batch, work([rows[index] for index in batch]), strict=True))
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not is_out_of_memory(error):
+                raise
+            relieve()
             if len(batch) == 1:
                 raise EngineMemoryError(
                     f"A row of {lengths[batch[0]]} tokens alone does not fit into memory; use a smaller "

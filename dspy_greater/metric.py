@@ -31,6 +31,10 @@ class RowMetric:
     A metric that raises, or returns NaN, makes its row a failure (0.0). One that returns
     something that is no score at all is a mistake in the metric and is reported at once.
     What it takes besides (`trace`, and two more in GEPA's form) is left at its default, or None.
+    It may call language models itself, as a judge does. It is never differentiated.
+
+    A score is a finite number, larger where the prediction is better. Nothing keeps it between 0 and 1: a metric
+    may count points, or take some away.
 
     Raises:
         MetricError: the metric is not callable.
@@ -95,6 +99,12 @@ def _extra_arguments(metric: Metric) -> tuple[None, ...]:
 
 
 def _coerced(value: Any) -> Score:
+    if inspect.iscoroutine(value):
+        value.close()
+        raise MetricError(
+            "The metric is asynchronous: it returned a coroutine, which is not a score. Pass an ordinary function; "
+            "dspy.syncify turns an asynchronous module into one."
+        )
     score = value
     feedback = None
     if not isinstance(value, (bool, int, float)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import copy
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -154,22 +154,16 @@ def name_rows(rows: Sequence[int]) -> str:
     return f"Row{'s' if len(rows) > 1 else ''} {named}{more}"
 
 
-def refuse_unsupported(sites: Sequence[PredictorSite]) -> None:
-    """Raises `ProgramError` when a predictor with gold values cannot be optimised, saying why and what to do."""
-    for site in sites:
-        where = f"Predictor `{site.name}`"
-        keep = f"leave its output fields ({', '.join(site.output_fields)}) out of the rows: it then stays as it is"
-        if site.lists_tools:
+def refuse_unsupported(site: PredictorSite) -> None:
+    """Raises `ProgramError` when a predictor's prompt is not all text, saying why and what to do."""
+    for name, info in site.signature.fields.items():
+        unusual = _unusual_types(info)
+        if unusual:
             raise ProgramError(
-                f"{where} lists its tools in its instruction, and rewriting it would lose them. Please {keep}."
+                f"Predictor `{site.name}` has the field `{name}` of type {unusual[0]}, which is not written into the "
+                "prompt as plain text. Use a text field, or leave the predictor out: predictors=[...] names those "
+                "that are optimised."
             )
-        for name, info in site.signature.fields.items():
-            unusual = _unusual_types(info)
-            if unusual:
-                raise ProgramError(
-                    f"{where} has the field `{name}` of type {unusual[0]}, which is not written into the "
-                    f"prompt as plain text. Use a text field, or {keep}."
-                )
 
 
 def refuse_unusable(sites: Sequence[PredictorSite]) -> None:
@@ -262,6 +256,20 @@ def trace_calls(
         except Exception as error:  # whatever a program raises is an outcome of the run
             return CallTrace(recorder.calls(), None, _describe(error), _failure(error), error)
     return CallTrace(recorder.calls(), prediction)
+
+
+def calls_of(calls: Iterable[PredictorCall], name: str) -> tuple[PredictorCall, ...]:
+    """All calls of predictor `name` in one run, in the order in which they started.
+
+    A predictor in a loop has several, one that the run did not come to has none, and one that is reachable by
+    several paths has the calls of all of them.
+
+    Example:
+        >>> steps = [PredictorCall("react", {}, {}), PredictorCall("extract", {}, {}), PredictorCall("react", {}, {})]
+        >>> len(calls_of(steps, "react")), calls_of(steps, "draft")
+        (2, ())
+    """
+    return tuple(call for call in calls if call.predictor == name)
 
 
 def carrying(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

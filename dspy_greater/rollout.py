@@ -6,11 +6,11 @@ that every wave of calls is one batch whose make-up does not depend on thread ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dspy.adapters.utils import serialize_for_json
 
@@ -18,6 +18,9 @@ from .errors import ProgramError
 from .lm import LocalEngine
 from .metric import RowMetric, Score
 from .program import PredictorCall, Result, carrying, predictors_of, trace_calls, with_instructions
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 Worker = Callable[[], AbstractContextManager[None]]
 _MOST_IN_LOCKSTEP = 512  # threads that wait for one model together
@@ -84,11 +87,11 @@ def run_pairs(
     deployed: bool = False,
 ) -> list[Rollout]:
     """Run programs on rows, each (program, row) once; see `roll_out`. Without `refuse_dead` all may fail."""
-    sites = {id(program): predictors_of(program) for program, _ in pairs}
-    lms = [site.lm for found in sites.values() for site in found]
+    programs = {id(program): program for program, _ in pairs}
+    lms = [site.lm for program in programs.values() for site in predictors_of(program)]
     done = together(lambda program, row: _run(program, row, metric, deployed), pairs, lms=lms, threads=threads)
     if refuse_dead:
-        _refuse_dead_lm(done, len(pairs) // max(1, len(sites)))
+        refuse_dead_lm(done, len(pairs) // max(1, len(programs)))
     return done
 
 
@@ -125,6 +128,28 @@ def _together(
         return _all(enter_and_run, jobs, size)
 
 
+def engines_behind(program: Any) -> list[Engine]:
+    """The in-process models that the program's predictors call, each once."""
+    return [local.engine for local in _local_engines(site.lm for site in predictors_of(program))]
+
+
+def runs_at_once(program: Any, threads: int) -> int:
+    """How many runs of the program it takes to keep its language model busy.
+
+    One decode batch of an in-process model; where there is none, or several, two runs for each thread,
+    so that few threads wait for the last.
+    """
+    engines = engines_behind(program)
+    return engines[0].max_batch_rows if len(engines) == 1 else 2 * threads
+
+
+def asked_of_servers(program: Any, rollouts: Iterable[Rollout]) -> Iterator[str]:
+    """What language models that are not in-process answered in these runs, call by call."""
+    served = {site.name for site in predictors_of(program) if _local_engine(site.lm) is None}
+    for rollout in rollouts:
+        yield from (call.completion for call in rollout.trace if call.predictor in served and call.completion)
+
+
 def searching_copy(program: Any, texts: Mapping[str, str], seed: int = 0) -> Any:
     """A copy of the program with other instructions, whose in-process models do not answer from a cache.
 
@@ -138,6 +163,14 @@ def searching_copy(program: Any, texts: Mapping[str, str], seed: int = 0) -> Any
         if _local_engine(lm) is not None:
             own = lm.kwargs.get("seed")
             predictor.lm = lm.copy(cache=False, seed=seed + place if own is None else own)
+    return copied
+
+
+def sampling_copy(program: Any, name: str, text: str, temperature: float, seed: int) -> Any:
+    """A searching copy in which predictor `name` has the instruction `text` and writes at a temperature."""
+    copied = searching_copy(program, {name: text}, seed)
+    predictor = dict(copied.named_predictors())[name]
+    predictor.lm = predictor.lm.copy(temperature=temperature, seed=seed, cache=False)
     return copied
 
 
@@ -188,8 +221,12 @@ def _all(run: Callable[..., Result], jobs: Sequence[tuple[Any, ...]], size: int)
         pool.shutdown(wait=finished, cancel_futures=True)
 
 
-def _refuse_dead_lm(done: Sequence[Rollout], rows: int) -> None:
-    """A search over answers that never came would go on to the end and find nothing."""
+def refuse_dead_lm(done: Sequence[Rollout], rows: int) -> None:
+    """A search over answers that never came would go on to the end and find nothing.
+
+    Raises:
+        ProgramError: the language model could not be called, not even once.
+    """
     if done and all(each.lm_failed for each in done):
         raise ProgramError(
             f"The language model could not be called on any of the {rows} rows; on the first, {done[0].error}. "
@@ -200,13 +237,17 @@ def _refuse_dead_lm(done: Sequence[Rollout], rows: int) -> None:
 @contextmanager
 def _in_lockstep(lms: Sequence[Any], runs: int) -> Iterator[Worker | None]:
     """Lockstep on the one in-process engine of the LMs; None when there is none, or several."""
-    engines = {id(engine): engine for lm in lms if (engine := _local_engine(lm)) is not None}
+    engines = _local_engines(lms)
     if len(engines) != 1 or runs == 0:
         yield None
         return
-    (engine,) = engines.values()
+    (engine,) = engines
     with engine.lockstep(runs) as group:
         yield group.worker
+
+
+def _local_engines(lms: Iterable[Any]) -> list[LocalEngine]:
+    return list({id(engine): engine for lm in lms if (engine := _local_engine(lm)) is not None}.values())
 
 
 def _local_engine(lm: Any) -> LocalEngine | None:

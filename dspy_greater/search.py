@@ -6,8 +6,9 @@ replaying its recorded steps.
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from .run.events import Evaluation
@@ -21,8 +22,8 @@ class SearchState:
     """Where the search stands.
 
     Invariants: `best` is sorted by objective, holds distinct instructions and every one
-    of them was evaluated; `position` is an index of the current instruction, or its length when
-    the next step appends a token.
+    of them was evaluated on all rows; `position` is an index of the current instruction, or its length when
+    the next step appends a token. `unchanged` counts the steps since the current instruction became current.
     """
 
     seed: Evaluation
@@ -31,23 +32,54 @@ class SearchState:
     step: int = 0
     position: int = 0
     failed_steps: int = 0  # in a row, without one finite loss
+    generated_tokens: int = 0  # since the run began, by the searches of earlier predictors too
+    fixed: str = ""  # the leading text of the instruction that may not change
+    unchanged: int = 0
+    starts: tuple[str, ...] = ()  # instructions that were current when a round began without any change
+    predictions: tuple[tuple[float, tuple[float, float]], ...] = ()  # (predicted, realised) of what was tried
 
     def finished(self, settings: Settings) -> bool:
-        """Whether all steps are taken."""
-        return self.step >= settings.steps
+        """Whether all steps are taken, or the budget is spent."""
+        return self.step >= settings.steps or self.out_of_budget(settings)
+
+    def out_of_budget(self, settings: Settings) -> bool:
+        """Whether as many tokens are generated as may be."""
+        limit = settings.max_generated_tokens
+        return limit is not None and self.generated_tokens >= limit
+
+    def to_beat(self, current: Evaluation, settings: Settings) -> float | None:
+        """The objective's first number above which an instruction changes nothing; None while any could.
+
+        Above it, an instruction can neither replace `current`, which the step improves on, nor become one
+        of the best, of which there are enough.
+        """
+        if len(self.best) < settings.finalists or settings.loss_first:
+            return None
+        worst = max(current.objective[0], self.best[-1].objective[0])
+        return worst if math.isfinite(worst) else None
 
     def appends(self) -> bool:
         """Whether the next step adds a token at the end instead of replacing one."""
         return self.position >= len(self.current.token_ids)
 
 
-def begin(seed: Evaluation, settings: Settings, *, editable: Sequence[int] | None = None) -> SearchState:
+def begin(
+    seed: Evaluation,
+    settings: Settings,
+    *,
+    editable: Sequence[int] | None = None,
+    generated_tokens: int = 0,
+    fixed: str = "",
+) -> SearchState:
     """The state before the first step: p = p* = the seed instruction (Algorithm 1, line 3).
 
     `editable` are the positions that may be changed, all of them by default; line breaks may not.
+    `generated_tokens` were generated before, the seed's evaluation included. Only what follows `fixed` is searched;
+    where nothing does, the first step appends a token.
     """
-    first = min(editable, default=0) if editable is not None else 0
-    return SearchState(seed=seed, current=seed, best=_ranked((seed,), settings), position=first)
+    first = min(editable, default=_nowhere(seed, fixed)) if editable is not None else 0
+    best = _ranked((seed,), settings)
+    return SearchState(seed, seed, best, position=first, generated_tokens=generated_tokens, fixed=fixed)
 
 
 def advance(
@@ -58,6 +90,8 @@ def advance(
     *,
     failed: bool = False,
     editable: Sequence[int] | None = None,
+    generated_tokens: int = 0,
+    predictions: Sequence[tuple[float, tuple[float, float]]] = (),
 ) -> SearchState:
     """The state after a step that evaluated some instructions and chose one (lines 16 to 19)."""
     return replace(
@@ -65,19 +99,38 @@ def advance(
         current=chosen,
         best=_ranked((*state.best, chosen, *evaluated), settings),
         step=state.step + 1,
-        position=_next_position(state.position, chosen, settings, editable),
+        position=_next_position(state.position, chosen, settings, editable, state.fixed),
         failed_steps=state.failed_steps + 1 if failed else 0,
+        generated_tokens=state.generated_tokens + generated_tokens,
+        unchanged=state.unchanged + 1 if chosen.instruction == state.current.instruction else 0,
+        predictions=(*state.predictions, *predictions),
     )
+
+
+def restarted(state: SearchState, positions: Callable[[Sequence[int]], Sequence[int]]) -> SearchState:
+    """After a whole round without a change: the same search from the best finalist that no round was spent on yet.
+
+    With none left, the round begins again, where proposals widen to what was not tried. `positions` tells which
+    positions of an instruction may be changed.
+    """
+    current = state.current
+    if state.unchanged <= max(1, len(positions(current.token_ids))):
+        return state
+    starts = (*state.starts, current.instruction)
+    fresh = [each for each in state.best if each.instruction not in starts]
+    chosen = fresh[0] if fresh else state.best[0]
+    first = min(positions(chosen.token_ids), default=_nowhere(chosen, state.fixed))
+    return replace(state, current=chosen, position=first, unchanged=0, starts=starts)
 
 
 def ends_sentence(text: str) -> bool:
     """Whether an instruction is finished.
 
     Example:
-        >>> ends_sentence("Think step by step."), ends_sentence("Think step")
-        (True, False)
+        >>> ends_sentence("Think step by step."), ends_sentence("Think step"), ends_sentence(".")
+        (True, False, False)
     """
-    return text.rstrip().rstrip("\"')]").endswith(_SENTENCE_ENDS)
+    return any(map(str.isalnum, text)) and text.rstrip().rstrip("\"')]").endswith(_SENTENCE_ENDS)
 
 
 def step_random(seed: int, predictor: str, step: int) -> random.Random:
@@ -85,7 +138,14 @@ def step_random(seed: int, predictor: str, step: int) -> random.Random:
     return random.Random(f"{seed}/{predictor}/{step}")
 
 
-def _next_position(position: int, chosen: Evaluation, settings: Settings, editable: Sequence[int] | None) -> int:
+def _nowhere(evaluation: Evaluation, fixed: str) -> int:
+    """Where to go on if no position can be edited: at the end, if a fixed text is all there is."""
+    return len(evaluation.token_ids) if fixed else 0
+
+
+def _next_position(
+    position: int, chosen: Evaluation, settings: Settings, editable: Sequence[int] | None, fixed: str = ""
+) -> int:
     """The next editable index; past the last, a new token if the sentence is open, else back to the first."""
     length = len(chosen.token_ids)
     positions = range(length) if editable is None else sorted(editable)
@@ -93,12 +153,14 @@ def _next_position(position: int, chosen: Evaluation, settings: Settings, editab
     if later:
         return later[0]
     could_not_grow = position >= length  # the step was to append a token, and there was none
-    grows = not ends_sentence(chosen.instruction) and length < settings.max_instruction_tokens
-    return length if grows and not could_not_grow else min(positions, default=0)
+    searched = len(positions) if fixed else length
+    grows = not ends_sentence(chosen.instruction[len(fixed) :]) and searched < settings.max_instruction_tokens
+    return length if grows and not could_not_grow else min(positions, default=_nowhere(chosen, fixed))
 
 
 def _ranked(evaluations: Sequence[Evaluation], settings: Settings) -> tuple[Evaluation, ...]:
-    """Distinct instructions, best objective first; of equals the earlier one."""
+    """Distinct instructions on all rows, best objective first; of equals the earlier one."""
+    evaluations = [each for each in evaluations if each.complete]
     distinct = {each.instruction: each for each in reversed(evaluations)}
     order = list(dict.fromkeys(each.instruction for each in evaluations))
     ranked = sorted((distinct[text] for text in order), key=lambda each: each.objective)

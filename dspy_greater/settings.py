@@ -1,19 +1,43 @@
 """Every knob of the search, what it means and what it costs.
 
-One step on N training rows generates up to (μ + 1) x N reasonings, of which those of
-the current instruction are reused; it makes one forward and backward pass over N rows
-and one forward pass over at most `proposal_draws` x `proposal_rows` short contexts.
+One step on N training rows runs the program at most μ x N times: on every row with each of the μ candidates.
+The current instruction's runs are kept, and so are those of every candidate that was tried before. A step that
+appends a token runs at most N more, for the likeliest one, which it improves on. A candidate is given up, and
+its remaining rows are not run, as soon as its fluency and its mistakes put it behind the current instruction
+and behind `finalists` others, however well it did on the rest: it could not have been chosen, and the outcome is
+the same as without. The seed costs N runs.
+
+Besides, a step makes one forward and backward pass over N rows, whatever the number of candidates, one forward
+pass over the rows of the candidates that were not given up, and one over at most `proposal_draws` x
+`proposal_rows` short contexts.
+
+That is `variant="paper"`. The default variant makes up to two forward and backward passes over `replayed` sequences
+instead, for replacements and insertions, and up to `rescored` + 1 forward passes over them; appending costs no run.
+Once its forecasts have proven themselves it tries fewer than μ candidates.
+
+`max_generated_tokens` bounds the search: the seed's evaluation and the steps, of all predictors together. The
+search stops after the first step that reaches it, and predictors whose turn has not come keep their
+instructions. Counted are the tokens that in-process models write for any predictor of the program, and, where
+the LM is a server, the tokens of its answers as the tokenizer of the weights splits them. What is resumed from
+a journal counts as it did then. Not counted are the prompts, the forward and backward passes, what the metric asks
+of a server, and the final validation: at most (`finalists` + 1) x `validation_rows` runs for each predictor.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .errors import SettingsError
 
-Variant = Literal["paper"]
+Variant = Literal["whole", "paper"]
+Estimator = Literal["score", "whole", "pathwise", "answer", "random"]
+Term = Literal["score", "whole", "pathwise"]
+Point = Literal["current", "centroid", "midpoint"]
+Baseline = Literal["batch", "example"]
+Acceptance = Literal["metric", "loss"]
 Auto = Literal["light", "medium", "heavy"]
 
 
@@ -26,7 +50,8 @@ class Settings:
         5
     """
 
-    variant: Variant = "paper"
+    variant: Variant = "whole"  # "paper": Algorithm 1 as published
+    estimator: Estimator | None = None  # which gradient ranks candidates, see below; None is the variant's own
     steps: int = 105  # T: steps per predictor
     train_rows: int = 50  # N: rows the loss is summed over; a seeded sample when there are more
     validation_rows: int = 100  # rows on which the finalists meet the seed
@@ -42,7 +67,22 @@ class Settings:
     max_instruction_tokens: int = 64  # the instruction grows no longer than this
     max_batch_tokens: int = 8192  # rows x longest row of one teacher-forced batch: memory against speed
     threads: int = 16  # concurrent rows where the LM is a server; in-process models batch all rows
+    replayed: int = (
+        24  # of the current reasonings, how many are read again; variant "whole", as all down to `acceptance`
+    )
+    rescored: int = 6  # candidates that pass from the gradient to re-weighted scoring
+    point: Point = "centroid"  # where the linear model of a replacement is taken
+    answer_weight: float = 1.0  # α of gradient and forecast: nats of the gold answer's cross-entropy against mistakes
+    doubt_weight: float = 0.3  # the answer's doubt against mistakes when instructions are compared; `select.evaluation`
+    baseline: Baseline = "batch"  # what a reasoning's mistake is compared with: the mean of all, or of its row's others
+    optimism: float = 0.5  # times that mean: how wrong reasonings that were not seen yet are taken to be
+    samples: int = 0  # K: sampled reasonings per row under the seed, for variety; each costs N runs once
+    sampling_temperature: float = 1.0  # at which these are drawn
+    acceptance_noise: float = 0.5  # standard errors by which a candidate has to be better
+    acceptance: Acceptance = "metric"  # "loss": cross-entropy decides, the metric only where it is equal
     max_failed_steps: int = 5  # steps in a row without one finite loss before the search gives up
+    max_generated_tokens: int | None = None  # of the whole search, without the validation; see above
+    best_score: float = 1.0  # the most the metric gives a row; if it ever gives more, no candidate is given up early
 
     @classmethod
     def of(cls, auto: Auto | None, **overrides: object) -> Settings:
@@ -56,15 +96,51 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Raises `SettingsError` when a value is out of range."""
-        if self.variant not in ("paper",):
-            raise SettingsError(f"variant={self.variant!r} is not known. Use variant='paper'.")
+        self._check_choices()
         check_whole_numbers(self, _AT_LEAST)
-        for name in ("fluency_weight", "score_fluency_weight", "answer_temperature"):
+        if self.max_generated_tokens is not None:
+            check_whole_numbers(self, {"max_generated_tokens": 1})
+        for name in _NOT_NEGATIVE:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            if not _is_finite(value) or value < 0:
                 raise SettingsError(f"{name}={value!r}: give a finite number that is not negative.")
-        if self.answer_temperature == 0:
-            raise SettingsError("answer_temperature=0: logits are divided by it; give a positive number.")
+        if not _is_finite(self.best_score):
+            raise SettingsError(
+                f"best_score={self.best_score!r}: give a finite number, the most that the metric gives a row."
+            )
+        for name in ("answer_temperature", "sampling_temperature"):
+            if getattr(self, name) == 0:
+                raise SettingsError(f"{name}=0: logits are divided by it; give a positive number.")
+
+    def _check_choices(self) -> None:
+        choices: dict[str, tuple[object, ...]] = {
+            "variant": get_args(Variant),
+            "estimator": (None, *ESTIMATORS.get(self.variant, ())),
+            "point": get_args(Point),
+            "baseline": get_args(Baseline),
+            "acceptance": get_args(Acceptance),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                of = f" of variant={self.variant!r}" if name == "estimator" else ""
+                raise SettingsError(
+                    f"{name}={getattr(self, name)!r} is not known{of}. Use one of {', '.join(map(repr, known))}."
+                )
+
+    @property
+    def objective_doubt_weight(self) -> float:
+        """Of the objective that instructions are compared by; in the paper's variant a loss only breaks ties."""
+        return self.doubt_weight if self.variant == "whole" else 0.0
+
+    @property
+    def loss_first(self) -> bool:
+        """Whether instructions are compared by the gold answers' cross-entropy before their mistakes."""
+        return self.variant == "whole" and self.acceptance == "loss"
+
+    @property
+    def ranking(self) -> Estimator:
+        """The estimator in force."""
+        return self.estimator or ESTIMATORS[self.variant][0]
 
 
 def chosen_knobs(
@@ -94,11 +170,30 @@ def check_whole_numbers(settings: object, at_least: Mapping[str, int]) -> None:
             raise SettingsError(f"{name}={value!r}: give a whole number of at least {least}.")
 
 
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# The variant's own first. "answer" is the gradient with an empty reasoning, "random" none at all.
+ESTIMATORS: Mapping[str, tuple[Estimator, ...]] = {
+    "whole": ("score", "whole", "pathwise", "random"),
+    "paper": ("pathwise", "answer", "random"),
+}
 _PRESETS: Mapping[Auto, Mapping[str, int]] = {
     "light": {"steps": 20, "train_rows": 24, "validation_rows": 50},
     "medium": {"steps": 50, "train_rows": 50, "validation_rows": 100},
     "heavy": {"steps": 105, "train_rows": 100, "validation_rows": 300},
 }
+_NOT_NEGATIVE = (
+    "fluency_weight",
+    "score_fluency_weight",
+    "answer_temperature",
+    "answer_weight",
+    "doubt_weight",
+    "sampling_temperature",
+    "acceptance_noise",
+    "optimism",
+)
 _AT_LEAST = {
     "steps": 0,
     "train_rows": 1,
@@ -112,5 +207,8 @@ _AT_LEAST = {
     "max_instruction_tokens": 1,
     "max_batch_tokens": 1,
     "threads": 1,
+    "replayed": 1,
+    "rescored": 0,
+    "samples": 0,
     "max_failed_steps": 1,
 }

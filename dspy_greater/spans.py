@@ -41,6 +41,18 @@ class Supervised:
     answer: Span
 
 
+@dataclass(frozen=True)
+class Written:
+    """A prompt with what a model wrote after it: x, p, and all of the assistant's turn.
+
+    `completion` ends the sequence; its last token is the end of the turn unless the text was cut off.
+    """
+
+    token_ids: tuple[int, ...]
+    instruction: Span
+    completion: Span
+
+
 def covering(offsets: Sequence[tuple[int, int]], start: int, stop: int) -> Span:
     """The tokens that overlap the characters `[start, stop)`; raises `LayoutError` when none does."""
     overlapping = [i for i, (a, b) in enumerate(offsets) if a < stop and b > start and a < b]

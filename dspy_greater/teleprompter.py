@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Sequence
@@ -12,22 +11,19 @@ from typing import Any
 
 from dspy.teleprompt import Teleprompter
 
-from .algorithm import minimise
-from .errors import ProgramError, SettingsError
-from .metric import Metric, refuse_useless_metric
-from .objective import Objective
-from .problem import Problem, Target, pose
+from .errors import SettingsError, UnusedPredictorError
+from .metric import Metric
+from .predictor_search import PredictorSearch
+from .problem import Modes, Problem, pose
 from .report.result import CompileResult, PredictorResult
-from .rollout import searching_copy
+from .rollout import engines_behind, searching_copy
 from .rows import as_list
-from .run.events import Evaluation, Listener, SearchStarted, StepTaken, Validated
+from .run.events import Listener, Warned
 from .run.journal import Journal
 from .run.progress import Listeners, ProgressBar
-from .search import begin
 from .settings import Auto, Settings, Variant
-from .validation import validation_scores, winner
 from .warm_start import compile_warm
-from .writeback import round_trip, write_back
+from .writeback import write_back
 
 
 class GReaTerTeleprompter(Teleprompter):
@@ -39,7 +35,8 @@ class GReaTerTeleprompter(Teleprompter):
 
     Args:
         metric: metric(example, prediction, trace=None) -> bool, number or Prediction(score=...).
-        variant: "paper" is Algorithm 1 as published.
+        variant: "whole" ranks candidates by the whole gradient over reasoning and by re-weighted scoring, and works for
+            any metric and for predictors without gold values; "paper" is Algorithm 1 as published.
         auto: "light" (20 steps, 24 rows), "medium" (50, 50), "heavy" (105, 100) or None, the paper's
             105 steps on 50 rows.
         seed: decides every random choice; the same seed gives the same instruction on CPU in fp32.
@@ -48,6 +45,10 @@ class GReaTerTeleprompter(Teleprompter):
         weights: an engine, a (model, tokenizer) pair, a path or a hub id; or a mapping to one of these
             by predictor name or LM name.
         extractor: text between reasoning and answer for the loss; by default the adapter's own.
+        predictors: names (of `program.named_predictors()`) of those to optimise; by default all that can be.
+        mode: "rewrite" or "append", for all predictors or by name. An instruction that is appended to stays to
+            the byte, and a sentence after it is searched; so it is by default where an instruction lists its
+            tools, as `dspy.ReAct`'s does.
         warm_start: another optimizer, such as `GradSumTeleprompter`, that runs first; the search goes on from
             the instructions that it finds. The floor is still the student that `compile` was given. To resume
             both, give both a `log_dir`, and not the same.
@@ -69,12 +70,14 @@ class GReaTerTeleprompter(Teleprompter):
         self,
         metric: Metric | None = None,
         *,
-        variant: Variant = "paper",
+        variant: Variant = "whole",
         auto: Auto | None = "light",
         seed: int = 0,
         log_dir: str | Path | None = None,
         weights: Any = None,
         extractor: str | None = None,
+        predictors: Sequence[str] | None = None,
+        mode: Modes = None,
         warm_start: Teleprompter | None = None,
         listeners: Sequence[Listener] = (),
         progress: bool | None = None,
@@ -89,6 +92,8 @@ class GReaTerTeleprompter(Teleprompter):
         self.log_dir = log_dir
         self.weights = weights
         self.extractor = extractor
+        self.predictors = predictors
+        self.mode: Modes = mode
         self.warm_start = warm_start
         self.listeners = tuple(listeners)
         self.progress = progress
@@ -128,20 +133,27 @@ class GReaTerTeleprompter(Teleprompter):
             seed=self.seed,
             weights=self.weights,
             extractor=self.extractor,
+            predictors=self.predictors,
+            mode=self.mode,
         )
         if self.warm_start is not None:
             return compile_warm(self, student, problem, trainset, valset)
         meter = _Meter(problem)
-        program, results, interrupted = problem.program, [], False
+        program, results, interrupted, stopped, generated = problem.program, [], False, None, 0
         with (
             Journal.open(self.log_dir, problem.identity()) as journal,
             ProgressBar(show=self.progress) as bar,
         ):
             listeners = Listeners([bar, *self.listeners])
             for target in problem.targets:
-                search = _Search(problem, target, program, journal, listeners)
+                search = PredictorSearch(problem, target, program, journal, listeners, generated_tokens=generated)
                 try:
                     search.run()  # Algorithm 1
+                except UnusedPredictorError as error:
+                    if target.field is not None or (not results and target is problem.targets[-1]):
+                        raise
+                    warnings.warn(f"{error} It keeps its instruction.", stacklevel=4)  # the call of compile
+                    continue
                 except KeyboardInterrupt:  # before this predictor's seed was evaluated
                     if not results:
                         raise
@@ -153,112 +165,25 @@ class GReaTerTeleprompter(Teleprompter):
                 if search.interrupted:
                     interrupted = True
                     break
-        return _finished(student, meter.result(tuple(results), interrupted))
-
-
-class _Search:
-    """One predictor's search: from the seed instruction to the validated winner."""
-
-    def __init__(self, problem: Problem, target: Target, program: Any, journal: Journal, listeners: Listeners) -> None:
-        self._problem, self._target, self._program = problem, target, program
-        self._journal, self._listeners = journal, listeners
-        self._name = target.site.name
-        self._recorded = [event for event in journal.recorded() if getattr(event, "predictor", None) == self._name]
-        self._objective = Objective(
-            program=program,
-            site=target.site,
-            field=target.field,
-            rows=problem.train,
-            metric=problem.metric,
-            engine=target.engine,
-            settings=problem.settings,
-            extractor=problem.extractor,
-        )
-        self._steps: list[StepTaken] = []
-        self.interrupted = False
-
-    def run(self) -> None:
-        """Algorithm 1, from where an interrupted run stopped; Ctrl-C ends it with what was found."""
-        settings = self._problem.settings
-        seed = self._seed()
-        self._state = begin(seed, settings)
-        searching = minimise(
-            self._objective,
-            seed,
-            settings,
-            predictor=self._name,
-            random_seed=self._problem.seed,
-            recorded=[event for event in self._recorded if isinstance(event, StepTaken)],
-        )
-        try:
-            for self._state, step, fresh in searching:
-                self._steps.append(step)
-                self._tell(step, record=fresh)
-        except KeyboardInterrupt:
-            self.interrupted = True
-
-    def validate(self) -> PredictorResult:
-        """The finalists meet the seed on the validation rows; a tie keeps the seed, and so does a first Ctrl-C."""
-        problem, state = self._problem, self._state
-        texts = list(dict.fromkeys([state.seed.instruction, *(each.instruction for each in state.best)]))
-        finalists = [{self._name: text} for text in texts]
-        known = [each for each in self._recorded if isinstance(each, Validated) and list(each.scores) == texts]
-        if known:
-            validated = known[-1]
-        else:
-            try:
-                scores = validation_scores(
-                    self._program, finalists, problem.validation, problem.metric, threads=problem.settings.threads
-                )
-            except KeyboardInterrupt:
-                if self.interrupted:  # the second one
-                    raise
-                self.interrupted = True
-                return self._result({state.seed.instruction: math.nan}, state.seed.instruction)
-            validated = Validated(self._name, dict(zip(texts, scores, strict=True)), texts[winner(scores)])
-        scored = {each.instruction: each.token_ids for each in [state.seed, *state.best]}
-        round_trip(self._objective.layout, validated.winner, scored[validated.winner])
-        self._tell(validated, record=not known)
-        return self._result(validated.scores, validated.winner)
-
-    def _result(self, validation: dict[str, float], instruction: str) -> PredictorResult:
-        state, steps = self._state, tuple(self._steps)
-        return PredictorResult(self._name, self._target.field, state.seed, steps, state.best, validation, instruction)
-
-    def _seed(self) -> Evaluation:
-        """The seed's reasoning and losses, from the journal or made now.
-
-        Raises:
-            MetricError: the metric failed on every row.
-            ProgramError: the program never called the predictor.
-        """
-        recorded = [event for event in self._recorded if isinstance(event, SearchStarted)]
-        if recorded:
-            seed = recorded[0].seed
-            self._objective.recall([seed])
-        else:
-            (seed,) = self._objective.evaluate([self._objective.seed()])
-            refuse_useless_metric([row.error for row in seed.rows])
-            _refuse_unused_predictor(seed, self._name)
-            _warn_if_all_failed(seed, self._name)
-        self._tell(SearchStarted(self._name, seed, self._problem.settings.steps), record=not recorded)
-        return seed
-
-    def _tell(self, event: Any, *, record: bool) -> None:
-        if record:
-            self._journal.append(event)
-        self._listeners.emit(event)
+                generated, stopped = search.generated_tokens, search.out_of_budget()
+                if stopped is not None:
+                    listeners.emit(Warned(stopped))
+                    break
+        return _finished(student, meter.result(tuple(results), interrupted, stopped))
 
 
 class _Meter:
-    """Measures a run: seconds, and the counters of every engine that takes part."""
+    """Measures a run in this process: seconds, and the counters of every engine that takes part."""
 
     def __init__(self, problem: Problem) -> None:
         self._problem, self._started = problem, time.monotonic()
-        engines = {id(target.engine): target.engine for target in problem.targets}
+        taking_part = [*(target.engine for target in problem.targets), *engines_behind(problem.program)]
+        engines = {id(engine): engine for engine in taking_part}
         self._before = [(engine, engine.counters) for engine in engines.values()]
 
-    def result(self, predictors: tuple[PredictorResult, ...], interrupted: bool) -> CompileResult:
+    def result(
+        self, predictors: tuple[PredictorResult, ...], interrupted: bool, out_of_budget: str | None
+    ) -> CompileResult:
         spent = [asdict(engine.counters - before) for engine, before in self._before]
         return CompileResult(
             predictors=predictors,
@@ -267,25 +192,7 @@ class _Meter:
             seconds=time.monotonic() - self._started,
             spent={name: sum(part[name] for part in spent) for name in spent[0]},
             interrupted=interrupted,
-        )
-
-
-def _warn_if_all_failed(seed: Evaluation, name: str) -> None:
-    if all(row.error is not None for row in seed.rows):
-        warnings.warn(
-            f"The program failed on all {len(seed.rows)} training rows with the seed instruction of predictor "
-            f"`{name}`; on the first: {seed.rows[0].error}\nThe search goes on from there. If no instruction can help, "
-            "check the adapter and the LM's max_tokens.",
-            RuntimeWarning,
-            stacklevel=5,
-        )
-
-
-def _refuse_unused_predictor(seed: Evaluation, name: str) -> None:
-    if not any(row.inputs for row in seed.rows):
-        raise ProgramError(
-            f"Predictor `{name}` was not called on any of the {len(seed.rows)} training rows; on the first, "
-            f"{seed.rows[0].error}. Try program(**trainset[0].inputs()) and mend it."
+            out_of_budget=out_of_budget,
         )
 
 

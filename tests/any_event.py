@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from dspy_greater.run.events import (
     BeamStarted,
     BeamValidated,
+    CallOutcome,
     Candidate,
     Evaluation,
     IterationTaken,
@@ -37,6 +38,7 @@ plain = st.recursive(
     ),
     max_leaves=6,
 )
+calls = st.builds(CallOutcome, inputs=st.dictionaries(st.text(), plain, max_size=2), completion=st.text())
 outcomes = st.builds(
     RowOutcome,
     row=st.integers(0, 99),
@@ -45,6 +47,8 @@ outcomes = st.builds(
     written=st.dictionaries(st.text(), st.text(), max_size=2),
     cross_entropy=numbers,
     error=st.none() | st.text(),
+    preamble=st.text(),
+    calls=st.lists(calls, max_size=2).map(tuple),
 )
 evaluations = st.builds(
     Evaluation,
@@ -55,6 +59,7 @@ evaluations = st.builds(
     cross_entropy=numbers,
     fluency_nll=numbers,
     objective=st.tuples(numbers, numbers),
+    complete=st.booleans(),
 )
 candidates = st.builds(
     Candidate,
@@ -63,7 +68,12 @@ candidates = st.builds(
     log_probability=numbers,
     gradient=st.none() | numbers,
     evaluation=st.none() | evaluations,
+    edit=st.sampled_from(["replace", "insert", "delete"]),
+    forecast=st.none() | numbers,
+    effective_samples=st.none() | numbers,
+    realised=st.none() | st.tuples(numbers, numbers),
 )
+costs = st.dictionaries(st.text(), st.integers(), max_size=2)
 prompts = st.dictionaries(st.text(), st.text(), max_size=2)
 outputs = st.builds(
     Output,
@@ -98,7 +108,14 @@ compared = st.builds(
 rows = st.lists(st.integers(0, 99), max_size=2).map(tuple)
 beams = st.lists(prompts, max_size=2).map(tuple)
 events = st.one_of(
-    st.builds(SearchStarted, predictor=st.text(), seed=evaluations, steps=st.integers()),
+    st.builds(
+        SearchStarted,
+        predictor=st.text(),
+        seed=evaluations,
+        steps=st.integers(),
+        spent=costs,
+        samples=st.lists(outcomes, max_size=1).map(tuple),
+    ),
     st.builds(
         StepTaken,
         predictor=st.text(),
@@ -108,13 +125,14 @@ events = st.one_of(
         candidates=st.lists(candidates, max_size=2).map(tuple),
         chosen=evaluations,
         reason=st.text(),
-        spent=st.dictionaries(st.text(), st.integers(), max_size=2),
+        spent=costs,
     ),
     st.builds(
         Validated,
         predictor=st.text(),
         scores=st.dictionaries(st.text(), numbers, max_size=2),
         winner=st.text(),
+        spent=costs,
     ),
     st.builds(Warned, message=st.text()),
     st.builds(BeamStarted, prompts=prompts, iterations=st.integers()),
@@ -126,7 +144,7 @@ events = st.one_of(
         members=st.lists(members, max_size=1).map(tuple),
         compared=st.lists(compared, max_size=1).map(tuple),
         beam=beams,
-        spent=st.dictionaries(st.text(), st.dictionaries(st.text(), st.integers(), max_size=2), max_size=2),
+        spent=st.dictionaries(st.text(), costs, max_size=2),
     ),
     st.builds(
         BeamValidated,

@@ -33,7 +33,19 @@ DSPY_FAMILY = {"dspy", "litellm"}
 TORCH_FAMILY = {"torch", "transformers", "tokenizers", "safetensors", "accelerate"}
 
 # Runs on machines that have these packages and no others.
-TOKEN_CORE = ("engine", "decode", "weights", "propose", "loss", "gradient", "pocket")
+TOKEN_CORE = (
+    "engine",
+    "prefix",
+    "decode",
+    "continuous",
+    "weights",
+    "propose",
+    "loss",
+    "gradient",
+    "whole_gradient",
+    "rescore",
+    "pocket",
+)
 TOKEN_CORE_MAY_IMPORT = {"torch", "transformers", "tokenizers", "safetensors", "numpy"}
 
 # Knows DSPy, and brings torch in only when it is used.
@@ -42,6 +54,7 @@ DSPY_SIDE = (
     "lm_request",
     "program",
     "layout",
+    "frames",
     "assistant",
     "identity",
     "rows",
@@ -52,7 +65,17 @@ DSPY_SIDE = (
 )
 
 # Where the two sides meet: these hold stages of both together, and import neither framework themselves.
-MEETING_POINT = ("problem", "objective", "algorithm", "warm_start", "teleprompter")
+MEETING_POINT = (
+    "problem",
+    "objective",
+    "examples",
+    "edits",
+    "whole_step",
+    "algorithm",
+    "warm_start",
+    "predictor_search",
+    "teleprompter",
+)
 MEETING_POINT_MAY_IMPORT = {"teleprompter": {"dspy"}}  # its base class
 
 

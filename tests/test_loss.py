@@ -18,6 +18,7 @@ from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, Granite
 from dspy_greater.engine import Engine, EngineMemoryError
 from dspy_greater.errors import LayoutError, SettingsError
 from dspy_greater.loss import Losses, in_batches, logits_before, teacher_forced_losses, token_batches
+from dspy_greater.prefix import PrefixStore
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 KINDS = ["llama", "qwen2", "gemma2"]
@@ -122,6 +123,20 @@ def test_chosen_logits_are_those_of_the_whole_model(change: str) -> None:
         torch.testing.assert_close(logits, full_logits(model, rows()[row].token_ids)[at - 1], rtol=1e-4, atol=1e-5)
 
 
+def test_a_token_that_nothing_predicts_is_refused() -> None:
+    engine = engine_for(tiny_model())
+    with (
+        torch.no_grad(),
+        pytest.raises(LayoutError, match="at index 0 is predicted by what stands before it, of which 0"),
+    ):
+        logits_before(engine, [(1, 5, 6)], [(0, 2), (0, 0)])
+    ids = tuple(range(5, 45))
+    with engine.exclusive(), torch.no_grad():
+        prefix = engine.prefixes.read(ids[:30], rows=2, longest=40)
+        with pytest.raises(LayoutError, match="at index 30 is .* of which 30 tokens are not read here; ask for later"):
+            logits_before(engine, [ids], [(0, 30)], prefix=prefix)
+
+
 class _Headless(torch.nn.Module):
     """A model whose output layer cannot be found: its weight is used without a call to a layer."""
 
@@ -146,6 +161,10 @@ class PlainEngine:
 
     model: Any
     projected: int = 0
+
+    @property
+    def prefixes(self) -> PrefixStore:
+        return PrefixStore(self.model, self.tally)
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:

@@ -10,9 +10,13 @@ import dspy
 import numpy as np
 import pytest
 import torch
+from dspy.utils.dummies import DummyLM
+from scripted_engine import ScriptedEngine, chat_answer, obedient_script, planted_rows, program_on, value_in
 
+from dspy_greater import local_lm
 from dspy_greater.errors import GreaterError, MetricError
 from dspy_greater.metric import RowMetric, Score, refuse_useless_metric
+from dspy_greater.rollout import roll_out
 
 
 def score_of(value: Any) -> Score:
@@ -169,3 +173,60 @@ def test_a_metric_that_worked_once_in_any_run_is_not_useless() -> None:
     refuse_useless_metric()
     with pytest.raises(MetricError, match=r"failed on all 2 validation rows; on the first, the metric raised KeyError"):
         refuse_useless_metric([failed, failed], [failed, failed], rows="validation rows")
+
+
+def test_nothing_bounds_a_score_from_above_or_below() -> None:
+    assert [score_of(points).value for points in (250, -3.5)] == [250.0, -3.5]
+
+
+def test_an_asynchronous_metric_is_refused_with_what_to_pass() -> None:
+    async def metric(example: Any, prediction: Any, trace: Any = None) -> float:
+        return 1.0
+
+    with pytest.raises(
+        MetricError, match=r"asynchronous: it returned a coroutine.*Pass an ordinary function; dspy.sync"
+    ):
+        RowMetric(metric)(None, None)
+
+
+class LLMJudge(dspy.Module):
+    """A metric that asks a language model, and gives its reasons."""
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        self.grade = dspy.ChainOfThought("question, answer -> correct: bool")
+        self.grade.set_lm(lm)
+
+    def forward(self, example: Any, prediction: Any, trace: Any = None) -> dspy.Prediction:
+        verdict = self.grade(question=example.question, answer=prediction.answer)
+        return dspy.Prediction(score=verdict.correct, feedback=verdict.reasoning)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:dspy")
+def test_a_judge_that_asks_a_language_model_is_a_metric() -> None:
+    replies = [{"reasoning": "It is four.", "correct": "True"}, {"reasoning": "It is not.", "correct": "perhaps"}]
+    metric = RowMetric(LLMJudge(DummyLM(replies, adapter=dspy.ChatAdapter(use_json_adapter_fallback=False))))
+    row = dspy.Example(question="2 + 2?").with_inputs("question")
+    with dspy.context(adapter=dspy.ChatAdapter(use_json_adapter_fallback=False)):
+        good, unread = metric(row, dspy.Prediction(answer="4")), metric(row, dspy.Prediction(answer="5"))
+    assert (good.value, good.feedback, good.error) == (1.0, "It is four.", None)
+    assert unread.value == 0.0
+    assert unread.error is not None and "the metric raised AdapterParseError" in unread.error
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:dspy")
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_judge_may_run_on_the_model_that_is_judged(shared: bool) -> None:
+    def script(prompt: str) -> str:
+        if "[[ ## correct ## ]]" in prompt:
+            return chat_answer(reasoning="I read.", correct=str(value_in(prompt, "answer") == "yes"))
+        return obedient_script(prompt)
+
+    engine = ScriptedEngine(script)
+    judge = LLMJudge(local_lm(engine if shared else ScriptedEngine(script), cache=False))
+    rows = planted_rows(6)
+    [rollouts] = roll_out([program_on(engine, instruction="Please count.")], rows, RowMetric(judge), threads=4)
+    assert [each.score for each in rollouts] == [float(each.prediction.answer == "yes") for each in rollouts]
+    assert {each.feedback for each in rollouts} == {"I read."}
+    # What the judge asked is no call of the program.
+    assert {call.predictor for each in rollouts for call in each.trace} == {"predict"}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import enum
 import math
+import random
 from typing import Any, Literal
 
 import dspy
@@ -21,21 +23,33 @@ from scripted_engine import (
     program_on,
     value_in,
 )
+from scripted_text import text_lm
 
 from dspy_greater import local_lm
+from dspy_greater.errors import ProgramError
+from dspy_greater.examples import split_completion
 from dspy_greater.layout import Layout
 from dspy_greater.loss import teacher_forced_losses
 from dspy_greater.metric import RowMetric
-from dspy_greater.objective import Instruction, Objective, split_completion
+from dspy_greater.objective import Instruction, Objective
 from dspy_greater.program import predictors_of
-from dspy_greater.rollout import plain
+from dspy_greater.rollout import Rollout, plain
 from dspy_greater.run.events import Evaluation
+from dspy_greater.search import advance, begin
+from dspy_greater.select import evaluation, select
 from dspy_greater.settings import Settings
 
 ROWS = planted_rows(4)
 
 
-def objective_of(program: Any, rows: Any = ROWS, *, metric: Any = exact_match, field: str = "answer") -> Objective:
+def objective_of(
+    program: Any,
+    rows: Any = ROWS,
+    *,
+    metric: Any = exact_match,
+    field: str = "answer",
+    settings: Settings | None = None,
+) -> Objective:
     [site] = predictors_of(program)
     return Objective(
         program=program,
@@ -44,7 +58,7 @@ def objective_of(program: Any, rows: Any = ROWS, *, metric: Any = exact_match, f
         rows=rows,
         metric=RowMetric(metric),
         engine=site.lm.engine.engine,
-        settings=Settings(),
+        settings=settings or Settings(),
     )
 
 
@@ -68,7 +82,10 @@ def test_an_evaluation_is_the_metric_and_the_exact_loss_of_the_models_own_reason
     assert [row.cross_entropy for row in found.rows] == pytest.approx(losses.cross_entropy)
     assert found.cross_entropy == pytest.approx(sum(losses.cross_entropy) / 4)
     assert found.fluency_nll == pytest.approx(sum(losses.fluency_nll) / 4)
-    assert found.objective == pytest.approx((1.0 + 0.02 * found.fluency_nll, found.cross_entropy))
+    doubt = sum(1.0 - math.exp(-loss) for loss in losses.cross_entropy) / 4
+    assert found.objective == pytest.approx((1.0 + 0.3 * doubt + 0.02 * found.fluency_nll, found.cross_entropy))
+    paper = objective_of(program_on(planted_engine()), settings=Settings(variant="paper"))
+    assert seed_of(paper).objective == pytest.approx((1.0 + 0.02 * found.fluency_nll, found.cross_entropy))
 
 
 def test_new_instructions_are_generated_in_one_batch_and_known_ones_not_again() -> None:
@@ -272,3 +289,233 @@ def test_an_unparsed_answer_is_reasoning_without_the_header_it_began_with() -> N
     found = seed_of(objective)
     assert {row.written["reasoning"] for row in found.rows} == {"I was cut off"}
     assert all(row.error is not None for row in found.rows)
+
+
+# --- giving up ---
+
+
+class SmallBatches(ScriptedEngine):
+    """Decodes few rows at a time, so that there are waves."""
+
+    max_batch_rows = 24
+
+
+MANY = planted_rows(24)
+GOOD, HALF, BAD = "Please count.", "Please add.", "Say it."  # mistakes: none, half of all, all
+
+
+def racing(metric: Any = exact_match, engine: Any = None, **settings: Any) -> tuple[Objective, Any]:
+    engine = engine or SmallBatches(obedient_script)
+    return objective_of(program_on(engine), MANY, metric=metric, settings=Settings(**settings)), engine
+
+
+def tried(objective: Objective, *texts: str, beat: float | None) -> list[Evaluation]:
+    return objective.evaluate([instruction(objective, text) for text in texts], beat=beat)
+
+
+def test_an_instruction_is_given_up_after_the_wave_that_leaves_it_no_chance() -> None:
+    objective, engine = racing()
+    good, half, bad = tried(objective, GOOD, HALF, BAD, beat=0.4)
+    assert [len(each.rows) for each in (good, half, bad)] == [24, 24, 16]
+    assert [each.complete for each in (good, half, bad)] == [True, True, False]
+    assert engine.batches == [24, 24, 16]  # 8 rows of each, 8 of each, and 8 of those that are left
+    assert [row.row for row in bad.rows] == list(range(16))
+    assert all(math.isnan(row.cross_entropy) for row in bad.rows)
+    assert bad.objective == (math.inf, math.inf) and bad.score == 0.0
+    assert objective.spent()["runs"] == 24 + 24 + 16
+
+
+def test_a_survivor_gets_the_same_numbers_as_without_waves() -> None:
+    with_waves = tried(racing()[0], GOOD, HALF, BAD, beat=0.4)
+    at_once = tried(racing()[0], GOOD, HALF, BAD, beat=None)
+    assert all(each.complete for each in at_once)
+    for one, other in zip(with_waves[:2], at_once[:2], strict=True):
+        assert (one.score, one.token_ids) == (other.score, other.token_ids)
+        assert one.objective == pytest.approx(other.objective, rel=1e-5)
+        assert [row.written for row in one.rows] == [row.written for row in other.rows]
+
+
+def test_what_was_given_up_is_not_run_again_and_goes_on_with_the_missing_rows_when_it_gets_a_chance() -> None:
+    objective, engine = racing()
+    [good, early] = tried(objective, GOOD, BAD, beat=0.3)
+    assert (len(good.rows), len(early.rows), engine.batches) == (24, 12, [24, 12])  # 12 of each, and 12 of one
+    assert tried(objective, BAD, beat=0.3) == tried(objective, BAD, beat=0.1) == [early]
+    assert engine.batches == [24, 12]
+    [whole] = tried(objective, BAD, beat=None)
+    assert engine.batches == [24, 12, 12] and len(set(engine.prompts)) == 48
+    assert whole.complete and [row.row for row in whole.rows] == list(range(24))
+    [alone] = tried(racing()[0], BAD, beat=None)
+    assert whole.objective == pytest.approx(alone.objective, rel=1e-5)
+    assert tried(objective, BAD, beat=0.1) == [whole]
+
+
+def test_an_interrupted_run_goes_on_with_the_rows_that_were_run() -> None:
+    [_, early] = tried(racing()[0], GOOD, BAD, beat=0.3)
+    objective, engine = racing()
+    objective.recall([early])
+    assert tried(objective, BAD, beat=0.3) == [early] and engine.batches == []
+    [whole] = tried(objective, BAD, beat=2.0)
+    assert whole.complete and engine.batches == [12]
+
+
+def test_an_instruction_that_fits_into_one_batch_is_run_at_once() -> None:
+    objective, engine = racing()
+    [bad] = tried(objective, BAD, beat=0.0)
+    assert bad.complete and engine.batches == [24]  # giving it up half way would save no batch
+
+
+def test_a_metric_that_gives_more_than_was_said_ends_the_giving_up() -> None:
+    def generous(example: Any, prediction: Any, trace: Any = None) -> float:
+        late = [row.question for row in MANY].index(example.question) >= 8
+        return 3.0 * late if prediction.answer == example.answer else 0.0
+
+    objective, engine = racing(generous)
+    good, bad = tried(objective, GOOD, BAD, beat=0.2)
+    assert good.complete and bad.complete and good.score == 2.0
+    assert sum(engine.batches) == 48
+    assert tried(objective, HALF, beat=-1.0)[0].complete  # nor is anything given up later
+    declared, engine = racing(generous, best_score=3.0)
+    assert [each.complete for each in tried(declared, GOOD, BAD, beat=-1.0)] == [True, False]
+
+
+def test_a_dead_language_model_is_reported_even_if_all_candidates_are_given_up() -> None:
+    long = [dspy.Example(question="maybe " * 2000, answer="yes").with_inputs("question")] * 24
+    objective = objective_of(program_on(SmallBatches(obedient_script)), long)
+    with pytest.raises(ProgramError, match="could not be called on any of the 24 rows"):
+        tried(objective, BAD, beat=0.1)
+
+
+def test_a_server_is_asked_in_waves_of_two_runs_for_each_thread() -> None:
+    answer = chat_answer(reasoning="I look.", answer="never")
+    program = dspy.ChainOfThought(dspy.Signature("question -> answer", SEED))
+    program.set_lm(text_lm(lambda asked: answer))
+    [site] = predictors_of(program)
+    engine = ScriptedEngine(obedient_script)
+    objective = Objective(
+        program=program,
+        site=site,
+        field="answer",
+        rows=MANY,
+        metric=RowMetric(exact_match),
+        engine=engine,
+        settings=Settings(threads=6),
+    )
+    [early] = tried(objective, BAD, beat=0.3)
+    assert len(early.rows) == len(program.predictors()[0].lm.engine.asked) == 12
+    written = engine.tokenizer.encode(answer, add_special_tokens=False)
+    assert objective.spent()["generated_tokens"] == 12 * len(written)
+    assert engine.counters.generated_tokens == 0
+
+
+def test_an_instruction_whose_fluency_alone_rules_it_out_is_not_run_at_all() -> None:
+    objective, engine = racing()
+    [seed] = objective.evaluate([objective.seed()])
+    runs = sum(engine.batches)
+    [good] = tried(objective, GOOD, beat=0.1)
+    assert (good.complete, good.rows, sum(engine.batches)) == (False, (), runs)
+    assert 0.02 * 0.99 * good.fluency_nll > 0.1 and math.isnan(good.score)
+    assert tried(objective, GOOD, beat=0.1) == [good]
+    [whole] = tried(objective, GOOD, beat=1.0)
+    assert whole.complete and whole.fluency_nll == pytest.approx(good.fluency_nll, rel=1e-5)
+    [alone] = tried(racing()[0], GOOD, beat=None)
+    assert whole.objective == pytest.approx(alone.objective, rel=1e-5)
+    careless, _ = racing(score_fluency_weight=0.0)
+    careless.recall([seed])
+    assert tried(careless, GOOD, beat=0.0)[0].complete
+
+
+def test_no_fluency_is_taken_for_granted_where_the_inputs_come_before_the_instruction() -> None:
+    class InputsFirst(dspy.ChatAdapter):
+        def format(self, signature: Any, demos: Any, inputs: Any) -> Any:
+            system, *others = super().format(signature, demos, inputs)
+            return [{**system, "content": f"About {inputs['question']}. {system['content']}"}, *others]
+
+    engine = SmallBatches(obedient_script)
+    with dspy.context(adapter=InputsFirst()):
+        objective = objective_of(program_on(engine), MANY)
+        objective.evaluate([objective.seed()])
+        [good] = tried(objective, GOOD, beat=0.1)
+    assert good.complete
+
+
+class Table(Objective):
+    """An objective whose fluency and cross-entropy are read from a table."""
+
+    table: dict[str, tuple[list[float], float, float]]
+
+    def _fluency(self, instructions: Any) -> dict[str, float]:
+        return {each.text: self.table[each.text][1] for each in instructions}
+
+    def _score(self, instructions: Any, drafts: Any) -> None:
+        for each, rows in zip(instructions, drafts, strict=True):
+            _, fluency, loss = self.table[each.text]
+            rows = [dataclasses.replace(row, cross_entropy=loss) for row in rows]
+            self._known[each.text] = evaluation(each.token_ids, each.text, rows, fluency, score_fluency_weight=0.02)
+
+
+def searched(table: Any, steps: Any, *, giving_up: bool) -> tuple[list[Any], int]:
+    """What a search over instructions of a table decides, step by step, and how many runs it takes."""
+    program = program_on(SmallBatches(obedient_script))
+    [site] = predictors_of(program)
+    settings = Settings(finalists=2)
+    objective = Table(
+        program=program,
+        site=site,
+        field="answer",
+        rows=MANY,
+        metric=RowMetric(exact_match),
+        engine=site.lm.engine.engine,
+        settings=settings,
+    )
+    objective.table = table
+    known = {text: Instruction((index,), text) for index, text in enumerate(table)}
+    [seed] = objective.evaluate([known["0."]])
+    state, decided = begin(seed, settings), []
+    for longer, candidates in steps:
+        current = state.current
+        if longer is not None:  # a step that appends goes on from another instruction, even a worse one
+            [current] = objective.evaluate([known[longer]])
+        edits = [known[text] for text in candidates if text != current.instruction]
+        evaluated = objective.evaluate(edits, beat=state.to_beat(current, settings) if giving_up else None)
+        chosen = select(current, evaluated).chosen
+        state = advance(state, chosen, [current, *evaluated], settings)
+        decided.append((chosen, state.best))
+    return decided, objective.spent()["runs"]
+
+
+TEXTS = [f"{index}." for index in range(30)]
+
+
+def random_table(rng: random.Random) -> dict[str, tuple[list[float], float, float]]:
+    """Scores of good and bad instructions, some with all their mistakes first or last; ties are common."""
+    table = {}
+    for text in TEXTS:
+        skill, order = rng.random(), rng.choice([0, 0, 1, -1])
+        scores = [rng.choice([1.0, 1.0, 0.5]) if rng.random() < skill else 0.0 for _ in MANY]
+        table[text] = (sorted(scores, reverse=order < 0) if order else scores, rng.choice([0.0, 1.0, 4.0]), 0.5)
+    return table
+
+
+def random_walk(rng: random.Random) -> list[tuple[str | None, list[str]]]:
+    """Each step: the instruction that it goes on from instead of the current one, if any, and its candidates."""
+    return [(rng.choice([None, rng.choice(TEXTS)]), rng.sample(TEXTS, 3)) for _ in range(6)]
+
+
+@pytest.mark.parametrize("salt", range(30))
+def test_giving_up_decides_as_the_twin_that_runs_every_row(salt: int) -> None:
+    rng = random.Random(salt)
+    table, steps = random_table(rng), random_walk(rng)
+    by_question = {row.question: index for index, row in enumerate(MANY)}
+
+    def run(pairs: Any, metric: Any, **options: Any) -> list[Rollout]:
+        return [
+            Rollout({}, table[program.predictors()[0].signature.instructions][0][by_question[row.question]])
+            for program, row in pairs
+        ]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dspy_greater.objective.run_pairs", run)
+        decided, runs = searched(table, steps, giving_up=True)
+        twin, more_runs = searched(table, steps, giving_up=False)
+    assert decided == twin
+    assert runs <= more_runs

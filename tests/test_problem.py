@@ -10,6 +10,7 @@ from typing import Any
 import dspy
 import numpy as np
 import pytest
+from any_event import bits
 from dspy.utils.dummies import DummyLM
 from scripted_engine import (
     SEED,
@@ -31,6 +32,7 @@ from dspy_greater.errors import (
     MetricError,
     ProgramError,
     SettingsError,
+    UnusedPredictorError,
     WeightsError,
 )
 from dspy_greater.problem import Problem, pose
@@ -47,7 +49,7 @@ def engine() -> ScriptedEngine:
 
 
 def compile_with(engine: Any, trainset: Any = ROWS, **options: Any) -> Any:
-    settings = {name: options.pop(name) for name in ("metric", "weights") if name in options}
+    settings = {name: options.pop(name) for name in ("metric", "weights", "variant") if name in options}
     return optimizer(**settings).compile(options.pop("program", program_on(engine)), trainset, **options)
 
 
@@ -93,16 +95,17 @@ def test_rows_without_a_gold_value_are_named_with_the_field(engine: Any, gold: d
     )
 
 
-def test_no_gold_values_at_all_name_the_fields_on_both_sides(engine: Any) -> None:
+def test_where_gold_values_are_needed_their_lack_names_the_fields_on_both_sides(engine: Any) -> None:
     rows = [dspy.Example(question=text, label="yes").with_inputs("question") for text in "xy"]
     refused(
         DataError,
         "output fields are answer, reasoning; the rows' labels are label. Give the examples a value for one of",
         engine,
         rows,
+        variant="paper",
     )
     rows = [dspy.Example(question=text).with_inputs("question") for text in "xy"]
-    refused(DataError, "the rows' labels are none", engine, rows)
+    refused(DataError, "the rows' labels are none", engine, rows, variant="paper")
 
 
 def test_a_valset_without_gold_values_is_refused_by_its_own_name(engine: Any) -> None:
@@ -254,17 +257,30 @@ def agent_on(engine: Any) -> Any:
     return program
 
 
-def test_gold_values_for_an_instruction_that_lists_its_tools_are_refused_and_told_why(engine: Any) -> None:
-    rows = [dspy.Example(question="x", answer="yes", next_thought="search").with_inputs("question")]
-    text = (
-        "Predictor `react` lists its tools in its instruction, and rewriting it would lose them. Please leave its out"
-    )
-    refused(ProgramError, text, engine, rows, program=agent_on(engine))
+def test_an_instruction_that_lists_its_tools_cannot_be_rewritten(engine: Any) -> None:
+    rows = [dspy.Example(question="x", answer="yes", next_thought="search").with_inputs("question")] * 8
+    text = "`react` lists its tools in its instruction, and rewriting it would lose them. Use mode='append' for it"
+    for mode in ("rewrite", {"react": "rewrite"}):
+        with pytest.raises(ProgramError, match=text):
+            posed(agent_on(engine), rows, mode=mode)
+    # Whoever leaves it out may rewrite the rest.
+    problem = posed(agent_on(engine), mode="rewrite", predictors=["extract.predict"])
+    assert [target.append for target in problem.targets] == [False]
 
 
-def test_an_agent_keeps_the_instruction_that_lists_its_tools(engine: Any) -> None:
+@pytest.mark.filterwarnings("ignore:.*validation rows are also training rows")
+def test_an_instruction_that_lists_its_tools_is_appended_to_by_itself(engine: Any) -> None:
+    rows = [dspy.Example(question="x", answer="yes", next_thought="search").with_inputs("question")] * 8
+    for problem in (posed(agent_on(engine), rows, settings=paper()), posed(agent_on(engine))):
+        react, extract = problem.targets
+        assert (react.site.name, react.append, extract.append) == ("react", True, False)
+        assert react.fixed == react.site.instruction and extract.fixed == ""
+        assert "(1) search, whose description is <desc>Look something up.</desc>" in react.fixed
+
+
+def test_an_agent_without_gold_values_keeps_its_instruction_where_they_are_needed(engine: Any) -> None:
     with pytest.warns(UserWarning, match="Predictors react have no gold values in the trainset and keep"):
-        problem = posed(agent_on(engine))
+        problem = posed(agent_on(engine), settings=paper())
     assert [(target.site.name, target.field) for target in problem.targets] == [("extract.predict", "answer")]
 
 
@@ -276,7 +292,7 @@ def test_a_field_that_is_no_text_is_refused_only_where_it_would_be_optimised(eng
             self.answer = dspy.ChainOfThought(dspy.Signature("question -> answer", SEED))
             self.set_lm(local_lm(engine, cache=False))
 
-    with pytest.warns(UserWarning, match="Predictors look have no gold values"):
+    with pytest.warns(UserWarning, match="Predictors look keep their instructions. .* of type Image"):
         problem = posed(Looks())
     assert [target.site.name for target in problem.targets] == ["answer.predict"]
     rows = [dspy.Example(picture="x", question="y", answer="yes").with_inputs("picture")]
@@ -307,7 +323,52 @@ def test_a_program_that_never_calls_its_predictor_is_refused_with_its_own_error(
     )
 
 
-def test_predictors_without_gold_values_are_named_and_keep_their_instructions() -> None:
+class Idle(dspy.Module):
+    """Has predictors that it does not call."""
+
+    def __init__(self, engine: Any, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            setattr(self, name, dspy.Predict(dspy.Signature("question -> query", "Write a query.")))
+        self.answer = program_on(engine, instruction="Please count.")
+        self.set_lm(local_lm(engine, cache=False))
+
+    def forward(self, question: str) -> Any:
+        return self.answer(question=question)
+
+
+def test_a_predictor_without_gold_values_that_is_never_called_keeps_its_instruction_with_a_warning(engine: Any) -> None:
+    with pytest.warns(UserWarning, match="was not called") as told:
+        better = compile_with(engine, program=Idle(engine, "first", "second"))
+    assert [str(each.message) for each in told] == [
+        f"Predictor `{name}` was not called on any of the 4 training rows; on the first, predictor `{name}` was not "
+        "called. Try program(**trainset[0].inputs()) and mend it. It keeps its instruction."
+        for name in ("first", "second")
+    ]
+    assert better.first.signature.instructions == better.second.signature.instructions == "Write a query."
+    assert [each.name for each in better.detailed_results.predictors] == ["answer.predict"]
+    assert better.score == 1.0
+
+
+def test_where_no_predictor_that_is_to_be_optimised_is_called_the_run_ends_with_an_error(engine: Any) -> None:
+    text = "`second` was not called on any of the 4 training rows; on the first, predictor `second` was not called"
+    program = Idle(engine, "first", "second")
+    compiler = optimizer(predictors=["first", "second"])
+    with pytest.warns(UserWarning, match="`first` was not called"), pytest.raises(UnusedPredictorError, match=text):
+        compiler.compile(program, ROWS)
+
+
+def test_a_predictor_with_gold_values_that_is_never_called_is_an_error() -> None:
+    class Silent(Idle):
+        def forward(self, question: str) -> Any:
+            return dspy.Prediction(answer=self.first(question=question).query)
+
+    engine = ScriptedEngine(lambda prompt: chat_answer(query="x"))
+    with pytest.raises(UnusedPredictorError, match="`answer.predict` was not called on any of the 4 training rows"):
+        compile_with(engine, program=Silent(engine, "first"))
+
+
+def test_where_gold_values_are_needed_predictors_without_are_named_and_keep_their_instructions() -> None:
     engine = ScriptedEngine(
         lambda prompt: obedient_script(prompt) if "answer ##" in prompt else chat_answer(query="fruit")
     )
@@ -323,7 +384,7 @@ def test_predictors_without_gold_values_are_named_and_keep_their_instructions() 
             return self.answer(question=question, query=self.query(question=question).query)
 
     with pytest.warns(UserWarning, match="Predictors query have no gold values in the trainset and keep their instr"):
-        better = compile_with(engine, program=TwoHops())
+        better = compile_with(engine, program=TwoHops(), variant="paper")
     assert better.query.signature.instructions == "Write a query."
     assert [each.name for each in better.detailed_results.predictors] == ["answer.predict"]
     assert better.score == 1.0
@@ -346,12 +407,15 @@ def test_two_compiles_at_once_on_one_model_find_what_each_finds_alone() -> None:
     def found(student: Any) -> Any:
         (result,) = compile_with(engine, program=student).detailed_results.predictors
         # The counters are the engine's, and so of both.
-        return replace(result, steps=tuple(replace(step, spent={}) for step in result.steps))
+        return replace(
+            result, seed_spent={}, validation_spent={}, steps=tuple(replace(step, spent={}) for step in result.steps)
+        )
 
     alone = [found(student) for student in students]
     with ThreadPoolExecutor(2) as pool:
         together = [pool.submit(found, student) for student in students]
-        assert [each.result(60) for each in together] == alone
+        # A number that was not taken is NaN.
+        assert [bits(each.result(60)) for each in together] == list(map(bits, alone))
 
 
 # ---- settings of the optimizer
@@ -373,6 +437,155 @@ def test_an_unknown_preset_is_refused_when_the_optimizer_is_built() -> None:
 def test_a_seed_that_is_not_a_whole_number_is_refused(seed: Any) -> None:
     with pytest.raises(SettingsError, match="seed=.*: give a whole number"):
         GReaTerTeleprompter(metric=exact_match, seed=seed)
+
+
+# ---- which predictors, and what may happen to their instructions
+
+
+def paper() -> Settings:
+    """Settings of the variant that needs gold values."""
+    return Settings.of(None, variant="paper", train_rows=4, validation_rows=4)
+
+
+class Draft(dspy.Module):
+    """Two steps; the rows have gold values for the second at most."""
+
+    def __init__(self, engine: Any, *, first: Any = None) -> None:
+        super().__init__()
+        self.query = dspy.Predict(dspy.Signature("question -> query", "Write a query."))
+        self.answer = dspy.ChainOfThought(dspy.Signature("question, query -> answer", "Please count."))
+        self.set_lm(local_lm(engine, cache=False))
+        if first is not None:
+            self.query.lm = first
+
+
+def remote_lm() -> Any:
+    return dspy.LM("openai/gpt-4o", api_key="none")
+
+
+def unlabelled(count: int = 8) -> list[Any]:
+    return [dspy.Example(question=row.question, label=row.answer).with_inputs("question") for row in ROWS[:count]]
+
+
+def fields_of(problem: Problem) -> dict[str, str | None]:
+    return {target.site.name: target.field for target in problem.targets}
+
+
+def test_a_predictor_without_gold_values_is_optimised_by_the_metric_alone(engine: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        problem = posed(Draft(engine))
+    assert fields_of(problem) == {"query": None, "answer.predict": "answer"}
+    assert all(target.engine is engine for target in problem.targets)
+
+
+def test_a_program_without_any_gold_field_is_accepted(engine: Any) -> None:
+    problem = posed(Draft(engine), unlabelled(6), [*unlabelled()[6:7], ROWS[7]])
+    assert fields_of(problem) == {"query": None, "answer.predict": None}
+    assert fields_of(posed(program_on(engine), unlabelled())) == {"predict": None}
+
+
+def test_a_predictor_on_a_remote_model_keeps_its_instruction_with_one_warning(engine: Any) -> None:
+    with pytest.warns(
+        UserWarning, match=r"Predictors query keep their instructions. No open weights .*'query'"
+    ) as told:
+        problem = posed(Draft(engine, first=remote_lm()))
+    assert len(told) == 1
+    assert fields_of(problem) == {"answer.predict": "answer"}
+    assert problem.program.query.lm.model == "openai/gpt-4o"
+    named = posed(Draft(engine, first=remote_lm()), weights={"openai/gpt-4o": engine})
+    assert fields_of(named) == {"query": None, "answer.predict": "answer"}
+
+
+def test_a_field_that_is_no_text_leaves_its_predictor_alone(engine: Any) -> None:
+    class Looks(Draft):
+        def __init__(self) -> None:
+            super().__init__(engine)
+            self.query = dspy.Predict("picture: dspy.Image -> query")
+            self.query.lm = local_lm(engine, cache=False)
+
+    with pytest.warns(UserWarning, match="Predictors query keep their instructions. Predictor `query` has the field"):
+        assert fields_of(posed(Looks())) == {"answer.predict": "answer"}
+
+
+def test_nothing_to_optimise_says_why_for_every_predictor(engine: Any) -> None:
+    program = Draft(engine)
+    program.set_lm(remote_lm())
+    with pytest.raises(WeightsError, match=r"No predictor can be optimised. .*'query'.* weights=.*'answer.predict'"):
+        posed(program, unlabelled())
+    with pytest.raises(DataError, match="labels are label. .* or leave variant='paper', which is the only one that"):
+        posed(program, unlabelled(), settings=paper())
+
+
+def test_gold_values_are_still_checked_where_there_are_some(engine: Any) -> None:
+    rows = [*ROWS[:3], *unlabelled(1)]
+    with pytest.raises(DataError, match="Row 3 of the trainset has no gold value for `answer`, which predictor"):
+        posed(Draft(engine), rows)
+    with pytest.raises(DataError, match="Row 0 of the valset has no gold value for `answer`"):
+        posed(Draft(engine), ROWS, unlabelled(1))
+    program = Draft(engine)
+    program.answer.set_lm(remote_lm())
+    with pytest.raises(WeightsError, match="'answer.predict'"):
+        posed(program)
+    # Rows without the label matter to nobody where that predictor is left out.
+    assert fields_of(posed(Draft(engine), rows, predictors=["query"])) == {"query": None}
+
+
+def test_only_the_predictors_that_are_named_are_optimised(engine: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fields_of(posed(Draft(engine), predictors=["answer.predict"])) == {"answer.predict": "answer"}
+        named = posed(Draft(engine), predictors=("answer.predict", "query"))
+    assert list(fields_of(named)) == ["query", "answer.predict"]
+
+
+def test_a_predictor_that_is_named_and_cannot_be_optimised_is_an_error(engine: Any) -> None:
+    with pytest.raises(
+        DataError, match="`query` has no output field with gold values .* and variant='paper' needs them"
+    ):
+        posed(Draft(engine), predictors=["query"], settings=paper())
+    with pytest.raises(WeightsError, match="No open weights are known for predictor 'query'"):
+        posed(Draft(engine, first=remote_lm()), predictors=["query", "answer.predict"])
+
+
+def test_names_that_the_program_does_not_have_are_told_with_those_it_has(engine: Any) -> None:
+    known = "which the program does not have; its predictors are `query`, `answer.predict`"
+    with pytest.raises(ProgramError, match=f"predictors names `answer`, `x`, {known}"):
+        posed(Draft(engine), predictors=["answer", "query", "x"])
+    with pytest.raises(ProgramError, match=f"mode names `answer`, {known}"):
+        posed(Draft(engine), mode={"answer": "append"})
+
+
+@pytest.mark.parametrize("predictors", ["query", [], ()])
+def test_predictors_that_are_no_list_of_names_are_refused(engine: Any, predictors: Any) -> None:
+    with pytest.raises(SettingsError, match=r"predictors=.*: give a list of names, such as \['query'\]"):
+        posed(Draft(engine), predictors=predictors)
+
+
+@pytest.mark.parametrize("mode", ["prepend", 3, {"query": "insert"}])
+def test_an_unknown_mode_is_refused(engine: Any, mode: Any) -> None:
+    with pytest.raises(SettingsError, match="mode=.* is not known. Use 'rewrite', 'append', or a mapping from"):
+        posed(Draft(engine), mode=mode)
+
+
+def test_any_instruction_can_be_kept_and_appended_to(engine: Any) -> None:
+    def appends(mode: Any) -> list[bool]:
+        return [target.append for target in posed(Draft(engine), mode=mode).targets]
+
+    assert appends(None) == appends("rewrite") == [False, False]
+    assert appends("append") == [True, True]
+    assert appends({"answer.predict": "append"}) == appends({"query": "rewrite", "answer.predict": "append"})
+    assert appends({"answer.predict": "append"}) == [False, True]
+
+
+def test_a_predictor_that_is_used_twice_is_one_target(engine: Any) -> None:
+    class Twice(Draft):
+        def __init__(self) -> None:
+            super().__init__(engine)
+            self.again = self.query
+            self.steps = [self.query, self.answer]
+
+    assert list(fields_of(posed(Twice()))) == ["query", "answer.predict"]
 
 
 # ---- the split
@@ -426,13 +639,16 @@ def test_warnings_point_to_the_line_that_calls_compile(engine: Any) -> None:
         def forward(self, question: str) -> Any:
             return self.answer(question=question)
 
-    compiler = optimizer(steps=0)
-    with pytest.warns(UserWarning, match="validation rows|keep their instructions") as told:
-        compiler.compile(TwoHops(), ROWS[:2], valset=ROWS[:2])
-    assert {warning.filename for warning in told} == {__file__}
-    texts = [str(warning.message) for warning in told]
-    assert ["also training rows" in text for text in texts] == [True, False]
-    assert "Predictors query have no gold values" in texts[1]
+    for variant, last in (
+        ("paper", "Predictors query have no gold values"),
+        ("whole", "Predictor `query` was not called on any of the 2 training rows"),
+    ):
+        with pytest.warns(UserWarning, match="validation rows|keep their instr|was not called") as told:
+            optimizer(variant=variant, steps=0).compile(TwoHops(), ROWS[:2], valset=ROWS[:2])
+        assert {warning.filename for warning in told} == {__file__}
+        texts = [str(warning.message) for warning in told]
+        assert ["also training rows" in text for text in texts] == [True, False]
+        assert texts[1].startswith(last)
 
 
 def test_a_valset_of_its_own_gives_no_warning(engine: Any) -> None:
@@ -460,6 +676,7 @@ def test_the_identity_is_the_same_for_the_same_inputs(engine: Any) -> None:
         ("predictors", lambda engine: posed(program_on(engine, instruction="Please count."))),
         ("predictors", lambda engine: posed(program_on(ScriptedEngine(obedient_script, name="other")))),
         ("predictors", lambda engine: posed(program_on(engine, max_tokens=65))),
+        ("predictors", lambda engine: posed(program_on(engine), mode="append")),
         ("predictors", lambda engine: posed(with_demo(program_on(engine)))),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import settings as quickly
 from hypothesis import strategies as st
 
 from dspy_greater.run.events import Evaluation
-from dspy_greater.search import SearchState, advance, begin, ends_sentence, step_random
+from dspy_greater.search import SearchState, advance, begin, ends_sentence, restarted, step_random
 from dspy_greater.settings import Settings
 
 quick = quickly(max_examples=80, deadline=None, derandomize=True)
@@ -106,6 +107,43 @@ def test_a_steps_randomness_depends_on_seed_predictor_and_step_and_on_nothing_el
     assert len({draw(0, "predict", 3), draw(1, "predict", 3), draw(0, "other", 3), draw(0, "predict", 4)}) == 4
 
 
+def test_nothing_is_given_up_while_there_are_fewer_instructions_than_finalists() -> None:
+    seed = evaluated("seed.", 0.5)
+    state = begin(seed, SETTINGS)
+    assert state.to_beat(seed, SETTINGS) is None
+    tried = [evaluated("good.", 0.1), evaluated("fair.", 0.4), evaluated("bad.", 0.9)]
+    state = advance(state, tried[0], tried[:1], SETTINGS)
+    assert state.to_beat(tried[0], SETTINGS) is None
+    state = advance(state, tried[0], tried, SETTINGS)
+    assert state.to_beat(state.current, SETTINGS) == 0.5  # the worst of the three best
+    assert state.to_beat(tried[2], SETTINGS) == 0.9  # what an appending step improves on
+
+
+def test_nothing_is_given_up_while_one_of_the_best_has_no_finite_loss() -> None:
+    tried = [evaluated("one.", math.inf), evaluated("two.", 0.1), evaluated("three.", 0.2)]
+    state = advance(begin(tried[0], SETTINGS), tried[1], tried, SETTINGS)
+    assert state.to_beat(state.current, SETTINGS) is None
+
+
+def test_an_instruction_that_was_given_up_is_not_among_the_best_until_it_was_run_on_all_rows() -> None:
+    seed, good = evaluated("seed.", 0.5), evaluated("good.", 0.1)
+    early = replace(good, objective=(math.inf, math.inf), complete=False)
+    state = advance(begin(seed, SETTINGS), seed, [early], SETTINGS)
+    assert state.best == (seed,)
+    assert advance(state, seed, [early, good], SETTINGS).best == (good, seed)
+
+
+def test_the_search_is_over_after_the_step_that_reaches_the_budget() -> None:
+    kept, limited = evaluated("Add up."), Settings.of(None, steps=12, max_generated_tokens=100)
+    state = begin(kept, limited, generated_tokens=40)
+    assert not state.finished(limited)
+    state = advance(state, kept, [], limited, generated_tokens=59)
+    assert (state.generated_tokens, state.finished(limited), state.out_of_budget(limited)) == (99, False, False)
+    state = advance(state, kept, [], limited, generated_tokens=1)
+    assert state.finished(limited) and state.out_of_budget(limited)
+    assert not state.finished(SETTINGS) and not state.out_of_budget(SETTINGS)
+
+
 @given(instructions, histories)
 @quick
 def test_the_position_is_always_a_token_or_the_place_behind_the_last(
@@ -149,3 +187,94 @@ def test_replaying_recorded_steps_gives_the_state_that_stepping_gave(
         first = advance(first, chosen, tried, SETTINGS, failed=failed)
     assert first == whole[-1]
     assert replace(first, step=0).step == 0  # a state is a value: nothing else holds on to it
+
+
+# --- restarts ---
+
+
+def stuck(text: str, steps: int, *, best: tuple[Evaluation, ...] = (), starts: tuple[str, ...] = ()) -> SearchState:
+    """A search that has kept this instruction for so many steps."""
+    kept = evaluated(text)
+    state = walk([(kept, [], False)] * steps, kept)[-1]
+    return replace(state, best=best or state.best, starts=starts)
+
+
+def every_position(ids: Sequence[int]) -> Sequence[int]:
+    return range(len(ids))
+
+
+def test_a_step_that_changes_nothing_is_counted_and_one_that_changes_something_starts_the_count_again() -> None:
+    one, other = evaluated("Add up."), evaluated("List up.")
+    states = walk([(one, [], False), (one, [], False), (other, [], False), (other, [], False)], one)
+    assert [state.unchanged for state in states] == [0, 1, 2, 0, 1]
+
+
+def test_within_a_round_the_search_stays_where_it_is() -> None:
+    for steps in range(4):
+        state = stuck("Add them up.", steps)
+        assert restarted(state, every_position) is state
+
+
+def test_after_a_round_without_a_change_it_goes_on_from_the_best_finalist_that_no_round_was_spent_on() -> None:
+    best = (evaluated("Count them.", 0.1), evaluated("Add them up.", 0.2), evaluated("List them all.", 0.3))
+    state = restarted(stuck("Add them up.", 4, best=best), every_position)
+    assert state.current.instruction == "Count them."
+    assert (state.position, state.unchanged, state.starts) == (0, 0, ("Add them up.",))
+    assert (state.best, state.step) == (best, 4)  # nothing is forgotten and no step is taken
+    again = restarted(replace(state, unchanged=3), every_position)
+    assert again.current.instruction == "List them all."
+    assert again.starts == ("Add them up.", "Count them.")
+
+
+def test_with_no_finalist_left_the_round_begins_again_from_the_best() -> None:
+    best = (evaluated("Count them.", 0.1), evaluated("Add them up.", 0.2))
+    state = restarted(stuck("Add them up.", 4, best=best, starts=("Count them.",)), every_position)
+    assert state.current.instruction == "Count them."
+    assert state.starts == ("Count them.", "Add them up.")
+
+
+def test_a_restart_begins_at_the_first_position_that_can_be_edited() -> None:
+    best = (evaluated("Count them.", 0.1),)
+    state = restarted(stuck("Add up.", 9, best=best), lambda ids: [1])
+    assert state.position == 1
+    fixed = replace(stuck("Add up.", 9, best=best), fixed="Count them.")
+    assert restarted(fixed, lambda ids: []).appends()
+
+
+def test_a_restart_reads_nothing_but_its_arguments() -> None:
+    state = stuck("Add them up.", 4, best=(evaluated("Count them.", 0.1),))
+    before = repr(state)
+    assert restarted(state, every_position) == restarted(state, every_position)
+    assert repr(state) == before
+
+
+@given(instructions, histories)
+@quick
+def test_replaying_with_restarts_gives_the_same_states(
+    seed: Evaluation, history: list[tuple[Evaluation, list[Evaluation], bool]]
+) -> None:
+    def states() -> list[SearchState]:
+        found = [begin(seed, SETTINGS)]
+        for chosen, tried, failed in history:
+            found.append(restarted(advance(found[-1], chosen, tried, SETTINGS, failed=failed), every_position))
+        return found
+
+    assert states() == states()
+    for state in states():
+        assert 0 <= state.position <= len(state.current.token_ids)
+        assert state.unchanged <= max(1, len(state.current.token_ids))
+
+
+def test_what_was_predicted_and_what_came_of_it_is_kept_over_all_steps() -> None:
+    kept = evaluated("Add up.")
+    first, second = ((0.1, (0.0, 1.0)),), ((0.2, (1.0, 0.0)), (0.3, (1.0, 1.0)))
+    state = advance(begin(kept, SETTINGS), kept, [], SETTINGS, predictions=first)
+    assert advance(state, kept, [], SETTINGS, predictions=second).predictions == (*first, *second)
+
+
+def test_where_the_loss_decides_nothing_is_given_up_for_its_mistakes() -> None:
+    tried = [evaluated("good.", 0.1), evaluated("fair.", 0.4), evaluated("bad.", 0.9)]
+    by_loss = replace(SETTINGS, acceptance="loss")
+    state = advance(begin(tried[0], by_loss), tried[0], tried, by_loss)
+    assert state.to_beat(state.current, SETTINGS) == 0.9
+    assert state.to_beat(state.current, by_loss) is None

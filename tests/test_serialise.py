@@ -113,7 +113,7 @@ def test_a_value_of_the_wrong_type_is_an_error_that_says_where(value: object, hi
         ({"type": "Warned"}, r"does not have the fields of Warned: missing \['message'\], unknown \[\]"),
         ({"type": "Warned", "message": "", "extra": 1}, r"missing \[\], unknown \['extra'\]"),
         ({"type": "Warned", "message": 3}, "Warned.message should be text"),
-        ({"type": "Validated", "predictor": "", "scores": {"a": {"$float": "1"}}, "winner": ""}, "a number"),
+        ({"type": "Validated", "predictor": "", "scores": {"a": {"$float": "1"}}, "winner": "", "spent": {}}, "number"),
         ([], "value should be SearchStarted or"),
     ],
 )

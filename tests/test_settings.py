@@ -11,7 +11,7 @@ from dspy_greater.settings import Settings
 
 
 def test_without_a_preset_the_settings_are_the_papers() -> None:
-    paper = Settings.of(None)
+    paper = Settings.of(None, variant="paper")
     assert (paper.steps, paper.top_k, paper.proposal_rows, paper.fluency_weight, paper.selections) == (
         105,
         10,
@@ -19,7 +19,8 @@ def test_without_a_preset_the_settings_are_the_papers() -> None:
         0.2,
         3,
     )
-    assert paper == Settings()
+    assert paper == Settings(variant="paper")
+    assert Settings.of(None) == Settings() and Settings().variant == "whole"
 
 
 def test_a_preset_costs_less_than_the_next_one() -> None:
@@ -44,12 +45,12 @@ def test_a_preset_of_another_type_is_refused_like_an_unknown_one() -> None:
 
 
 def test_an_unknown_setting_is_named_and_the_known_ones_are_listed() -> None:
-    with pytest.raises(SettingsError, match="There is no setting stepz. The settings are: answer_temperature, .*steps"):
+    with pytest.raises(SettingsError, match="There is no setting stepz. The settings are: acceptance, .*steps"):
         Settings.of("light", stepz=5)
 
 
 def test_an_unknown_variant_says_which_there_are() -> None:
-    with pytest.raises(SettingsError, match="variant='papper' is not known. Use variant='paper'"):
+    with pytest.raises(SettingsError, match="variant='papper' is not known. Use one of 'whole', 'paper'."):
         Settings.of(None, variant="papper")
 
 
@@ -59,22 +60,80 @@ def test_a_count_has_to_be_a_whole_number_in_range(value: object) -> None:
         Settings.of(None, steps=value)
 
 
-@pytest.mark.parametrize("name", ["train_rows", "top_k", "selections", "finalists", "threads", "proposal_draws"])
+@pytest.mark.parametrize(
+    "name", ["train_rows", "top_k", "selections", "finalists", "threads", "proposal_draws", "replayed"]
+)
 def test_what_cannot_be_zero_is_refused_by_name(name: str) -> None:
     with pytest.raises(SettingsError, match=f"{name}=0: give a whole number of at least 1"):
         Settings.of(None, **{name: 0})
 
 
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), True, "0.2"])
-@pytest.mark.parametrize("name", ["fluency_weight", "score_fluency_weight", "answer_temperature"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fluency_weight",
+        "score_fluency_weight",
+        "answer_temperature",
+        "answer_weight",
+        "doubt_weight",
+        "sampling_temperature",
+        "acceptance_noise",
+    ],
+)
 def test_a_weight_has_to_be_a_finite_number_that_is_not_negative(name: str, value: object) -> None:
     with pytest.raises(SettingsError, match=f"{name}=.*: give a finite number that is not negative"):
         Settings.of(None, **{name: value})
 
 
-def test_an_answer_temperature_of_zero_is_refused_because_it_is_a_divisor() -> None:
-    with pytest.raises(SettingsError, match="answer_temperature=0: logits are divided by it"):
-        Settings.of(None, answer_temperature=0)
+@pytest.mark.parametrize("name", ["answer_temperature", "sampling_temperature"])
+def test_a_temperature_of_zero_is_refused_because_it_is_a_divisor(name: str) -> None:
+    with pytest.raises(SettingsError, match=f"{name}=0: logits are divided by it"):
+        Settings.of(None, **{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("variant", "estimator", "says"),
+    [
+        ("whole", "answer", "'whole'. Use one of None, 'score', 'whole', 'pathwise', 'random'."),
+        ("paper", "score", "'paper'. Use one of None, 'pathwise', 'answer', 'random'."),
+    ],
+)
+def test_an_estimator_that_the_variant_does_not_have_is_refused_with_those_it_has(
+    variant: str, estimator: str, says: str
+) -> None:
+    with pytest.raises(SettingsError, match=f"estimator='{estimator}' is not known of variant={says}"):
+        Settings.of(None, variant=variant, estimator=estimator)
+
+
+def test_without_an_estimator_the_variants_own_is_in_force() -> None:
+    assert Settings().ranking == "score"
+    assert Settings(variant="paper").ranking == "pathwise"
+    assert Settings(variant="paper", estimator="random").ranking == "random"
+
+
+@pytest.mark.parametrize("name", ["point", "baseline", "acceptance"])
+def test_an_unknown_choice_is_refused_with_the_known_ones(name: str) -> None:
+    with pytest.raises(SettingsError, match=f"{name}='other' is not known. Use one of '"):
+        Settings.of(None, **{name: "other"})
+
+
+def test_only_the_default_variant_weighs_the_answers_doubt_when_instructions_are_compared() -> None:
+    assert Settings(doubt_weight=0.4).objective_doubt_weight == 0.4
+    assert Settings(variant="paper", doubt_weight=0.4).objective_doubt_weight == 0.0
+
+
+def test_only_the_default_variant_can_let_the_loss_decide() -> None:
+    assert Settings(acceptance="loss").loss_first
+    assert not Settings().loss_first
+    assert not Settings(variant="paper", acceptance="loss").loss_first
+
+
+def test_no_candidate_needs_to_be_rescored_and_no_sample_drawn() -> None:
+    assert Settings(rescored=0, samples=0).rescored == 0
+    for name in ("rescored", "samples"):
+        with pytest.raises(SettingsError, match=f"{name}=-1: give a whole number of at least 0"):
+            Settings.of(None, **{name: -1})
 
 
 def test_errors_can_be_caught_as_the_packages_own_and_as_value_errors() -> None:
@@ -94,3 +153,18 @@ def test_every_setting_is_checked_for_its_type() -> None:
     for field in fields(Settings):
         with pytest.raises(SettingsError, match=field.name):
             Settings.of(None, **{field.name: object()})
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "1e6"])
+def test_a_budget_of_tokens_has_to_be_a_whole_number_if_there_is_one(value: object) -> None:
+    assert Settings.of("light").max_generated_tokens is None
+    assert Settings.of("light", max_generated_tokens=1).max_generated_tokens == 1
+    with pytest.raises(SettingsError, match="max_generated_tokens=.*: give a whole number of at least 1"):
+        Settings.of("light", max_generated_tokens=value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), True, "1"])
+def test_the_best_score_has_to_be_a_finite_number_and_may_be_any(value: object) -> None:
+    assert [Settings.of(None, best_score=best).best_score for best in (0, -1.5, 100)] == [0, -1.5, 100]
+    with pytest.raises(SettingsError, match="best_score=.*: give a finite number, the most that the metric gives a"):
+        Settings.of(None, best_score=value)

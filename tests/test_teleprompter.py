@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import math
 import random
 import weakref
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 import dspy
 import pytest
+from any_event import bits
 from dspy.utils.callback import BaseCallback
 from scripted_engine import (
     GOLD,
@@ -34,7 +36,7 @@ from dspy_greater.metric import RowMetric
 from dspy_greater.objective import Objective
 from dspy_greater.pocket.tasks import generate, work_out
 from dspy_greater.rollout import roll_out
-from dspy_greater.run.events import SearchStarted, StepTaken, Validated
+from dspy_greater.run.events import SearchStarted, StepTaken, Validated, Warned
 
 TRAIN, VALIDATION = planted_rows(24)[:4], planted_rows(24)[8:12]
 
@@ -72,7 +74,7 @@ def test_an_optimizer_may_be_used_again_for_another_program(engine: Any) -> None
     first = again.compile(program_on(engine), TRAIN, valset=VALIDATION)
     second = again.compile(program_on(engine), TRAIN, valset=VALIDATION)
     assert instruction_of(first) == instruction_of(second)
-    assert first.detailed_results.steps == second.detailed_results.steps
+    assert bits(first.detailed_results.steps) == bits(second.detailed_results.steps)
 
 
 def test_an_lm_in_a_context_is_used_like_a_configured_one(engine: Any) -> None:
@@ -139,7 +141,7 @@ def test_what_another_optimizer_compiled_is_optimised_further() -> None:
     program = program_on(ScriptedEngine(obedient_script, model=planted_engine().model))
     student = dspy.LabeledFewShot(k=1).compile(program, trainset=TRAIN)
     student.set_lm(program.predictors()[0].lm)  # that optimizer forgets it
-    better = optimizer(selections=12).compile(student, VALIDATION, valset=planted_rows(24)[16:20])
+    better = optimizer(selections=30).compile(student, VALIDATION, valset=planted_rows(24)[16:20])
     assert worth_of(instruction_of(better)) > 0
     assert better.predictors()[0].demos == student.predictors()[0].demos != []
     assert better._compiled is student._compiled
@@ -148,8 +150,8 @@ def test_what_another_optimizer_compiled_is_optimised_further() -> None:
 # ---- results
 
 
-def test_the_result_tells_every_step(engine: Any) -> None:
-    better = compiled(engine, steps=3)
+def test_the_result_tells_every_step_of_the_papers_variant(engine: Any) -> None:
+    better = compiled(engine, variant="paper", steps=3)
     details = better.detailed_results
     assert [step.step for step in details.steps] == [0, 1, 2]
     assert [step.position for step in details.steps] == [0, 1, 2]
@@ -167,6 +169,27 @@ def test_the_result_tells_every_step(engine: Any) -> None:
     assert engine.tokenizer.decode([first.current_token]).strip() == "Please"
 
 
+def test_the_result_tells_every_step(engine: Any) -> None:
+    details = compiled(engine, steps=3).detailed_results
+    assert [step.step for step in details.steps] == [0, 1, 2]
+    before = details.predictors[0].seed
+    for step in details.steps:
+        assert (step.predictor, step.current_token) == ("predict", before.token_ids[step.position])
+        assert step.reason and step.chosen.instruction and step.chosen.token_ids
+        assert len({each.token for each in step.candidates}) >= 6
+        tried = [each for each in step.candidates if each.evaluation is not None]
+        assert 0 < len(tried) <= 3
+        for each in tried:
+            assert each.forecast is not None and each.effective_samples > 0 and each.realised is not None
+            longer = {"insert": 1, "replace": 0, "delete": -1}[each.edit]
+            ids = each.evaluation.token_ids
+            assert len(ids) == len(before.token_ids) + longer
+            assert (ids[step.position] if longer >= 0 else before.token_ids[step.position]) == each.token
+        before = step.chosen
+    assert math.isfinite(details.predictors[0].fidelity)
+    assert len(details.predictors[0].fidelity_by_step) == 3
+
+
 def test_the_result_tells_scores_rows_and_cost(engine: Any) -> None:
     before = engine.counters
     better = compiled(engine)
@@ -182,6 +205,47 @@ def test_the_result_tells_scores_rows_and_cost(engine: Any) -> None:
     assert details.spent["forwards"] == spent.forwards
     assert details.spent["generated_tokens"] == spent.generated_tokens
     assert sum(step.spent["generated_tokens"] for step in details.steps) < spent.generated_tokens
+
+
+def test_the_cost_is_told_by_phase_and_adds_up(engine: Any) -> None:
+    details = compiled(engine, steps=3).detailed_results
+    phases = details.spent_by_phase
+    assert list(phases) == ["seed", "search", "validation"]
+    for name, count in details.spent.items():
+        assert sum(phase[name] for phase in phases.values()) == count
+    assert phases["seed"]["runs"] == 4
+    assert phases["search"]["runs"] == sum(step.spent["runs"] for step in details.steps)
+    assert phases["validation"]["runs"] == 4 * len(details.predictors[0].validation)
+    assert phases["seed"]["backward_tokens"] == phases["validation"]["backward_tokens"] == 0
+
+
+def test_the_search_stops_after_the_step_that_reaches_the_budget_and_says_so(engine: Any) -> None:
+    whole = compiled(engine, steps=4).detailed_results
+    seed, first = whole.predictors[0].seed_spent["generated_tokens"], whole.steps[0].spent["generated_tokens"]
+    heard: list[Any] = []
+    better = compiled(engine, steps=4, max_generated_tokens=seed + first, listeners=[heard.append])
+    details = better.detailed_results
+    assert repr(details.steps) == repr(whole.steps[:1])  # a gradient that was not taken is NaN
+    assert details.out_of_budget == (
+        f"max_generated_tokens={seed + first} was reached with {seed + first} tokens, after step 1 of 4 of "
+        "predictor `predict`."
+    )
+    assert heard[-1] == Warned(details.out_of_budget)
+    assert better.score == details.score >= details.seed_score
+    assert len(compiled(engine, steps=4, max_generated_tokens=seed + first + 1).detailed_results.steps) == 2
+    assert whole.out_of_budget is None
+
+
+def test_a_budget_that_is_reached_in_the_last_step_took_nothing_away(engine: Any) -> None:
+    whole = compiled(engine, steps=1).detailed_results
+    spent = sum(whole.spent_by_phase[name]["generated_tokens"] for name in ("seed", "search"))
+    assert compiled(engine, steps=1, max_generated_tokens=spent).detailed_results.out_of_budget is None
+
+
+def test_a_budget_that_the_seed_spends_returns_the_seed(engine: Any) -> None:
+    better = compiled(engine, max_generated_tokens=1)
+    assert instruction_of(better) == SEED and better.detailed_results.steps == ()
+    assert better.detailed_results.out_of_budget is not None
 
 
 def test_candidate_programs_are_runnable_and_ranked_with_the_seed_among_them(engine: Any) -> None:
@@ -271,7 +335,7 @@ def test_the_pocket_model_gets_better_from_an_instruction_that_does_not_fit(task
     low, high = (sum(each.score for each in group) / 16 for group in groups)
     if high - low < 0.3:
         pytest.skip(f"the pocket model answers {low:.0%} and, under a fitting instruction, {high:.0%}")
-    better = optimizer(steps=8, train_rows=16, validation_rows=32).compile(poor, rows[:16], valset=rows[16:])
+    better = optimizer(steps=4, train_rows=16, validation_rows=32).compile(poor, rows[:16], valset=rows[16:])
     assert better.score > better.detailed_results.seed_score + 0.1
 
 
@@ -346,9 +410,9 @@ def test_every_adapter_and_type_is_searched_with_and_without_demonstrations(
         return getattr(prediction, field) == getattr(example, field)
 
     with dspy.context(adapter=ADAPTERS[kind]()):
-        better = optimizer(metric=metric, steps=1, selections=12, train_rows=2, validation_rows=2).compile(
-            program, rows
-        )
+        better = optimizer(
+            metric=metric, variant="paper", steps=1, selections=30, train_rows=2, validation_rows=2
+        ).compile(program, rows)
         assert (better.detailed_results.seed_score, better.score) == (0.0, 1.0)
         assert worth_of(instruction_of(better)) > 0
         assert better(question=rows[0].question).toDict()[field] == rows[0][field]
@@ -399,7 +463,7 @@ def test_two_predictors_with_gold_values_are_optimised_in_turn(models: str) -> N
     first = ScriptedEngine(checked_script, model=model)
     second = first if models == "one" else ScriptedEngine(checked_script, model=model, name="second")
     program = Checked(first, second)
-    better = optimizer(metric=both_match, selections=12).compile(program, checked_rows(8))
+    better = optimizer(metric=both_match, variant="paper", selections=30).compile(program, checked_rows(8))
     found = better.detailed_results.predictors
     assert [each.name for each in found] == ["first.predict", "second.predict"]
     assert [each.field for each in found] == ["answer", "verdict"]
@@ -425,9 +489,38 @@ def test_each_model_gets_the_gradients_and_prompts_of_its_own_predictor_only() -
 def test_the_earlier_predictors_new_instruction_is_in_force_while_the_next_is_searched() -> None:
     engine = ScriptedEngine(checked_script, model=planted_engine().model)
     program = Checked(engine, engine)
-    better = optimizer(metric=both_match, selections=12).compile(program, checked_rows(8))
+    better = optimizer(metric=both_match, variant="paper", selections=30).compile(program, checked_rows(8))
     second = better.detailed_results.predictors[1]
     assert second.seed.score == 0.5  # the first predictor is right already
+
+
+def test_a_predictor_whose_turn_comes_after_the_budget_is_spent_keeps_its_instruction() -> None:
+    engine = ScriptedEngine(checked_script, model=planted_engine().model)
+    program = Checked(engine, engine)
+    better = optimizer(metric=both_match, selections=30, max_generated_tokens=1).compile(program, checked_rows(8))
+    details = better.detailed_results
+    assert [each.name for each in details.predictors] == ["first.predict"]
+    assert details.out_of_budget.endswith("`first.predict`. Not searched, and left as they were: second.predict.")
+    assert instruction_of(better.second) == SEED
+
+
+def test_the_budget_counts_all_models_and_all_predictors() -> None:
+    model = planted_engine().model
+
+    def run(**settings: Any) -> Any:
+        first, second = (ScriptedEngine(checked_script, model=model, name=name) for name in ("first", "second"))
+        better = optimizer(metric=both_match, **settings).compile(Checked(first, second), checked_rows(8))
+        return better.detailed_results, first.counters.generated_tokens + second.counters.generated_tokens
+
+    whole, generated = run()
+    assert sum(phase["generated_tokens"] for phase in whole.spent_by_phase.values()) == generated
+    costs = [each.seed_spent["generated_tokens"] for each in whole.predictors]
+    steps = [[step.spent["generated_tokens"] for step in each.steps] for each in whole.predictors]
+    limited, _ = run(max_generated_tokens=sum(costs) + sum(steps[0]) + 1)
+    assert [len(each.steps) for each in limited.predictors] == [2, 1]
+    assert (
+        limited.out_of_budget is not None and "after step 1 of 2 of predictor `second.predict`" in limited.out_of_budget
+    )
 
 
 def test_a_predictor_under_two_names_is_optimised_once(engine: Any) -> None:
@@ -449,6 +542,6 @@ def test_a_bare_predict_without_reasoning_is_optimised_too() -> None:
     engine = ScriptedEngine(lambda prompt: obedient_script(prompt).split("\n\n", 1)[1], model=planted_engine().model)
     program = dspy.Predict(dspy.Signature("question -> answer", SEED))
     program.set_lm(local_lm(engine, cache=False))
-    better = optimizer(selections=12).compile(program, TRAIN, valset=VALIDATION)
+    better = optimizer(selections=30).compile(program, TRAIN, valset=VALIDATION)
     assert (better.detailed_results.seed_score, better.score) == (0.0, 1.0)
     assert better.detailed_results.predictors[0].name == "self"

@@ -97,3 +97,25 @@ def test_writing_nothing_gives_an_equal_copy() -> None:
     copied = write_back(student, {})
     assert copied is not student
     assert copied.dump_state() == student.dump_state()
+
+
+def test_a_predictor_that_is_used_twice_is_written_once_for_both(tmp_path: Path) -> None:
+    class Twice(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.draft = dspy.Predict("question -> answer")
+            self.inner = dspy.ChainOfThought("question -> answer")
+            self.steps = [self.draft, self.inner]
+            self.inner.predict = self.draft
+
+    student = Twice()
+    before = student.draft.signature.instructions
+    better = write_back(student, {"draft": "Count them."})
+    assert [name for name, _ in better.named_predictors()] == ["draft"]
+    assert better.draft is better.steps[0] is better.inner.predict is better.steps[1].predict
+    assert better.steps[1].predict.signature.instructions == "Count them."
+    assert student.draft.signature.instructions == before
+    better.save(tmp_path / "program.json")
+    loaded = Twice()
+    loaded.load(tmp_path / "program.json")
+    assert loaded.inner.predict.signature.instructions == "Count them."

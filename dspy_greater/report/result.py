@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..fidelity import spearman
 from ..run.events import Evaluation, IterationTaken, StepTaken
 
 
@@ -12,12 +14,32 @@ class PredictorResult:
     """One predictor's search. Scores are means of the metric; `validation` maps instruction to score, seed first."""
 
     name: str
-    field: str  # the output field with gold values
+    field: str | None  # the output field with gold values; None: judged by the metric alone
     seed: Evaluation
     steps: tuple[StepTaken, ...]
     finalists: tuple[Evaluation, ...]  # best training objective first
     validation: dict[str, float]
     instruction: str  # what was written into the program
+    seed_spent: dict[str, int]  # on the seed's training rows
+    validation_spent: dict[str, int]  # empty when there was no validation
+
+    @property
+    def spent_by_phase(self) -> dict[str, dict[str, int]]:
+        """The cost of "seed", "search" and "validation", as recorded; see `CompileResult.spent_by_phase`."""
+        search = _summed(step.spent for step in self.steps)
+        return {"seed": self.seed_spent, "search": search, "validation": self.validation_spent}
+
+    @property
+    def fidelity(self) -> float:
+        """Spearman's ρ between predicted and realised change of all tried candidates; nan for fewer than 3."""
+        pairs = [pair for step in self.steps for pair in step.predictions]
+        return spearman([told for told, _ in pairs], [came for _, came in pairs])
+
+    @property
+    def fidelity_by_step(self) -> tuple[float, ...]:
+        """The same within each step; nan where fewer than 3 candidates were tried."""
+        pairs = [step.predictions for step in self.steps]
+        return tuple(spearman([told for told, _ in each], [came for _, came in each]) for each in pairs)
 
     @property
     def seed_instruction(self) -> str:
@@ -54,8 +76,10 @@ class WarmStart:
 class CompileResult:
     """`program.detailed_results`.
 
-    `spent` holds the engines' counters over the whole run: forwards, prefilled_tokens,
-    generated_tokens, padded_tokens, lm_head_rows and backward_tokens.
+    `spent` holds what the engines counted in this process: forwards, prefilled_tokens, generated_tokens,
+    padded_tokens, lm_head_rows and backward_tokens. `out_of_budget` says why the search ended early, if
+    `max_generated_tokens` did it; predictors that it did not come to keep their instructions and
+    are not among `predictors`.
     """
 
     predictors: tuple[PredictorResult, ...]
@@ -65,6 +89,18 @@ class CompileResult:
     spent: dict[str, int]
     interrupted: bool = False
     warm_start: WarmStart | None = None
+    out_of_budget: str | None = None
+
+    @property
+    def spent_by_phase(self) -> dict[str, dict[str, int]]:
+        """The cost of "seed", "search" and "validation" of all predictors, what an interrupted run spent included.
+
+        Each holds the counters of `spent`, and `runs`: how often the program was run on a row. Its
+        `generated_tokens` of seed and search are what `max_generated_tokens` bounds; unlike those of `spent`,
+        they count what a server wrote.
+        """
+        phases = [each.spent_by_phase for each in self.predictors]
+        return {name: _summed(phase[name] for phase in phases) for name in ("seed", "search", "validation")}
 
     @property
     def score(self) -> float:
@@ -128,5 +164,10 @@ class GradSumResult:
     @property
     def spent(self) -> dict[str, int]:
         """`spent_by_module`, summed."""
-        names = dict.fromkeys(name for counted in self.spent_by_module.values() for name in counted)
-        return {name: sum(counted.get(name, 0) for counted in self.spent_by_module.values()) for name in names}
+        return _summed(self.spent_by_module.values())
+
+
+def _summed(costs: Iterable[dict[str, int]]) -> dict[str, int]:
+    costs = tuple(costs)
+    names = dict.fromkeys(name for counted in costs for name in counted)
+    return {name: sum(counted.get(name, 0) for counted in costs) for name in names}

@@ -7,7 +7,15 @@ and read back without loss (`to_json`, `from_json`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class CallOutcome:
+    """One call of the predictor on one row: what it was given, and the text that the model wrote."""
+
+    inputs: dict[str, object]
+    completion: str
 
 
 @dataclass(frozen=True)
@@ -18,9 +26,10 @@ class RowOutcome:
     score: float  # the user's metric; 0.0 when the row failed
     inputs: dict[str, object]  # of the predictor's own call; empty when it was not called
     written: dict[str, object]  # output fields before the supervised one: the reasoning
-    cross_entropy: float  # of the gold answer after that reasoning; NaN when not finite
+    cross_entropy: float  # of the gold answer after that reasoning; NaN when not finite or not taken
     error: str | None = None  # why the row failed, if it did
     preamble: str = ""  # what the model wrote before its first field: a native <think> block
+    calls: tuple[CallOutcome, ...] = ()  # every call of the predictor, where there is no gold value
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,10 @@ class Evaluation:
 
     `objective` is (mistake rate + weighted fluency, cross-entropy), compared left to
     right; lower is better. It is infinite when no row has a finite loss.
+
+    An instruction that had no chance any more was given up early: `complete` is False, `rows` are those that were
+    run, in their order, `score` is their mean (NaN without any), no cross-entropy was taken, and the objective
+    is infinite.
     """
 
     token_ids: tuple[int, ...]
@@ -38,6 +51,7 @@ class Evaluation:
     cross_entropy: float  # mean over the rows with a finite loss
     fluency_nll: float  # nats per instruction token
     objective: tuple[float, float]
+    complete: bool = True
 
 
 @dataclass(frozen=True)
@@ -47,8 +61,12 @@ class Candidate:
     token: int
     text: str
     log_probability: float  # mean over the proposal contexts, nats
-    gradient: float | None  # summed over the rows, relative to the current token's
-    evaluation: Evaluation | None  # None when the gradient did not select it
+    gradient: float | None  # its slope, lower is better; `variant="paper"`: relative to the current token's
+    evaluation: Evaluation | None  # None when it was not selected
+    edit: str = "replace"  # "insert": in front of the position; "delete": the token that was there
+    forecast: float | None = None  # predicted change of the expected loss, by re-weighted scoring
+    effective_samples: float | None = None  # how many reasonings carry the forecast
+    realised: tuple[float, float] | None = None  # change of mistake rate and of cross-entropy, on the same rows
 
 
 @dataclass(frozen=True)
@@ -58,6 +76,8 @@ class SearchStarted:
     predictor: str
     seed: Evaluation
     steps: int
+    spent: dict[str, int] = field(default_factory=dict[str, int])  # on the seed's evaluation, as in `StepTaken`
+    samples: tuple[RowOutcome, ...] = ()  # more runs under the seed, for variety among the reasonings
 
 
 @dataclass(frozen=True)
@@ -71,7 +91,13 @@ class StepTaken:
     candidates: tuple[Candidate, ...]
     chosen: Evaluation  # the instruction after the step
     reason: str  # why, in words
-    spent: dict[str, int]  # the engine's counters, this step
+    spent: dict[str, int]  # this step: the engines' counters, and `runs`, of the program on a row
+
+    @property
+    def predictions(self) -> tuple[tuple[float, tuple[float, float]], ...]:
+        """(predicted, realised) of every tried candidate: the forecast, or else the gradient, and what came."""
+        pairs = [(each.gradient if each.forecast is None else each.forecast, each.realised) for each in self.candidates]
+        return tuple((told, came) for told, came in pairs if told is not None and came is not None)
 
 
 @dataclass(frozen=True)
@@ -81,6 +107,7 @@ class Validated:
     predictor: str
     scores: dict[str, float]
     winner: str
+    spent: dict[str, int] = field(default_factory=dict[str, int])  # as in `StepTaken`
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,131 @@
+"""`python -m benchmarks ablation`: what each part of the search is worth at equal generated tokens.
+
+Every variant searches on the same rows from the same instruction until it has generated so many tokens; the
+instruction that it returns answers rows that no search saw. Finished cells are written at once; called again, the rest
+is done. `--sweeps` adds single knobs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import dspy
+
+from benchmarks.fidelity.command import exact_match
+from dspy_greater import GReaTerTeleprompter, local_lm
+from dspy_greater.pocket.tasks import TASKS
+from dspy_greater.program import with_instruction
+
+from .table import table
+from .variants import SWEEPS, VARIANTS
+
+_STEPS = 1000  # never reached: the budget ends the search
+_TRAIN, _VALIDATION, _TEST = 24, 50, 100
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the cells that are missing and print the table."""
+    arguments = _parser().parse_args(argv)
+    known = {**VARIANTS, **SWEEPS}
+    names = arguments.variants.split(",") if arguments.variants else [*VARIANTS, *(SWEEPS if arguments.sweeps else [])]
+    if strangers := [name for name in names if name not in known]:
+        sys.exit(f"There is no variant {', '.join(strangers)}. There are: {', '.join(known)}.")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / "cells.jsonl"
+    lm = local_lm(arguments.model)
+    for seed in map(int, arguments.seeds.split(",")):
+        for task in arguments.tasks.split(","):
+            for name in names:
+                if not any((cell["task"], cell["seed"], cell["variant"]) == (task, seed, name) for cell in _read(path)):
+                    cell = _cell(task, seed, name, lm, arguments)
+                    with path.open("a") as lines:
+                        lines.write(json.dumps(cell) + "\n")
+                    sys.stderr.write(f"{task}, seed {seed}, {name}: {cell.get('accuracy', cell.get('error'))}\n")
+    text = table([cell for cell in _read(path) if cell["variant"] in names])
+    (arguments.out / "table.md").write_text(text + "\n")
+    sys.stdout.write(text + "\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks ablation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data-dir", type=Path, required=True, help="holds bbh/TASK.json")
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--variants", help=f"of {', '.join(VARIANTS)}; or sweeps: {', '.join(SWEEPS)}")
+    parser.add_argument("--sweeps", action="store_true", help="all variants and all sweeps")
+    parser.add_argument("--seeds", default="0,1,2,3,4")
+    parser.add_argument("--generated-tokens", type=int, default=20_000, help="of one search, the seed's rows included")
+    parser.add_argument("--model", default="pocket")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
+    return parser
+
+
+def _cell(task: str, seed: int, name: str, lm: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One search and its accuracy on unseen rows; a failure is a cell with its error."""
+    cell: dict[str, Any] = {"task": task, "seed": seed, "variant": name, "budget": arguments.generated_tokens}
+    started = time.monotonic()
+    try:
+        with dspy.context(lm=lm):
+            cell |= _searched(task, seed, name, arguments)
+    except Exception as error:  # a cell must not take the others with it
+        cell |= {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+    return cell | {"seconds": round(time.monotonic() - started, 1)}
+
+
+def _searched(task: str, seed: int, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    variant = {**VARIANTS, **SWEEPS}[name]
+    train, validation, test = _rows(task, seed, arguments.data_dir)
+    student = with_instruction(dspy.ChainOfThought("question -> answer"), "predict", variant.instruction)
+    optimizer = GReaTerTeleprompter(
+        metric=exact_match,
+        auto="light",
+        seed=seed,
+        steps=_STEPS,
+        max_generated_tokens=arguments.generated_tokens,
+        progress=False,
+        **dict(variant.settings),
+    )
+    best = optimizer.compile(student, trainset=train, valset=validation)
+    (found,) = best.detailed_results.predictors
+    correct, before = _correct(best, test), _correct(student, test)
+    return {
+        "instruction": found.instruction,
+        "correct": correct,
+        "accuracy": sum(correct) / len(correct),
+        "seed_accuracy": sum(before) / len(before),
+        "steps": len(found.steps),
+        "fidelity": found.fidelity,
+        "cross_entropy": {"seed": found.seed.cross_entropy, "best": found.finalists[0].cross_entropy},
+        "spent": found.spent_by_phase["search"],
+    }
+
+
+def _correct(program: Any, rows: Sequence[Any]) -> list[int]:
+    evaluate = dspy.Evaluate(
+        devset=list(rows), metric=exact_match, num_threads=len(rows), display_progress=False, max_errors=len(rows)
+    )
+    return [int(score) for _, _, score in evaluate(program).results]
+
+
+def _rows(task: str, seed: int, data_dir: Path) -> tuple[list[Any], list[Any], list[Any]]:
+    path = data_dir / "bbh" / f"{task}.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {path}; --data-dir names the directory that holds bbh/{task}.json.")
+    raw = json.loads(path.read_text())["examples"]
+    rows = [dspy.Example(question=row["input"], answer=row["target"]).with_inputs("question") for row in raw]
+    rows = Random(f"ablation/{task}/{seed}").sample(rows, _TRAIN + _VALIDATION + _TEST)
+    return rows[:_TRAIN], rows[_TRAIN : _TRAIN + _VALIDATION], rows[_TRAIN + _VALIDATION :]
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []

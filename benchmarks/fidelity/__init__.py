@@ -1,0 +1,1 @@
+"""How well a ranking of candidate tokens predicts what they turn out to be worth."""

@@ -1,0 +1,136 @@
+"""`python -m benchmarks fidelity`: do gradients and forecasts come true?
+
+Every candidate at some positions of some instructions is tried with reasoning of its own on real rows. Each ranking
+that could have chosen among them is then compared with what came: by Spearman's ρ per position, and by how much of the
+best gain is among its first three. Positions that were measured are written at once; called again, the rest is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import dspy
+
+from dspy_greater import local_lm
+from dspy_greater.pocket.tasks import TASKS
+from dspy_greater.settings import Settings
+
+from .measure import Measured, Plan, measure
+from .rankings import RANKINGS
+from .table import correlation, interval, share_of_best_gain, table
+
+INSTRUCTIONS = ("Answer the question.", "Think your reasoning.", "Compute the place.")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure what is missing and print the table."""
+    arguments = _parser().parse_args(argv)
+    dspy.configure(lm=local_lm(arguments.model))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    done = _read(arguments.out / "positions.jsonl")
+    for plan in _plans(arguments):
+        if any((at.task, at.instruction, at.seed) == (plan.task, plan.instruction, plan.seed) for at in done):
+            continue
+        rows = _rows(plan, arguments)
+        found = list(measure(plan, rows, exact_match, list(RANKINGS)))
+        done += found
+        _append(arguments.out / "positions.jsonl", found)
+        sys.stderr.write(f"{plan.task}, {plan.instruction!r}, seed {plan.seed}: {len(found)} positions\n")
+    if not done:
+        sys.stderr.write("Nothing was measured: no position had candidates.\n")
+        return 1
+    text = table(done)
+    (arguments.out / "table.md").write_text(text + "\n")
+    (arguments.out / "summary.json").write_text(json.dumps(_summary(done, arguments), indent=2) + "\n")
+    sys.stdout.write(text + "\n")
+    return 0
+
+
+def exact_match(example: dspy.Example, prediction: dspy.Prediction, trace: object = None) -> bool:
+    """Whether the answer is the gold one, case and blanks aside."""
+    return str(prediction.answer).strip().lower() == str(example.answer).strip().lower()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks fidelity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data-dir", type=Path, required=True, help="holds bbh/TASK.json")
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--instructions", nargs="+", default=list(INSTRUCTIONS), help="that candidates are to improve")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--positions", type=int, default=3, help="of each instruction, at most")
+    parser.add_argument("--candidates", type=int, default=10, help="at each position, at most")
+    parser.add_argument("--rows", type=int, default=24)
+    parser.add_argument("--samples", type=int, default=2, help="K: reasonings drawn for each row")
+    parser.add_argument("--model", default="pocket")
+    parser.add_argument("--out", type=Path, default=Path("runs/fidelity"))
+    return parser
+
+
+def _plans(arguments: argparse.Namespace) -> list[Plan]:
+    settings = Settings.of(
+        "light", train_rows=arguments.rows, samples=arguments.samples, minimum_candidates=arguments.candidates
+    )
+    return [
+        Plan(task, instruction, int(seed), arguments.positions, arguments.candidates, settings)
+        for seed in arguments.seeds.split(",")
+        for task in arguments.tasks.split(",")
+        for instruction in arguments.instructions
+    ]
+
+
+def _rows(plan: Plan, arguments: argparse.Namespace) -> list[Any]:
+    path = arguments.data_dir / "bbh" / f"{plan.task}.json"
+    if not path.is_file():
+        sys.exit(f"There is no {path}. --data-dir names the directory that holds bbh/{plan.task}.json.")
+    raw = json.loads(path.read_text())["examples"]
+    drawn = Random(f"{plan.task}/{plan.seed}/rows").sample(raw, arguments.rows)
+    return [dspy.Example(question=row["input"], answer=row["target"]).with_inputs("question") for row in drawn]
+
+
+def _summary(done: Sequence[Measured], arguments: argparse.Namespace) -> dict[str, Any]:
+    def told(values: list[float]) -> dict[str, float]:
+        mean, low, high = interval(values)
+        return {"mean": mean, "low": low, "high": high}
+
+    return {
+        "positions": len(done),
+        "settings": {name: str(value) for name, value in vars(arguments).items()},
+        "rankings": {
+            name: {
+                "correlation": told([correlation(at, name) for at in done]),
+                "share_of_best_gain": told([share_of_best_gain(at, name) for at in done]),
+            }
+            for name in done[0].predicted
+        },
+    }
+
+
+def _append(path: Path, found: Sequence[Measured]) -> None:
+    with path.open("a") as lines:
+        for at in found:
+            lines.write(json.dumps(asdict(at)) + "\n")
+
+
+def _read(path: Path) -> list[Measured]:
+    if not path.is_file():
+        return []
+    found: list[Measured] = []
+    for line in path.read_text().splitlines():
+        raw = json.loads(line)
+        raw["candidates"] = tuple(raw["candidates"])
+        raw["realised"] = tuple(
+            (mistakes, loss if loss is not None else math.nan) for mistakes, loss in raw["realised"]
+        )
+        raw["predicted"] = {name: tuple(values) for name, values in raw["predicted"].items()}
+        found.append(Measured(**raw))
+    return found

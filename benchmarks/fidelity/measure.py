@@ -1,0 +1,129 @@
+"""Positions with every candidate tried: what was predicted for it, and what came true."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any
+
+import dspy
+
+from dspy_greater.edits import Edit, propose_edits
+from dspy_greater.lm import weights_behind
+from dspy_greater.metric import RowMetric
+from dspy_greater.objective import Objective
+from dspy_greater.program import predictors_of, with_instruction
+from dspy_greater.reasoning import Reasoning
+from dspy_greater.rollout import pin_lms
+from dspy_greater.run.events import Evaluation
+from dspy_greater.search import begin
+from dspy_greater.select import realised_change
+from dspy_greater.settings import Settings
+
+from .rankings import RANKINGS, Position
+
+_ELSEWHERE = 6  # instructions tried at other positions, whose reasonings are at hand
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One position: the realised change of every candidate and the change that each ranking predicted."""
+
+    task: str
+    instruction: str
+    seed: int
+    position: int
+    candidates: tuple[str, ...]
+    realised: tuple[tuple[float, float], ...]  # mistake rate, cross-entropy
+    predicted: dict[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured for one task, seed instruction and seed."""
+
+    task: str
+    instruction: str
+    seed: int
+    positions: int
+    candidates: int
+    settings: Settings
+
+
+def measure(plan: Plan, rows: Sequence[Any], metric: Any, rankings: Sequence[str]) -> Iterator[Measured]:
+    """Try all candidates at some positions of the instruction, then ask every ranking what it would have said."""
+    random = Random(f"{plan.task}/{plan.instruction}/{plan.seed}")
+    objective = _objective(plan, rows, metric)
+    (seed,) = objective.evaluate([objective.seed()])
+    editable = objective.layout.positions(seed.token_ids)
+    chosen = sorted(random.sample(editable, min(plan.positions, len(editable))))
+    samples = objective.explore(objective.seed(), seed=plan.seed)
+    edits = {position: _replacements(objective, seed, position, plan) for position in chosen}
+    tried = {
+        position: objective.evaluate([edit.instruction for edit in found]) for position, found in edits.items() if found
+    }
+    for position, evaluations in tried.items():
+        others = [each for other, found in tried.items() if other != position for each in found]
+        at_hand = random.sample(others, min(_ELSEWHERE, len(others)))
+        at = _position(plan, rows, metric, seed, position, edits[position], at_hand, samples)
+        yield Measured(
+            plan.task,
+            plan.instruction,
+            plan.seed,
+            position,
+            tuple(edit.instruction.text for edit in edits[position]),
+            tuple(realised_change(seed, each) for each in evaluations),
+            {name: tuple(RANKINGS[name](at)) for name in rankings},
+        )
+
+
+def _objective(plan: Plan, rows: Sequence[Any], metric: Any) -> Objective:
+    program = with_instruction(dspy.ChainOfThought("question -> answer"), "predict", plan.instruction)
+    pinned = pin_lms(program)
+    (site,) = predictors_of(pinned)
+    return Objective(
+        program=pinned,
+        site=site,
+        field="answer",
+        rows=rows,
+        metric=RowMetric(metric),
+        engine=weights_behind(site.lm, weights=None, predictor_name=site.name),
+        settings=plan.settings,
+    )
+
+
+def _replacements(objective: Objective, seed: Evaluation, position: int, plan: Plan) -> tuple[Edit, ...]:
+    state = replace(begin(seed, plan.settings), position=position)
+    edits = propose_edits(objective, state, plan.settings, random_seed=plan.seed, predictor=f"position {position}")
+    return tuple(edit for edit in edits if edit.kind == "replace")[: plan.candidates]
+
+
+def _position(
+    plan: Plan,
+    rows: Sequence[Any],
+    metric: Any,
+    seed: Evaluation,
+    position: int,
+    edits: tuple[Edit, ...],
+    at_hand: Sequence[Evaluation],
+    samples: Sequence[Any],
+) -> Position:
+    """What a search would know before it tried anything at this position."""
+
+    def reasonings(more: Sequence[Any]) -> tuple[Reasoning, ...]:
+        objective = _objective(plan, rows, metric)
+        objective.remember(more)
+        return tuple(objective.replay(seed, Random(plan.seed), len(more) + len(rows)))
+
+    elsewhere = [row for each in at_hand for row in each.rows]
+    return Position(
+        objective=_objective(plan, rows, metric),
+        current=seed,
+        position=position,
+        edits=edits,
+        replayed=reasonings(elsewhere),
+        own=reasonings([]),
+        sampled=reasonings(samples),
+        settings=plan.settings,
+    )

@@ -1,0 +1,131 @@
+"""Everything that could decide which candidates are tried, as predicted changes of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from dspy_greater.edits import Edit
+from dspy_greater.gradient import gradient_over_reasoning
+from dspy_greater.objective import Objective
+from dspy_greater.reasoning import Reasoning, advantages
+from dspy_greater.rescore import Likelihood, forecast, likelihoods
+from dspy_greater.run.events import Evaluation
+from dspy_greater.settings import Baseline, Point, Settings, Term
+from dspy_greater.whole_gradient import whole_gradient
+
+
+@dataclass(frozen=True)
+class Position:
+    """One position of one instruction: its replacements, and the reasonings that a search would have at hand."""
+
+    objective: Objective
+    current: Evaluation
+    position: int
+    edits: tuple[Edit, ...]
+    replayed: tuple[Reasoning, ...]  # of the current instruction and of some that were tried elsewhere
+    own: tuple[Reasoning, ...]  # of the current instruction alone
+    sampled: tuple[Reasoning, ...]  # K per row, drawn under the current instruction
+    settings: Settings
+
+
+Ranking = Callable[[Position], Sequence[float]]  # predicted change of every edit, negative is good
+
+
+def at_random(at: Position) -> list[float]:
+    """No prediction at all."""
+    random = Random(f"{at.current.instruction}/{at.position}")
+    return [random.random() for _ in at.edits]
+
+
+def by_likelihood(at: Position) -> list[float]:
+    """The proposal's own order."""
+    return [-edit.log_probability for edit in at.edits]
+
+
+def paper(at: Position) -> list[float]:
+    """Equation 7: the reasoning fixed, at the current token."""
+    return _paper(at, reasoned=True)
+
+
+def without_reasoning(at: Position) -> list[float]:
+    """The same with an empty reasoning: the ablation of the paper's figure 3."""
+    return _paper(at, reasoned=False)
+
+
+def slope(
+    term: Term, point: Point, reasonings: str = "own", baseline: Baseline = "batch", optimism: float | None = None
+) -> Ranking:
+    """A term of the whole gradient at a point, over some of the reasonings."""
+
+    def rank(at: Position) -> Sequence[float]:
+        return whole_gradient(
+            at.objective.engine,
+            getattr(at, reasonings),
+            position=at.position,
+            candidates=[edit.token for edit in at.edits],
+            term=term,
+            point=point,
+            baseline=baseline,
+            optimism=at.settings.optimism if optimism is None else optimism,
+            answer_weight=at.settings.answer_weight,
+            answer_temperature=at.settings.answer_temperature,
+        ).slopes
+
+    return rank
+
+
+def rescored(reasonings: str = "own", baseline: Baseline = "batch", optimism: float | None = None) -> Ranking:
+    """Re-weighted scoring over some of the reasonings."""
+
+    def rank(at: Position) -> list[float]:
+        runs: Sequence[Reasoning] = getattr(at, reasonings)
+        hope = at.settings.optimism if optimism is None else optimism
+        now, shares = _read(at, runs), [each.share for each in runs]
+        against = advantages(runs, baseline, optimism=hope)
+        weight = at.settings.answer_weight
+        ids = [edit.instruction.token_ids for edit in at.edits]
+        then = [_read(at, [run.under(each) for run in runs]) for each in ids]
+        return [forecast(now, each, against, shares, answer_weight=weight).change for each in then]
+
+    return rank
+
+
+RANKINGS: Mapping[str, Ranking] = {
+    "re-weighted scoring": rescored(),
+    "re-weighted scoring, optimism 1": rescored(optimism=1.0),
+    "re-weighted scoring, also what was tried elsewhere": rescored("replayed"),
+    "re-weighted scoring, K samples": rescored("sampled"),
+    "re-weighted scoring, K samples, leave-one-out": rescored("sampled", "example", 1.0),
+    "score, centroid": slope("score", "centroid"),
+    "score, centroid, optimism 1": slope("score", "centroid", optimism=1.0),
+    "score, midpoint": slope("score", "midpoint"),
+    "score, current": slope("score", "current"),
+    "score, centroid, K samples, leave-one-out": slope("score", "centroid", "sampled", "example", 1.0),
+    "whole, centroid": slope("whole", "centroid"),
+    "whole, current": slope("whole", "current"),
+    "whole, current, K samples, leave-one-out": slope("whole", "current", "sampled", "example", 1.0),
+    "pathwise, centroid": slope("pathwise", "centroid"),
+    "paper (pathwise, current)": paper,
+    "gradient without reasoning": without_reasoning,
+    "likelihood": by_likelihood,
+    "random": at_random,
+}
+
+
+def _paper(at: Position, *, reasoned: bool) -> list[float]:
+    found = gradient_over_reasoning(
+        at.objective.engine,
+        at.objective.supervised(at.current, reasoned=reasoned),
+        position=at.position,
+        candidates=[edit.token for edit in at.edits],
+        answer_temperature=at.settings.answer_temperature,
+        fluency_weight=at.settings.fluency_weight,
+    )
+    return list(found.predicted_change)
+
+
+def _read(at: Position, runs: Sequence[Reasoning]) -> list[Likelihood]:
+    sequences = [sequence for run in runs for sequence in run.sequences]
+    return likelihoods(at.objective.engine, sequences, answer_temperature=at.settings.answer_temperature)

@@ -1,0 +1,77 @@
+"""Measured positions -> a table: rank correlation and what the first picks are worth, with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from random import Random
+
+from dspy_greater.fidelity import spearman
+
+from .measure import Measured
+
+_RESAMPLES = 2000
+_PICKS = 3  # μ: candidates that a step tries
+
+
+def correlation(at: Measured, ranking: str) -> float:
+    """Spearman's ρ between predicted and realised change; nan where nothing can be ranked."""
+    return spearman(at.predicted[ranking], at.realised)
+
+
+def share_of_best_gain(at: Measured, ranking: str) -> float:
+    """Mistakes saved by the best first pick, as a share of what the best of all saves; nan if none saves any."""
+    best = min(change for change, _ in at.realised)
+    if best >= 0:
+        return math.nan
+    order = sorted(range(len(at.realised)), key=lambda index: _number(at.predicted[ranking][index]))
+    return max(0.0, -min(at.realised[index][0] for index in order[:_PICKS])) / -best
+
+
+def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+    """Mean of the numbers among `values` and its 95 % bootstrap interval over positions; nan for none.
+
+    >>> interval([1.0, 1.0, float("nan")])
+    (1.0, 1.0, 1.0)
+    """
+    numbers = [value for value in values if not math.isnan(value)]
+    if not numbers:
+        return math.nan, math.nan, math.nan
+    random = Random(seed)
+    means = sorted(sum(random.choices(numbers, k=len(numbers))) / len(numbers) for _ in range(_RESAMPLES))
+    low, high = means[int(0.025 * _RESAMPLES)], means[int(0.975 * _RESAMPLES) - 1]
+    return sum(numbers) / len(numbers), low, high
+
+
+def table(measured: Sequence[Measured]) -> str:
+    """Markdown: a row per ranking, best first."""
+    tasks = list(dict.fromkeys(at.task for at in measured))
+    names = sorted(measured[0].predicted, key=lambda name: -_or_low(interval(_all(measured, name, correlation))[0]))
+    lines = [
+        f"| ranking | ρ, 95 % interval | {' | '.join(tasks)} | best gain among the first {_PICKS} |",
+        f"| --- | --- | {' | '.join('---' for _ in tasks)} | --- |",
+    ]
+    for name in names:
+        by_task = [interval(_all([at for at in measured if at.task == task], name, correlation))[0] for task in tasks]
+        lines.append(
+            f"| {name} | {_shown(interval(_all(measured, name, correlation)))} | "
+            f"{' | '.join(f'{value:.2f}' for value in by_task)} | "
+            f"{_shown(interval(_all(measured, name, share_of_best_gain)))} |"
+        )
+    return "\n".join(lines)
+
+
+def _all(measured: Sequence[Measured], name: str, of: Callable[[Measured, str], float]) -> list[float]:
+    return [of(at, name) for at in measured]
+
+
+def _shown(found: tuple[float, float, float]) -> str:
+    return f"{found[0]:.2f} ({found[1]:.2f} to {found[2]:.2f})"
+
+
+def _number(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def _or_low(value: float) -> float:
+    return -math.inf if math.isnan(value) else value

@@ -1,0 +1,189 @@
+"""The models of a cell as `dspy.LM`s: the task model, metered and unmetered, and the proposer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import dspy
+from dspy import lm15
+
+from dspy_greater import local_lm
+from dspy_greater.errors import SettingsError
+from dspy_greater.lm import AsyncLocalEngine, LocalEngine
+
+from .budget import Budget, Usage, no_counters
+from .phrasebook import PHRASEBOOK, PhrasebookEngine
+
+_LOADING = ("device", "dtype", "revision", "trust_remote_code")
+_SAMPLING = ("temperature", "max_tokens", "top_p", "stop", "seed")
+
+
+class MeteredLocalEngine(LocalEngine):
+    """The in-process task model as an optimizer sees it: every call first asks whether the budget allows it."""
+
+    def __init__(self, engine: Any, budget: Budget) -> None:
+        super().__init__(engine)
+        self._budget = budget
+
+    def complete(self, request: lm15.Request) -> lm15.Response:
+        """Answer one request; `BudgetSpent` once the budget is."""
+        self._budget.check()
+        return super().complete(request)
+
+    def stream(self, request: lm15.Request) -> Any:
+        """Answer one request in pieces; `BudgetSpent` once the budget is."""
+        self._budget.check()
+        return super().stream(request)
+
+
+class CountedEngine:
+    """Any `dspy.LM` as an engine whose usage is added up, and whose calls may be refused before they are made."""
+
+    supports_function_calling = False
+    supports_reasoning = True
+    supports_response_schema = True
+    supported_params = frozenset({"temperature", "max_tokens", "top_p", "stop", "seed", "response_format"})
+
+    def __init__(self, inner: Any, add: Callable[[Usage], None], check: Callable[[], None] | None = None) -> None:
+        self._inner, self._add, self._check = inner, add, check
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CountedEngine:
+        return self  # one account, however often the program is copied
+
+    def complete(self, request: lm15.Request) -> lm15.Response:
+        """Answer one request, and add up what it cost."""
+        if self._check is not None:
+            self._check()
+        ask = getattr(self._inner, "complete", self._inner)
+        response = ask(request)
+        usage = response.usage
+        self._add(Usage(1, getattr(usage, "input_tokens", 0) or 0, getattr(usage, "output_tokens", 0) or 0))
+        return response
+
+    def close(self) -> None:
+        """Nothing of its own to close."""
+
+
+class CountedAsyncEngine:
+    """The asynchronous side of a `CountedEngine`: the same calls in a thread."""
+
+    supports_function_calling = False
+    supports_reasoning = True
+    supports_response_schema = True
+    supported_params = CountedEngine.supported_params
+
+    def __init__(self, engine: CountedEngine) -> None:
+        self._engine = engine
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CountedAsyncEngine:
+        return self
+
+    async def complete(self, request: lm15.Request) -> lm15.Response:
+        """Answer one request without blocking the event loop."""
+        return await asyncio.to_thread(self._engine.complete, request)
+
+    async def aclose(self) -> None:
+        """Nothing of its own to close."""
+
+
+@dataclass(frozen=True)
+class TaskModel:
+    """The model that all programs run on.
+
+    Attributes:
+        name: as on the command line.
+        identity: which weights, exactly; the model string where a server holds them.
+        judge: the model outside of any budget.
+        engine: the in-process engine; None for a served model.
+        sampling: generation settings that every use of it shares.
+    """
+
+    name: str
+    identity: str
+    judge: dspy.LM
+    engine: Any | None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def counters(self) -> Any:
+        """What reads the engine's counters."""
+        engine = self.engine
+        return no_counters if engine is None else lambda: engine.counters
+
+    def metered(self, budget: Budget) -> dspy.LM:
+        """The same model as an optimizer gets it."""
+        if self.engine is None:
+            inner = self.judge.copy(cache=False)
+            counted = CountedEngine(inner, budget.add_served, budget.check)
+            return dspy.LM(
+                self.judge.model, engine=counted, async_engine=CountedAsyncEngine(counted), cache=False, **self.sampling
+            )
+        local = MeteredLocalEngine(self.engine, budget)
+        return dspy.LM(
+            self.judge.model,
+            engine=local,
+            async_engine=AsyncLocalEngine(local),
+            cache=False,
+            **{"temperature": 0.0, **self.sampling},
+        )
+
+
+def task_model(name: str, arguments: Mapping[str, Any]) -> TaskModel:
+    """Load the task model.
+
+    Args:
+        name: `pocket`, a directory or a hub id for weights in this process; with `api_base` among the
+            arguments, the LiteLLM name of a served model.
+        arguments: how to load (`device`, `dtype`, `revision`, `trust_remote_code`) and how to sample
+            (`temperature`, `max_tokens`, `top_p`, `stop`, `seed`).
+
+    Raises:
+        WeightsError: the weights cannot be loaded.
+        SettingsError: an argument that means nothing to the model.
+    """
+    sampling = {key: value for key, value in arguments.items() if key not in _LOADING}
+    if "api_base" in arguments:
+        judge = dspy.LM(name, cache=False, **arguments)
+        connection = ("api_base", "api_key", "num_retries", "timeout")
+        kept = {key: value for key, value in sampling.items() if key not in connection}
+        return TaskModel(name, name, judge, None, kept)
+    strangers = sorted(set(sampling) - set(_SAMPLING))
+    if strangers:
+        raise SettingsError(
+            f"--model-args has {', '.join(strangers)}, which an in-process model does not take; it takes "
+            f"{', '.join((*_LOADING, *_SAMPLING))}. A served model needs api_base."
+        )
+    judge: Any = local_lm(name, cache=False, **arguments)
+    kept = {"max_tokens": judge.kwargs["max_tokens"], **sampling}
+    return TaskModel(name, judge.engine.engine.identity, judge, judge.engine.engine, kept)
+
+
+def prompt_model(name: str, seed: int, budget: Budget) -> dspy.LM:
+    """The proposer of one cell, whose tokens are counted in the budget's books.
+
+    Args:
+        name: `phrasebook`, or any LiteLLM name; weights in this process go by `dspy-greater/NAME`.
+        seed: of the phrasebook's draws.
+        budget: of the cell.
+    """
+    if name == PHRASEBOOK:
+        inner: Any = PhrasebookEngine(seed)
+    elif name.startswith("dspy-greater/"):
+        inner = _own_account(name.removeprefix("dspy-greater/"))
+    else:
+        inner = dspy.LM(name, cache=False)
+    counted = CountedEngine(inner, budget.add_proposer)
+    model = f"local/{PHRASEBOOK}" if name == PHRASEBOOK else name
+    return dspy.LM(model, engine=counted, async_engine=CountedAsyncEngine(counted), cache=False)
+
+
+def _own_account(name: str) -> LocalEngine:
+    """An engine with counters of its own on weights that may be the task model's as well."""
+    from dspy_greater.engine import Engine
+    from dspy_greater.weights import shared_engine
+
+    shared = shared_engine(name)
+    return LocalEngine(Engine(shared.model, shared.tokenizer, name=shared.name, revision=shared.revision))

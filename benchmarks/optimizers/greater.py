@@ -1,0 +1,107 @@
+"""This package's own optimizer, in the variants that the comparison tells apart.
+
+- `greater`: `GReaTerTeleprompter` as it comes, its default variant and preset, but with the paper's 105 steps instead
+  of the preset's 20, so that the budget ends the search and not the preset.
+- `greater-paper`: Algorithm 1 of GReaTer (arXiv 2412.09722) with the paper's values.
+- `greater-no-reasoning`: the paper's ablation. It is `greater-paper` in all but the gradient, which is taken of the
+  answer alone, without the reasoning before it.
+- `random-search`: `greater` in all but the gradient: the same proposals, of which chance chooses.
+
+Training rows are `train`, and `dev` is the validation set. The proposer is not used: the task model proposes. A search
+that the budget ends has recorded every instruction that it ran on all of its rows. The same seed gives the same
+search on a CPU in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import dspy
+
+from dspy_greater import GReaTerTeleprompter
+from dspy_greater.run.events import Evaluation, Event, SearchStarted, StepTaken, Validated
+
+from .optimizer import Context
+
+PAPER_STEPS = 105
+
+
+class Greater:
+    """Gradients over reasoning, as this package does them by default.
+
+    Args:
+        **settings: arguments of `GReaTerTeleprompter` in place of its own, and of `defaults`.
+    """
+
+    name = "greater"
+    about = "GReaTerTeleprompter, default variant and preset; 105 steps, so that the budget ends it"
+    defaults: dict[str, Any] = {"steps": PAPER_STEPS}
+
+    def __init__(self, **settings: Any) -> None:
+        self._settings = {**self.defaults, **settings}
+
+    def optimise(
+        self, student: dspy.Module, train: Sequence[dspy.Example], dev: Sequence[dspy.Example], context: Context
+    ) -> dspy.Module:
+        """The program that `GReaTerTeleprompter.compile` returns."""
+        optimizer = GReaTerTeleprompter(
+            context.metric,
+            seed=context.seed,
+            log_dir=context.log_dir / "greater",
+            listeners=[Recorder(context)],
+            progress=False,
+            **self._settings,
+        )
+        return optimizer.compile(student, list(train), valset=list(dev))
+
+
+class GreaterPaper(Greater):
+    """Algorithm 1 as published."""
+
+    name = "greater-paper"
+    about = "Algorithm 1 of GReaTer (arXiv 2412.09722) with the paper's values: 105 steps, 50 rows, k=10, μ=3"
+    defaults = {"variant": "paper", "auto": None}
+
+
+class GreaterNoReasoning(Greater):
+    """The paper's ablation."""
+
+    name = "greater-no-reasoning"
+    about = "the paper's ablation: greater-paper with the gradient of the answer alone, without reasoning"
+    defaults = {**GreaterPaper.defaults, "estimator": "answer"}
+
+
+class RandomSearch(Greater):
+    """What the gradient is worth."""
+
+    name = "random-search"
+    about = "greater with the same proposals and no gradient: chance chooses which of them are tried"
+    defaults = {**Greater.defaults, "estimator": "random"}
+
+
+class Recorder:
+    """Reports to the budget what the search scored: each instruction once per set of rows, if all rows were run."""
+
+    def __init__(self, context: Context) -> None:
+        self._budget = context.budget
+        self._found: dict[str, str] = {}  # instructions of the predictors that are finished
+        self._known: set[tuple[str, str]] = set()
+
+    def __call__(self, event: Event) -> None:
+        """Record what the event tells."""
+        if isinstance(event, SearchStarted):
+            self._evaluated(event.predictor, event.seed)
+        elif isinstance(event, StepTaken):
+            for candidate in event.candidates:
+                self._evaluated(event.predictor, candidate.evaluation)
+            self._evaluated(event.predictor, event.chosen)
+        elif isinstance(event, Validated):
+            self._found[event.predictor] = event.winner
+
+    def _evaluated(self, predictor: str, evaluation: Evaluation | None) -> None:
+        if evaluation is None or not evaluation.complete or (predictor, evaluation.instruction) in self._known:
+            return
+        self._known.add((predictor, evaluation.instruction))
+        prompts = {**self._found, predictor: evaluation.instruction}
+        self._budget.record(prompts, evaluation.score, len(evaluation.rows))

@@ -1,0 +1,95 @@
+"""What this machine can do at best, measured: matrix products and copies, in the dtype of the run."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import transformers
+
+from benchmarks.speed.floor import ModelSize
+from benchmarks.speed.step import synchronise
+
+_LEAST_SECONDS = 0.2  # of a measurement
+_COPY_BYTES = (8 << 20, 1 << 30)  # least and most that is copied
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The best rates that were seen in this run."""
+
+    matmul_flops: float  # floating-point operations per second, two for a multiply-add
+    copy_bytes: float  # bytes read and written per second
+
+    def best(self, other: Ceilings) -> Ceilings:
+        """The higher of each; a ceiling that is measured twice is the better one."""
+        return Ceilings(max(self.matmul_flops, other.matmul_flops), max(self.copy_bytes, other.copy_bytes))
+
+
+def measure(
+    size: ModelSize, *, tokens: int, device: torch.device, dtype: torch.dtype, now: Callable[[], float]
+) -> Ceilings:
+    """Matrix products of `tokens` rows through layers of the model's widths, and copies as large as its weights."""
+    shapes = [(rows, size.hidden, wide) for rows in (tokens, 2048) for wide in (size.hidden, size.intermediate, 2048)]
+    shapes.append((2048, 2048, 2048))
+    rates = [_matmul_rate(*shape, device=device, dtype=dtype, now=now) for shape in shapes]
+    count = min(max(size.weight_bytes, _COPY_BYTES[0]), _COPY_BYTES[1])
+    source = torch.ones(count, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = _best_seconds(lambda: target.copy_(source), device, now)
+    return Ceilings(max(rates), 2 * count / seconds)
+
+
+def describe(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
+    """The machine and the versions, for the record."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": name,
+        "device_type": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _matmul_rate(
+    rows: int, inner: int, columns: int, *, device: torch.device, dtype: torch.dtype, now: Callable[[], float]
+) -> float:
+    a = torch.ones(rows, inner, device=device, dtype=dtype)
+    b = torch.ones(inner, columns, device=device, dtype=dtype)
+    return 2 * rows * inner * columns / _best_seconds(lambda: a @ b, device, now)
+
+
+def _best_seconds(work: Callable[[], object], device: torch.device, now: Callable[[], float]) -> float:
+    """Seconds of one call: the best of five measurements of many calls together."""
+    work()
+    calls, best = 1, float("inf")
+    measured = 0
+    while measured < 5:
+        synchronise(device)
+        started = now()
+        for _ in range(calls):
+            work()
+        synchronise(device)
+        seconds = now() - started
+        if seconds < _LEAST_SECONDS / 5:
+            calls *= 2
+            continue
+        measured, best = measured + 1, min(best, seconds / calls)
+    return best
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

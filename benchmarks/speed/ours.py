@@ -1,0 +1,75 @@
+"""What the search of this package does in one step, by the functions that it calls.
+
+The current instruction's reasoning is there from the step before; all candidates and rows are written in one
+go; the gradient stops at one embedding, and logits are made where a loss needs them.
+"""
+
+from __future__ import annotations
+
+from benchmarks.speed.rival import enough
+from benchmarks.speed.step import Clock, RowLosses, Step
+from benchmarks.speed.work import Work
+from dspy_greater.engine import Engine, GenerationRequest
+from dspy_greater.gradient import gradient_over_reasoning
+from dspy_greater.loss import teacher_forced_losses
+from dspy_greater.propose import propose
+
+
+def step(engine: Engine, work: Work, clock: Clock) -> Step:
+    """One step, our way."""
+    with engine.shared_prefixes():
+        return _step(engine, work, clock)
+
+
+def _step(engine: Engine, work: Work, clock: Clock) -> Step:
+    with clock.phase("proposals"):
+        proposal = propose(
+            engine,
+            work.proposal_contexts(),
+            top_k=work.top_k,
+            sample_size=work.sample_size,
+            draws=work.draws,
+            minimum=work.minimum,
+            max_widening=work.max_widening,
+            generator=work.generator(),
+            canonical=work.allows,
+        )
+    with clock.phase("gradient"):
+        gradient = gradient_over_reasoning(
+            engine,
+            work.supervised(work.instruction, work.current_reasoning),
+            position=work.position,
+            candidates=proposal.candidates,
+            answer_temperature=work.answer_temperature,
+            fluency_weight=work.fluency_weight,
+            max_batch_tokens=work.max_batch_tokens,
+        )
+        selected = enough(work, gradient.most_negative(work.selections))
+    edited, rows = [work.edited(token) for token in selected], len(work.rows)
+    with clock.phase("reasoning"):
+        requests = [
+            GenerationRequest(prompt, work.reasoning_tokens, stop_token_ids=())
+            for text in edited
+            for prompt in work.prompts(text)
+        ]
+        written = [each.token_ids for each in engine.complete(requests)]
+        parts = [tuple(written[start : start + rows]) for start in range(0, len(written), rows)]
+    with clock.phase("scoring"):
+        losses = teacher_forced_losses(
+            engine,
+            [each for text, part in zip(edited, parts, strict=True) for each in work.supervised(text, part)],
+            answer_temperature=work.answer_temperature,
+            max_batch_tokens=work.max_batch_tokens,
+        )
+    pairs = zip(gradient.per_example, gradient.per_example_current, strict=True)
+    return Step(
+        candidates=proposal.candidates,
+        gradient=tuple(tuple(value - base for value in row) for row, base in pairs),
+        selected=selected,
+        current_reasoning=work.current_reasoning,
+        reasoning=dict(zip(selected, parts, strict=True)),
+        losses={
+            token: RowLosses(losses.cross_entropy[begin : begin + rows], losses.fluency_nll[begin : begin + rows])
+            for token, begin in zip(selected, range(0, len(written), rows), strict=True)
+        },
+    )

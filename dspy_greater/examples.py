@@ -1,0 +1,133 @@
+"""A run on a row -> what is remembered of it, and remembered runs -> token sequences under any instruction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from .layout import Layout
+from .program import PredictorSite, calls_of
+from .reasoning import ReasonedSequence
+from .rollout import Rollout, plain
+from .run.events import CallOutcome, RowOutcome
+from .spans import Span, Supervised
+
+_MOST_CUTS = 8  # attempts to make a row fit the context by shortening its reasoning
+_MARK = "\ue000value\ue000"
+
+
+class Examples:
+    """The training rows as one predictor sees them.
+
+    Args:
+        layout: of the predictor's prompt.
+        site: the predictor.
+        field: its output field with gold values; None where there is none.
+        rows: the training rows.
+        context_length: the most tokens of a sequence, None for no limit.
+    """
+
+    def __init__(
+        self, layout: Layout, site: PredictorSite, field: str | None, rows: Sequence[Any], context_length: int | None
+    ) -> None:
+        self._layout, self._site, self._field = layout, site, field
+        self._rows, self._limit = tuple(rows), context_length
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def outcome(self, index: int, rollout: Rollout) -> RowOutcome:
+        """What is kept of a run on row `index`; its loss is not taken yet."""
+        call = rollout.calls.get(self._site.name)
+        if call is None:
+            why = rollout.error or f"predictor `{self._site.name}` was not called"
+            return RowOutcome(index, rollout.score, {}, {}, math.nan, why)
+        names = self._site.output_fields
+        earlier = names[: names.index(self._field)] if self._field else ()
+        written = {name: plain(call.outputs.get(name, "")) for name in earlier}
+        preamble, body = split_completion(self._site, call.completion or "")
+        if call.error is not None and earlier and not any(written.values()):
+            written[earlier[0]] = body  # what did not parse is still what the model reasoned
+        inputs = {name: plain(value) for name, value in call.inputs.items()}
+        calls = () if self._field else calls_of(rollout.trace, self._site.name)
+        told = tuple(
+            CallOutcome({name: plain(value) for name, value in each.inputs.items()}, each.completion)
+            for each in calls
+            if each.completion is not None  # None: the language model could not be called
+        )
+        return RowOutcome(index, rollout.score, inputs, written, math.nan, rollout.error, preamble, told)
+
+    def supervised(
+        self, instruction: str, row: RowOutcome, *, reasoned: bool = True, cut: bool = True
+    ) -> Supervised | None:
+        """The row's tokens up to its gold value, the reasoning cut to what fits the context.
+
+        None when the predictor was not called on it, has no gold value, or nothing can make it fit. Without
+        `reasoned` the reasoning is left empty, without `cut` it is all there, whether or not it fits.
+        """
+        if not row.inputs or self._field is None:
+            return None
+        gold = self._rows[row.row].labels()[self._field]
+        written, preamble = dict(row.written), row.preamble
+        if not reasoned:
+            written, preamble = dict.fromkeys(written, ""), ""
+        for _ in range(_MOST_CUTS):
+            found = self._layout.supervised(instruction, row.inputs, written, self._field, gold, preamble=preamble)
+            surplus = len(found.token_ids) - self._limit if cut and self._limit is not None else 0
+            if surplus <= 0:
+                return found
+            texts = {name: text for name, text in written.items() if isinstance(text, str)}
+            longest = max(texts, key=lambda name: len(texts[name]), default=None)
+            kept = 1 - min(1.0, (surplus + 8) / max(1, len(found.reasoning)))
+            preamble = preamble[: int(kept * len(preamble))]
+            if longest is not None:
+                written[longest] = texts[longest][: int(kept * len(texts[longest]))]
+        return None
+
+    def sequences(self, instruction: str, row: RowOutcome, *, cut: bool = True) -> tuple[ReasonedSequence, ...]:
+        """What the predictor wrote on the row, as tokens: with a gold value the reasoning before it and the value.
+
+        With `cut` all of them fit the context: a reasoning is shortened, a call without gold value left out.
+        """
+        if self._field is not None:
+            found = self.supervised(instruction, row, cut=cut)
+            if found is None:
+                return ()
+            return (ReasonedSequence(found.token_ids, found.instruction, found.reasoning, found.answer),)
+        laid_out = [self._layout.written(instruction, call.inputs, call.completion) for call in row.calls]
+        limit = self._limit if cut and self._limit is not None else math.inf
+        return tuple(
+            ReasonedSequence(each.token_ids, each.instruction, each.completion)
+            for each in laid_out
+            if len(each.token_ids) <= limit
+        )
+
+    def fluency_sequence(self, instruction: str, row: RowOutcome) -> Supervised | None:
+        """A sequence to read the instruction's likelihood from, and the gold answer's where there is one."""
+        if self._field is not None:
+            return self.supervised(instruction, row)
+        for each in self.sequences(instruction, row)[:1]:
+            return Supervised(
+                each.token_ids, each.instruction, Span(each.written.start, each.written.start), each.written
+            )
+        return None
+
+
+def written_key(row: RowOutcome) -> str:
+    """Two runs on a row with the same key were given and wrote the same."""
+    return repr((row.inputs, row.written, row.preamble, [(call.inputs, call.completion) for call in row.calls]))
+
+
+def split_completion(site: PredictorSite, completion: str) -> tuple[str, str]:
+    """What a model wrote before the header of its first field (a native <think> block), and what after it.
+
+    A completion without that header is all body.
+    """
+    values = dict.fromkeys(site.output_fields, _MARK)
+    header = str(site.adapter.format_assistant_message_content(site.signature, values)).partition(_MARK)[0].strip()
+    for opening in filter(None, dict.fromkeys([header, *header.split()[:1]])):  # models space JSON in their own way
+        before, found, after = completion.partition(opening)
+        if found:
+            return before, after.lstrip("\n")
+    return "", completion

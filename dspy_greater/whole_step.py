@@ -1,0 +1,212 @@
+"""A step of the default variant: edits -> whole gradient -> re-weighted scoring -> reasoning of their own -> select.
+
+Each stage is dearer and more faithful than the one before, and fewer candidates pass it:
+
+    propose_edits     what could be written here                              one forward pass over short contexts
+    whole_gradient    slope of the expected loss over reasonings at hand      one forward and backward pass
+    rescore           the same change, exact in the edit                      one forward pass for each candidate
+    evaluate          reasonings of their own                                 generation
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import cast
+
+from .edits import Edit, propose_edits
+from .fidelity import spearman
+from .objective import Objective
+from .reasoning import Reasoning, advantages
+from .rescore import Forecast, Likelihood, forecast, likelihoods
+from .run.events import Candidate, Evaluation, StepTaken
+from .search import SearchState, step_random
+from .select import realised_change, select
+from .settings import Settings, Term
+from .whole_gradient import CandidateSlopes, whole_gradient
+
+_TRUSTED = 0.3  # rank correlation from which forecasts decide how many candidates are tried
+_ALIKE = 1e-9  # mistakes that differ by no more than rounding errors
+_ENOUGH = 9  # candidates that were tried before fidelity says anything
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """What each stage said of an edit; None for a stage that it did not reach."""
+
+    edit: Edit
+    slope: float | None = None
+    forecast: Forecast | None = None
+
+
+def take_whole_step(
+    objective: Objective, state: SearchState, settings: Settings, *, predictor: str, random_seed: int
+) -> StepTaken:
+    """One step from `state`; see the module."""
+    before, current = objective.spent(), state.current
+    random = step_random(random_seed, predictor, state.step)
+    edits = propose_edits(objective, state, settings, random_seed=random_seed, predictor=predictor)
+    reasonings = objective.replay(current, random, settings.replayed)
+
+    sloped = _slope(objective, reasonings, state, edits, settings)
+    shortlist = _shortlist(sloped, settings, random)
+    forecasts = _rescore(objective, reasonings, current, shortlist, settings)
+    tried = _most_promising(forecasts, state, settings)
+    evaluated = objective.evaluate([each.edit.instruction for each in tried], beat=state.to_beat(current, settings))
+    selection = select(
+        current,
+        evaluated,
+        noise=settings.acceptance_noise,
+        doubt_weight=settings.doubt_weight,
+        loss_first=settings.loss_first,
+    )
+
+    return StepTaken(
+        predictor=predictor,
+        step=state.step,
+        position=state.position,
+        current_token=current.token_ids[state.position] if not state.appends() else -1,
+        candidates=_told(objective, {**sloped, **forecasts}, current, evaluated),
+        chosen=selection.chosen,
+        reason=selection.reason,
+        spent=objective.spent(before),
+    )
+
+
+Verdicts = dict[str, _Verdict]  # by the candidate's text
+
+
+def _slope(
+    objective: Objective, reasonings: Sequence[Reasoning], state: SearchState, edits: Sequence[Edit], settings: Settings
+) -> Verdicts:
+    """The first gate: slopes of replacements and of insertions, each at a place of its own."""
+    found = {each.instruction.text: _Verdict(each) for each in edits}
+    if settings.ranking == "random" or not reasonings:
+        return found
+    for kind in ("replace", "insert"):
+        alike = [each for each in edits if each.kind == kind]
+        if len(alike) < 2:
+            continue
+        slopes = _slopes(objective, reasonings, state, alike, settings)
+        for each, slope in zip(alike, slopes.slopes, strict=True):
+            found[each.instruction.text] = _Verdict(each, slope)
+    return found
+
+
+def _slopes(
+    objective: Objective, reasonings: Sequence[Reasoning], state: SearchState, alike: Sequence[Edit], settings: Settings
+) -> CandidateSlopes:
+    ids, position = state.current.token_ids, state.position
+    if alike[0].kind == "insert":  # any token will do in the gap: the embedding is put there
+        ids = (*ids[:position], alike[0].token, *ids[position:])
+    return whole_gradient(
+        objective.engine,
+        [each.under(ids) for each in reasonings],
+        position=position,
+        candidates=[each.token for each in alike],
+        term=_term(reasonings, settings),
+        point="centroid" if alike[0].kind == "insert" else settings.point,
+        baseline=settings.baseline,
+        optimism=settings.optimism,
+        answer_weight=settings.answer_weight,
+        answer_temperature=settings.answer_temperature,
+        max_batch_tokens=settings.max_batch_tokens,
+    )
+
+
+def _term(reasonings: Sequence[Reasoning], settings: Settings) -> Term:
+    """Where all reasonings turned out alike none tells what would be better: gold answers have to, if there are any."""
+    mistakes = [each.mistake for each in reasonings]
+    alike = max(mistakes) - min(mistakes) <= _ALIKE
+    return "whole" if alike and settings.ranking == "score" else cast(Term, settings.ranking)
+
+
+def _shortlist(verdicts: Verdicts, settings: Settings, random: Random) -> list[_Verdict]:
+    """The best by slope, kinds in turn: slopes of different kinds cannot be compared."""
+    size = max(settings.rescored, settings.selections)
+    if settings.ranking == "random":
+        return random.sample(list(verdicts.values()), min(size, len(verdicts)))
+    kinds = ("replace", "insert", "delete")
+    ranked = [sorted((each for each in verdicts.values() if each.edit.kind == kind), key=_by_slope) for kind in kinds]
+    longest = max(map(len, ranked), default=0)
+    return [each for turn in range(longest) for alike in ranked for each in alike[turn : turn + 1]][:size]
+
+
+def _rescore(
+    objective: Objective,
+    reasonings: Sequence[Reasoning],
+    current: Evaluation,
+    shortlist: Sequence[_Verdict],
+    settings: Settings,
+) -> Verdicts:
+    """The second gate: the exact change of the expected loss over the reasonings at hand."""
+    if not reasonings or len(shortlist) < 2 or not settings.rescored or settings.ranking == "random":
+        return {each.edit.instruction.text: each for each in shortlist}
+    now = _likelihoods(objective, [each.under(current.token_ids) for each in reasonings], settings)
+    against = advantages(reasonings, settings.baseline, optimism=settings.optimism)
+    shares = [each.share for each in reasonings]
+    found: Verdicts = {}
+    for each in shortlist:
+        ids = each.edit.instruction.token_ids
+        then = _likelihoods(objective, [reasoning.under(ids) for reasoning in reasonings], settings)
+        found[each.edit.instruction.text] = _Verdict(
+            each.edit, each.slope, forecast(now, then, against, shares, answer_weight=settings.answer_weight)
+        )
+    return found
+
+
+def _likelihoods(objective: Objective, reasonings: Sequence[Reasoning], settings: Settings) -> list[Likelihood]:
+    """One likelihood for each reasoning: its calls together."""
+    found = iter(
+        likelihoods(
+            objective.engine,
+            [sequence for each in reasonings for sequence in each.sequences],
+            answer_temperature=settings.answer_temperature,
+            max_batch_tokens=settings.max_batch_tokens,
+        )
+    )
+    return [Likelihood.together([next(found) for _ in each.sequences]) for each in reasonings]
+
+
+def _most_promising(verdicts: Verdicts, state: SearchState, settings: Settings) -> list[_Verdict]:
+    """At most μ candidates; only those that promise an improvement, once forecasts have proven themselves."""
+    # A stable sort: without forecasts the order of the shortlist counts, by slope or random.
+    ranked = sorted(verdicts.values(), key=_by_forecast)[: settings.selections]
+    came_true = [pair for pair in state.predictions if all(map(math.isfinite, (pair[0], *pair[1])))]
+    trusted = len(came_true) >= _ENOUGH and spearman(*zip(*came_true, strict=True)) >= _TRUSTED
+    promising = [each for each in ranked if each.forecast is not None and each.forecast.change < 0]
+    return (promising or ranked[:1]) if trusted else ranked
+
+
+def _told(
+    objective: Objective, verdicts: Verdicts, current: Evaluation, evaluated: Sequence[Evaluation]
+) -> tuple[Candidate, ...]:
+    """What became of each candidate, for the record."""
+    outcomes = {each.instruction: each for each in evaluated}
+
+    def tell(verdict: _Verdict) -> Candidate:
+        edit, outcome = verdict.edit, outcomes.get(verdict.edit.instruction.text)
+        return Candidate(
+            token=edit.token,
+            text=objective.engine.tokenizer.decode([edit.token]),
+            log_probability=edit.log_probability,
+            gradient=verdict.slope,
+            evaluation=outcome,
+            edit=edit.kind,
+            forecast=None if verdict.forecast is None else verdict.forecast.change,
+            effective_samples=None if verdict.forecast is None else verdict.forecast.effective_samples,
+            realised=None if outcome is None else realised_change(current, outcome),
+        )
+
+    return tuple(tell(each) for each in verdicts.values())
+
+
+def _by_slope(verdict: _Verdict) -> float:
+    return verdict.slope if verdict.slope is not None and math.isfinite(verdict.slope) else math.inf
+
+
+def _by_forecast(verdict: _Verdict) -> float:
+    change = math.inf if verdict.forecast is None else verdict.forecast.change
+    return change if math.isfinite(change) else math.inf

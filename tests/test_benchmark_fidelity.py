@@ -1,0 +1,83 @@
+"""The fidelity benchmark: end to end on a tiny plan, resumed, and its statistics by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from benchmarks.fidelity.command import main
+from benchmarks.fidelity.measure import Measured
+from benchmarks.fidelity.rankings import RANKINGS
+from benchmarks.fidelity.table import correlation, interval, share_of_best_gain, table
+from dspy_greater.pocket.tasks import generate, work_out
+
+
+def measured(predicted: list[float], mistakes: list[float]) -> Measured:
+    realised = tuple((change, 0.0) for change in mistakes)
+    return Measured("navigate", "Go.", 0, 0, tuple("abcd"), realised, {"one": tuple(predicted)})
+
+
+def test_correlation_and_share_of_the_best_gain_by_hand() -> None:
+    at = measured([0.1, 0.2, 0.3, 0.4], [-0.1, 0.0, 0.1, -0.4])
+    assert correlation(at, "one") == pytest.approx(-0.2)
+    assert share_of_best_gain(at, "one") == pytest.approx(0.25)  # the best of all comes fourth
+
+
+def test_where_nothing_could_be_gained_there_is_no_share() -> None:
+    assert math.isnan(share_of_best_gain(measured([1.0, 2.0, 3.0, 4.0], [0.0, 0.1, 0.2, 0.3]), "one"))
+
+
+def test_a_prediction_that_is_not_a_number_comes_last() -> None:
+    at = measured([math.nan, 0.2, 0.3, 0.4], [-0.4, 0.0, 0.0, -0.1])
+    assert share_of_best_gain(at, "one") == pytest.approx(0.25)
+
+
+def test_an_interval_holds_its_mean_and_leaves_out_what_is_not_a_number() -> None:
+    mean, low, high = interval([0.0, 1.0, 0.5, math.nan])
+    assert mean == pytest.approx(0.5)
+    assert low <= mean <= high
+    assert all(map(math.isnan, interval([])))
+
+
+def test_the_table_has_a_row_for_every_ranking_best_first() -> None:
+    at = measured([0.1, 0.2, 0.3, 0.4], [-0.4, -0.1, 0.1, 0.2])
+    both = Measured(
+        *[getattr(at, name) for name in ("task", "instruction", "seed", "position", "candidates")],
+        at.realised,
+        {"wrong": (4.0, 3.0, 2.0, 1.0), "right": (1.0, 2.0, 3.0, 4.0)},
+    )
+    rows = table([both]).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| right", "| wrong"]
+
+
+def test_it_measures_every_ranking_on_the_pocket_model_and_goes_on_where_it_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    random = Random(0)
+    questions = [generate("navigate", random) for _ in range(12)]
+    examples = [{"input": question, "target": work_out("navigate", question).answer} for question in questions]
+    (tmp_path / "bbh").mkdir()
+    (tmp_path / "bbh" / "navigate.json").write_text(json.dumps({"examples": examples}))
+    command = [
+        *("--data-dir", str(tmp_path), "--tasks", "navigate", "--instructions", "Think your reasoning."),
+        *("--positions", "2", "--candidates", "4", "--rows", "6", "--samples", "1", "--out", str(tmp_path / "out")),
+    ]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert all(f"| {name} |" in shown for name in RANKINGS)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["positions"] == 2
+    assert summary["rankings"].keys() == RANKINGS.keys()
+    before = (tmp_path / "out" / "positions.jsonl").read_text()
+    assert main(command) == 0
+    assert capsys.readouterr().out == shown
+    assert (tmp_path / "out" / "positions.jsonl").read_text() == before
+
+
+def test_a_directory_without_the_task_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"There is no .*navigate.json. --data-dir names the directory"):
+        main(["--data-dir", str(tmp_path), "--tasks", "navigate", "--out", str(tmp_path / "out")])

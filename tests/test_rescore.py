@@ -1,0 +1,143 @@
+"""Re-weighted scoring: likelihoods against one plain forward pass each, forecasts against their formula."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from dspy_greater.engine import Engine
+from dspy_greater.errors import LayoutError, SettingsError
+from dspy_greater.reasoning import ReasonedSequence, advantages
+from dspy_greater.rescore import Forecast, Likelihood, forecast, likelihoods
+from dspy_greater.spans import Span
+from dspy_greater.whole_gradient import whole_gradient
+from tests.test_gradient import InDouble
+from tests.test_whole_gradient import KINDS, POSITION, engine_for, reasonings
+from tests.tiny_models import tiny_model
+
+
+def sequences(alike: int = 0) -> list[ReasonedSequence]:
+    return [call for run in reasonings(alike=alike) for call in run.sequences]
+
+
+def obvious(model: Any, sequence: ReasonedSequence) -> Likelihood:
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([sequence.token_ids])).logits[0].double()
+
+    def nll(at: int, heat: float) -> float:
+        return -(logits[at - 1] / heat).log_softmax(-1)[sequence.token_ids[at]].item()
+
+    written = -sum(nll(at, 1.0) for at in range(sequence.written.start, sequence.written.stop))
+    if sequence.answer is None:
+        return Likelihood(written, None)
+    places = range(sequence.answer.start, sequence.answer.stop)
+    return Likelihood(written, sum(nll(at, 0.2) for at in places) / len(places))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("alike", [0, 40])
+def test_likelihoods_equal_one_plain_forward_pass_for_each_sequence(kind: Any, alike: int) -> None:
+    model = tiny_model(kind)
+    found = likelihoods(engine_for(model), sequences(alike))
+    for one, other in zip(found, [obvious(model, each) for each in sequences(alike)], strict=True):
+        assert one.written == pytest.approx(other.written, rel=1e-5)
+        assert (one.answer is None) == (other.answer is None)
+        assert (one.answer or 0.0) == pytest.approx(other.answer or 0.0, rel=1e-4)
+
+
+def test_what_all_sequences_begin_with_is_read_once() -> None:
+    engine = engine_for(tiny_model())
+    likelihoods(engine, sequences(alike=40))
+    tokens = [len(each.token_ids) for each in sequences(alike=40)]
+    assert engine.counters.prefilled_tokens <= sum(tokens) - 40 * (len(tokens) - 1)
+
+
+def test_only_tokens_that_are_asked_about_reach_the_output_layer() -> None:
+    engine = engine_for(tiny_model())
+    likelihoods(engine, sequences())
+    asked = sum(len(each.written) + (len(each.answer) if each.answer else 0) for each in sequences())
+    assert engine.counters.lm_head_rows == asked
+
+
+def test_another_instruction_is_put_in_token_by_token() -> None:
+    sequence = sequences()[0]
+    ids = (9, 8, 7, 6, 5, 10)
+    longer = sequence.under(ids)
+    start = sequence.instruction.start
+    assert longer.token_ids[start : start + 6] == ids
+    for name in ("written", "answer"):
+        before, after = getattr(sequence, name), getattr(longer, name)
+        assert longer.token_ids[after.start : after.stop] == sequence.token_ids[before.start : before.stop]
+    assert longer.under(sequence.token_ids[start : start + 4]) == sequence
+
+
+def test_a_forecast_is_both_terms_with_exact_differences() -> None:
+    now = [Likelihood(-2.0, 1.0), Likelihood(-5.0, 0.5), Likelihood(-1.0, None)]
+    then = [Likelihood(-1.5, 0.75), Likelihood(-7.0, 0.25), Likelihood(-1.0, None)]
+    found = forecast(now, then, [0.5, -0.25, 0.5], [1.0, 0.5, 0.5])
+    first, second = 3 * math.tanh(0.5 / 3), 3 * math.tanh(-2.0 / 3)
+    expected = (1.0 * (0.5 * first - 0.25) + 0.5 * (-0.25 * second - 0.25) + 0.0) / 2.0
+    weights = [math.exp(first), 0.5 * math.exp(second), 0.5]
+    assert found.change == pytest.approx(expected)
+    assert found.effective_samples == pytest.approx(sum(weights) ** 2 / sum(weight**2 for weight in weights))
+
+
+def test_an_instruction_forecasts_no_change_for_itself() -> None:
+    now = likelihoods(engine_for(tiny_model()), sequences())
+    runs = range(len(now))
+    found = forecast(now, now, [0.3 * run for run in runs], [1.0 for _ in runs])
+    assert found == Forecast(0.0, float(len(now)))
+
+
+def test_for_a_small_change_of_the_embedding_the_forecast_is_the_whole_gradient() -> None:
+    model, near = tiny_model(dtype=torch.float64), 200
+    runs = reasonings()[:6]
+    current = runs[0].sequences[0].token_ids[runs[0].sequences[0].instruction.start + POSITION]
+    with torch.no_grad():
+        weight = model.get_input_embeddings().weight
+        weight[near] = weight[current] + 1e-5 * weight[17]
+        # An output layer of its own: as a target the token stays what it is.
+        model.lm_head.weight = torch.nn.Parameter(weight.clone())
+    engine = engine_for(model)
+
+    def under(token: int) -> list[Likelihood]:
+        ids = list(runs[0].sequences[0].token_ids[1:5])
+        ids[POSITION] = token
+        return likelihoods(engine, [run.sequences[0].under(ids) for run in runs])
+
+    with InDouble():
+        slopes = whole_gradient(engine, runs, position=POSITION, candidates=[near, current], point="current").slopes
+        found = forecast(under(current), under(near), advantages(runs), [run.share for run in runs])
+    assert found.change == pytest.approx(slopes[0] - slopes[1], rel=1e-3)
+
+
+def test_a_reasoning_whose_numbers_are_not_finite_takes_no_part() -> None:
+    now = [Likelihood(-2.0, None), Likelihood(math.nan, None)]
+    then = [Likelihood(-1.0, None), Likelihood(-1.0, None)]
+    assert forecast(now, then, [1.0, 1.0], [1.0, 1.0]).change == pytest.approx(3 * math.tanh(1 / 3))
+    nothing = forecast(now[1:], then[1:], [1.0], [1.0])
+    assert math.isnan(nothing.change)
+    assert nothing.effective_samples == 0.0
+
+
+def test_calls_of_one_run_add_up() -> None:
+    parts = [Likelihood(-1.0, 0.2), Likelihood(-2.0, 0.4), Likelihood(-0.5, None)]
+    together = Likelihood.together(parts)
+    assert together.written == -3.5
+    assert together.answer == pytest.approx(0.3)
+
+
+def test_what_cannot_work_is_refused_with_a_remedy() -> None:
+    engine: Engine = engine_for(tiny_model())
+    sequence = sequences()[0]
+    with pytest.raises(LayoutError, match=r"Sequence 1: the answer span \[3, 3\) does not fit"):
+        likelihoods(engine, [sequence, replace(sequence, answer=Span(3, 3))])
+    with pytest.raises(LayoutError, match=r"the written span \[0, 3\) .* needs a token before it"):
+        likelihoods(engine, [replace(sequence, written=Span(0, 3))])
+    with pytest.raises(SettingsError, match="answer_temperature is 0; give a number above 0"):
+        likelihoods(engine, [sequence], answer_temperature=0)
+    assert likelihoods(engine, []) == []

@@ -1,0 +1,235 @@
+"""What a step costs, counted: runs of the program, generated tokens, forward and backward passes."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import dspy
+import pytest
+from scripted_engine import (
+    SEED,
+    ScriptedEngine,
+    chat_answer,
+    exact_match,
+    instruction_in,
+    instruction_of,
+    optimizer,
+    planted_engine,
+    planted_rows,
+    program_on,
+    value_in,
+)
+
+from dspy_greater.algorithm import minimise, take_step
+from dspy_greater.gradient import gradient_over_reasoning
+from dspy_greater.metric import RowMetric
+from dspy_greater.objective import Objective
+from dspy_greater.program import predictors_of
+from dspy_greater.propose import propose
+from dspy_greater.run.events import SearchStarted, StepTaken
+from dspy_greater.search import begin
+from dspy_greater.settings import Settings
+
+ROWS = planted_rows(24)
+N = len(ROWS)
+VALIDATION = [
+    dspy.Example(question=f"{row.question} now", answer=row.answer).with_inputs("question") for row in ROWS[:4]
+]
+UNBOUNDED = 1e9  # as `best_score`: nothing is given up
+
+
+class Killed(BaseException):
+    """Stands for a process that dies."""
+
+
+class Fickle(ScriptedEngine):
+    """Answers rightly as often as the words of an instruction happen to be worth, on rows of its own choice."""
+
+    max_batch_rows = 24
+
+    def __init__(self, salt: int = 0) -> None:
+        def write(prompt: str) -> str:
+            instruction, question = instruction_in(prompt), value_in(prompt)
+            skill = random.Random(f"{salt}{instruction}").random()
+            right = random.Random(f"{salt}{instruction}{question}").random() < skill
+            gold = "yes" if "apples" in question else "no"
+            return chat_answer(reasoning="I look.", answer=gold if right else "never")
+
+        super().__init__(write, model=planted_engine().model)
+
+
+def compiled(engine: Any, *, instruction: str = SEED, **settings: Any) -> Any:
+    program = program_on(engine, instruction=instruction)
+    options = {"steps": 4, "train_rows": N, "validation_rows": 4, "finalists": 2, **settings}
+    return optimizer(**options).compile(program, ROWS, valset=VALIDATION)
+
+
+def searching(engine: Any, instruction: str = SEED, **settings: Any) -> tuple[Objective, Any, Settings]:
+    """An objective, the state before its first step, and the settings."""
+    [site] = predictors_of(program_on(engine, instruction=instruction))
+    chosen = Settings(variant="paper", **settings)
+    objective = Objective(
+        program=program_on(engine, instruction=instruction),
+        site=site,
+        field="answer",
+        rows=ROWS,
+        metric=RowMetric(exact_match),
+        engine=engine,
+        settings=chosen,
+    )
+    [seed] = objective.evaluate([objective.seed()])
+    return objective, begin(seed, chosen), chosen
+
+
+def step_of(objective: Objective, state: Any, settings: Settings) -> StepTaken:
+    return take_step(objective, state, settings, predictor="predict", random_seed=0)
+
+
+# --- runs and tokens ---
+
+
+def test_a_step_runs_each_candidate_on_each_row_at_most_once_and_the_current_instruction_never() -> None:
+    engine = Fickle()
+    during: list[list[str]] = []
+
+    def listener(event: Any) -> None:
+        if isinstance(event, (SearchStarted, StepTaken)):
+            during.append([instruction_in(prompt) for prompt in engine.prompts])
+            engine.prompts.clear()
+
+    details = compiled(engine, variant="paper", listeners=[listener]).detailed_results
+    current = SEED
+    assert during[0] == [SEED] * N
+    for step, asked in zip(details.steps, during[1:], strict=True):
+        assert step.spent["runs"] == len(asked) <= 3 * N
+        assert current not in asked
+        assert len(set(asked)) <= 3 and all(asked.count(each) <= N for each in set(asked))
+        current = step.chosen.instruction
+    phases = details.spent_by_phase
+    assert phases["seed"]["runs"] == N
+    assert phases["search"]["runs"] == sum(map(len, during[1:]))
+    assert phases["validation"]["runs"] == 4 * len(details.predictors[0].validation)
+
+
+def test_a_step_that_appends_runs_one_more_instruction_which_it_improves_on() -> None:
+    objective, state, settings = searching(planted_engine(), instruction="count", best_score=UNBOUNDED)
+    costs = []
+    steps = minimise(objective, state.seed, settings, predictor="predict", random_seed=0)
+    for _, step, _ in itertools.islice(steps, 2):
+        costs.append((step.position == 1, step.spent["runs"]))
+    assert costs == [(False, 3 * N), (True, 4 * N)]
+
+
+def test_a_step_whose_candidates_are_all_known_generates_nothing() -> None:
+    objective, state, settings = searching(planted_engine())
+    first = step_of(objective, state, settings)
+    again = step_of(objective, state, settings)
+    assert first.spent["runs"] > 0 and first.spent["generated_tokens"] > 0
+    assert again.spent["runs"] == again.spent["generated_tokens"] == 0
+    assert again.candidates == first.candidates and again.chosen == first.chosen
+
+
+# --- forward and backward passes ---
+
+
+@pytest.mark.parametrize("selections", [1, 3])
+def test_a_backward_pass_sees_each_example_once_however_many_candidates_there_are(selections: int) -> None:
+    engine = planted_engine()
+    objective, state, settings = searching(engine, selections=selections)
+    lengths = [len(each.token_ids) for each in objective.supervised(state.current)]
+    step = step_of(objective, state, settings)
+    assert len(lengths) == N
+    assert 0 < step.spent["backward_tokens"] <= sum(lengths)
+    assert step.spent["backward_tokens"] == backward_tokens(objective, state, [step.candidates[0].token])
+
+
+def backward_tokens(objective: Objective, state: Any, candidates: list[int]) -> int:
+    before = objective.spent()
+    supervised = objective.supervised(state.current)
+    gradient_over_reasoning(
+        objective.engine,
+        supervised,
+        position=0,
+        candidates=candidates,
+        answer_temperature=0.2,
+        fluency_weight=0.2,
+        max_batch_tokens=8192,
+    )
+    return objective.spent(before)["backward_tokens"]
+
+
+def test_more_candidates_cost_no_further_forward_pass() -> None:
+    engine = planted_engine()
+    objective, state, _ = searching(engine)
+    supervised, contexts = objective.supervised(state.current), objective.proposal_contexts(state.current, 0)
+
+    def forwards(count: int) -> tuple[int, int, int]:
+        before = engine.counters
+        proposal = propose(
+            engine,
+            contexts,
+            top_k=count,
+            sample_size=5,
+            draws=4,
+            minimum=1,
+            generator=random.Random(0),
+            canonical=lambda token: token,
+        )
+        proposing = engine.counters
+        candidates = [*proposal.canonical[:count]]
+        gradient_over_reasoning(
+            engine,
+            supervised,
+            position=0,
+            candidates=candidates,
+            answer_temperature=0.2,
+            fluency_weight=0.2,
+            max_batch_tokens=8192,
+        )
+        return len(candidates), (proposing - before).forwards, (engine.counters - proposing).forwards
+
+    few, many = forwards(2), forwards(60)
+    assert many[0] > 4 * few[0] > 0
+    assert few[1:] == many[1:]
+
+
+# --- giving up ---
+
+
+@pytest.fixture(scope="module", params=["paper", "whole"])
+def early(request: Any) -> Any:
+    """A search in which candidates are given up, and its variant."""
+    return compiled(Fickle(), variant=request.param), request.param
+
+
+def test_giving_up_saves_runs_and_finds_the_same(early: Any) -> None:
+    found, variant = early
+    every = compiled(Fickle(), variant=variant, best_score=UNBOUNDED)
+    one, other = (each.detailed_results for each in (found, every))
+    assert instruction_of(found) == instruction_of(every)
+    assert [each.chosen.instruction for each in one.steps] == [each.chosen.instruction for each in other.steps]
+    finalists = [[each.instruction for each in details.predictors[0].finalists] for details in (one, other)]
+    assert finalists[0] == finalists[1]
+    tried = [each.evaluation for step in one.steps for each in step.candidates if each.evaluation]
+    saved = sum(N - len(each.rows) for each in tried if not each.complete)
+    runs = [details.spent_by_phase["search"]["runs"] for details in (one, other)]
+    assert runs[1] - runs[0] == saved > 0
+
+
+def test_a_run_that_was_killed_gives_up_the_same_candidates_when_it_goes_on(early: Any, tmp_path: Any) -> None:
+    found, variant = early
+    told = found.detailed_results.steps
+    first = next(step.step for step in told if "complete=False" in repr(step))
+    assert first < len(told) - 1
+
+    def listener(event: Any) -> None:
+        if isinstance(event, StepTaken) and event.step == first:
+            raise Killed
+
+    with pytest.raises(Killed):
+        compiled(Fickle(), variant=variant, log_dir=tmp_path, listeners=[listener])
+    resumed = compiled(Fickle(), variant=variant, log_dir=tmp_path)
+    steps = [each.detailed_results.steps for each in (found, resumed)]
+    assert list(map(repr, steps[0])) == list(map(repr, steps[1]))  # a loss that was not taken is NaN

@@ -1,0 +1,540 @@
+"""The default variant's step: what it finds, what each gate passes on, what it costs, and that it can be repeated."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from any_event import bits
+from scripted_engine import (
+    BEST,
+    SEED,
+    ScriptedEngine,
+    chat_answer,
+    exact_match,
+    instruction_in,
+    instruction_of,
+    optimizer,
+    planted_engine,
+    planted_rows,
+    program_on,
+    value_in,
+)
+
+from dspy_greater import whole_step
+from dspy_greater.algorithm import minimise, take_step
+from dspy_greater.fidelity import spearman
+from dspy_greater.gradient import gradient_over_reasoning
+from dspy_greater.metric import RowMetric
+from dspy_greater.objective import Objective
+from dspy_greater.program import predictors_of
+from dspy_greater.reasoning import Reasoning
+from dspy_greater.report.result import PredictorResult
+from dspy_greater.run.events import Candidate, Evaluation, SearchStarted, StepTaken
+from dspy_greater.run.serialise import from_json, to_json
+from dspy_greater.search import SearchState, begin, step_random
+from dspy_greater.select import realised_change
+from dspy_greater.settings import Settings
+from dspy_greater.whole_step import take_whole_step
+
+ROWS = planted_rows(24)
+FEW = ROWS[:4]
+
+
+def searching(
+    engine: Any = None,
+    instruction: str = SEED,
+    *,
+    rows: Sequence[Any] = FEW,
+    metric: Any = exact_match,
+    field: str | None = "answer",
+    **knobs: Any,
+) -> tuple[Objective, SearchState, Settings]:
+    """An objective, the state before its first step, and the settings."""
+    program = program_on(engine or planted_engine(), instruction=instruction)
+    [site] = predictors_of(program)
+    settings = Settings(**knobs)
+    objective = Objective(
+        program=program,
+        site=site,
+        field=field,
+        rows=rows,
+        metric=RowMetric(metric),
+        engine=site.lm.engine.engine,
+        settings=settings,
+    )
+    [seed] = objective.evaluate([objective.seed()])
+    return objective, begin(seed, settings, editable=objective.layout.positions(seed.token_ids)), settings
+
+
+def step_of(objective: Objective, state: SearchState, settings: Settings) -> StepTaken:
+    return take_whole_step(objective, state, settings, predictor="predict", random_seed=0)
+
+
+def stepped(**options: Any) -> StepTaken:
+    return step_of(*searching(**options))
+
+
+def compiled(engine: Any = None, **settings: Any) -> Any:
+    program = program_on(engine or planted_engine())
+    return optimizer(**settings).compile(program, FEW, valset=ROWS[8:12])
+
+
+class Fickle(ScriptedEngine):
+    """Answers rightly as often as an instruction happens to be worth, in small batches, so that some are given up."""
+
+    max_batch_rows = 24
+
+    def __init__(self, write: Any = None) -> None:
+        def fickle(prompt: str) -> str:
+            instruction, question = instruction_in(prompt), value_in(prompt)
+            right = random.Random(instruction + question).random() < random.Random(instruction).random()
+            gold = "yes" if "apples" in question else "no"
+            return chat_answer(reasoning=f"I look {'twice' if right else 'once'}.", answer=gold if right else "never")
+
+        super().__init__(write or fickle, model=planted_engine().model)
+
+
+# --- what it finds ---
+
+
+def planted_search(engine: Any, seed: int) -> Any:
+    return optimizer(steps=3, train_rows=8, seed=seed).compile(program_on(engine), ROWS[:8], valset=ROWS[8:12])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_planted_word_is_found_within_one_round(seed: int) -> None:
+    better = planted_search(planted_engine(), seed)
+    assert BEST in instruction_of(better).split()
+    assert (better.detailed_results.seed_score, better.score) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_model_that_proposes_other_words_is_made_to_obey_too(seed: int) -> None:
+    better = planted_search(planted_engine(seed=seed), seed)
+    assert (better.detailed_results.seed_score, better.score) == (0.0, 1.0)
+
+
+def test_at_equal_budget_it_beats_random_choices_among_the_same_edits() -> None:
+    budget = {"steps": 2, "selections": 1}
+    guided = [compiled(planted_engine(seed=seed), seed=seed, **budget) for seed in range(3)]
+    blind = [compiled(planted_engine(seed=seed), seed=seed, estimator="random", **budget) for seed in range(3)]
+    for one, other in zip(guided, blind, strict=True):
+        edits = [[each.text for each in run.detailed_results.steps[0].candidates] for run in (one, other)]
+        assert edits[0] == edits[1]
+        assert [[len(tried(step)) for step in run.detailed_results.steps] for run in (one, other)] == [[1, 1]] * 2
+    assert [each.score for each in guided] == [1.0] * 3
+    assert sum(each.score for each in blind) < 2.0
+
+
+def tried(step: StepTaken) -> list[Candidate]:
+    return [each for each in step.candidates if each.evaluation is not None]
+
+
+def test_slopes_and_forecasts_rank_the_words_as_the_model_obeys_them() -> None:
+    step = stepped(rescored=12, minimum_candidates=30)
+    for kind in ("replace", "insert"):
+        slopes = {each.text.strip(): each.gradient for each in step.candidates if each.edit == kind}
+        assert slopes["count"] < slopes["add"] < slopes["list"] < slopes["then"] < slopes["hurry"]
+    forecasts = {each.text.strip(): each.forecast for each in step.candidates if each.forecast is not None}
+    assert forecasts["count"] < forecasts["add"] < forecasts["list"] < 0.0
+
+
+def test_where_every_reasoning_was_right_the_gold_answers_tell_candidates_apart() -> None:
+    easy = [row for row in ROWS if {"one", "two"} & set(row.question.split())]
+    step = stepped(instruction="Add it now.", rows=easy[:4])
+    assert {row.score for row in step.chosen.rows} == {1.0}
+    slopes = [each.gradient for each in step.candidates if each.gradient is not None]
+    assert len(slopes) > 6 and all(map(math.isfinite, slopes)) and len(set(slopes)) > 3
+
+
+def test_without_gold_values_the_metric_alone_finds_the_word() -> None:
+    step = stepped(field=None, rows=ROWS[:8])
+    assert BEST in step.chosen.instruction.split() and step.chosen.score == 1.0
+    forecasts = [each.forecast for each in step.candidates if each.forecast is not None]
+    assert min(forecasts) < 0.0
+
+
+# --- gates ---
+
+
+def kinds(candidates: Sequence[Candidate]) -> dict[str, int]:
+    return {kind: sum(each.edit == kind for each in candidates) for kind in ("replace", "insert", "delete")}
+
+
+def test_kinds_pass_the_first_gate_in_turn_and_of_each_the_best() -> None:
+    step = stepped(rescored=7)
+    passed = [each for each in step.candidates if each.forecast is not None]
+    assert kinds(passed) == {"replace": 3, "insert": 3, "delete": 1}
+    for kind in ("replace", "insert"):
+        slopes = sorted(each.gradient for each in step.candidates if each.edit == kind)
+        assert sorted(each.gradient for each in passed if each.edit == kind) == slopes[:3]
+
+
+def test_the_best_forecasts_are_tried() -> None:
+    step = stepped()
+    passed = sorted(each.forecast for each in step.candidates if each.forecast is not None)
+    assert len(passed) == 6
+    assert sorted(each.forecast for each in tried(step)) == passed[:3]
+
+
+def test_without_rescoring_the_best_slopes_of_each_kind_are_tried() -> None:
+    step = stepped(rescored=0)
+    assert all(each.forecast is None for each in step.candidates)
+    assert kinds(tried(step)) == {"replace": 1, "insert": 1, "delete": 1}
+
+
+def proven(count: int, *, sign: float = 1.0) -> tuple[Any, ...]:
+    """Predictions that all came true, or with sign -1 all the other way round."""
+    return tuple((float(n), (sign * n, 0.0)) for n in range(count))
+
+
+def test_once_forecasts_have_proven_themselves_only_what_promises_something_is_tried() -> None:
+    objective, state, settings = searching(instruction="count it now.", selections=5)
+    passed = [each for each in step_of(objective, state, settings).candidates if each.forecast is not None]
+    promising = [each for each in passed if each.forecast < 0]
+    assert len(promising) < 5
+    for predictions, expected in [
+        (proven(8), 5),
+        (proven(9), max(1, len(promising))),
+        (proven(12, sign=-1.0), 5),
+        ((*proven(8), (9.0, (1.0, math.nan))), 5),  # what was given up proves nothing
+    ]:
+        objective, state, settings = searching(instruction="count it now.", selections=5)
+        step = step_of(objective, replace(state, predictions=predictions), settings)
+        assert len(tried(step)) == expected
+        assert min(each.forecast for each in passed) in [each.forecast for each in tried(step)]
+
+
+def test_nothing_that_was_tried_is_tried_again() -> None:
+    objective, state, settings = searching()
+    seen: list[str] = []
+    for _ in range(3):
+        step = step_of(objective, state, settings)
+        seen += [each.evaluation.instruction for each in tried(step)]
+    assert len(seen) == len(set(seen)) == 9
+
+
+def test_with_no_reasoning_at_hand_the_likeliest_edits_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, state, settings = searching()
+    monkeypatch.setattr(objective, "replay", lambda *args: [])
+    step = step_of(objective, state, settings)
+    assert all(each.gradient is None and each.forecast is None for each in step.candidates)
+    assert kinds(tried(step)) == {"replace": 1, "insert": 1, "delete": 1}
+    assert step.predictions == ()
+
+
+def test_with_nothing_to_try_the_step_keeps_the_instruction_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole_step, "propose_edits", lambda *args, **options: ())
+    step = stepped()
+    assert (step.candidates, step.chosen.instruction) == ((), SEED)
+    assert step.reason == "kept the token: nothing to try at this position"
+
+
+# --- what a step costs ---
+
+
+class Counting:
+    """Counts the passes of a step and the sequences in them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.gradients: list[int] = []
+        self.scorings: list[int] = []
+        for name, sizes in (("whole_gradient", self.gradients), ("likelihoods", self.scorings)):
+            original = getattr(whole_step, name)
+
+            def counted(
+                engine: Any, sequences: Any, *, _original: Any = original, _sizes: Any = sizes, **options: Any
+            ) -> Any:
+                _sizes.append(len(sequences))
+                return _original(engine, sequences, **options)
+
+            monkeypatch.setattr(whole_step, name, counted)
+
+
+@pytest.mark.parametrize("rescored", [6, 2, 0])
+def test_a_step_makes_two_gradients_and_one_forward_pass_for_each_rescored_and_the_current(
+    monkeypatch: pytest.MonkeyPatch, rescored: int
+) -> None:
+    objective, state, settings = searching(rows=ROWS[:8], rescored=rescored, selections=2, replayed=5)
+    counting = Counting(monkeypatch)
+    step = step_of(objective, state, settings)
+    assert counting.gradients == [5, 5]
+    assert counting.scorings == [5] * (rescored + 1 if rescored else 0)
+    assert step.spent["backward_tokens"] > 0
+    assert step.spent["runs"] == 2 * 8
+
+
+def test_nothing_is_generated_for_the_current_instruction() -> None:
+    engine = Fickle()
+    objective, state, settings = searching(engine, rows=ROWS[:8])
+    engine.prompts.clear()
+    step = step_of(objective, state, settings)
+    asked = {instruction_in(prompt) for prompt in engine.prompts}
+    assert asked == {each.evaluation.instruction for each in tried(step)} and SEED not in asked
+    assert step.spent["runs"] == 3 * 8
+
+
+def test_replaying_generates_nothing_and_runs_no_model() -> None:
+    objective, state, settings = searching()
+    before = objective.engine.counters
+    assert len(objective.replay(state.current, random.Random(0), settings.replayed)) == 4
+    assert objective.engine.counters == before
+
+
+def test_appending_costs_no_run_of_its_own() -> None:
+    objective, state, settings = searching(instruction="count", best_score=1e9)
+    step = step_of(objective, replace(state, position=1), settings)
+    assert (step.position, step.current_token) == (1, -1)
+    assert {each.edit for each in step.candidates} == {"insert"}
+    assert step.spent["runs"] == 3 * len(FEW)
+
+
+def test_random_choices_cost_proposals_and_scoring_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, state, settings = searching(estimator="random")
+    counting = Counting(monkeypatch)
+    step = step_of(objective, state, settings)
+    assert counting.gradients == counting.scorings == []
+    assert step.spent["backward_tokens"] == 0
+    assert all(each.gradient is None and each.forecast is None for each in step.candidates)
+    assert len(tried(step)) == 3 and step.predictions == ()
+    again = step_of(*searching(estimator="random"))
+    assert bits(again.candidates) == bits(step.candidates)
+
+
+# --- the record ---
+
+
+def test_each_tried_candidate_tells_what_was_predicted_and_what_came_of_it() -> None:
+    objective, state, settings = searching(rows=ROWS[:8])
+    step = step_of(objective, state, settings)
+    for each in step.candidates:
+        assert (each.realised is None) == (each.evaluation is None)
+        assert (each.forecast is None) == (each.effective_samples is None)
+        assert (each.gradient is None) == (each.edit == "delete")
+        if each.evaluation is not None:
+            assert each.realised == realised_change(state.current, each.evaluation)
+    assert step.predictions == tuple((each.forecast, each.realised) for each in tried(step))
+
+
+def test_fidelity_is_the_rank_correlation_of_the_record() -> None:
+    row = Evaluation((1,), "x", (), 0.5, 0.5, 0.5, (0.5, 0.5))
+
+    def step(*pairs: tuple[float | None, float | None, tuple[float, float] | None]) -> StepTaken:
+        candidates = tuple(
+            Candidate(1, "x", -1.0, slope, None, forecast=forecast, realised=came) for slope, forecast, came in pairs
+        )
+        return StepTaken("predict", 0, 0, 1, candidates, row, "", {})
+
+    first = step((9.0, 0.1, (0.0, 1.0)), (9.0, 0.2, (0.0, 2.0)), (9.0, 0.3, (-1.0, 9.0)), (0.5, None, None))
+    second = step((0.4, None, (0.5, 0.0)), (9.0, 0.5, (0.5, math.nan)), (None, None, (1.0, 1.0)))
+    result = PredictorResult("predict", "answer", row, (first, second), (), {"x": 1.0}, "x", {}, {})
+    assert first.predictions == ((0.1, (0.0, 1.0)), (0.2, (0.0, 2.0)), (0.3, (-1.0, 9.0)))
+    assert second.predictions == ((0.4, (0.5, 0.0)), (0.5, (0.5, math.nan)))
+    # Ranks 0 1 2 against 1 2 0: covariance -1 over a variance of 2. With 0.4, ranks 0 1 2 3 against 1 2 0 3: 2 over 5.
+    assert result.fidelity_by_step[0] == pytest.approx(-0.5)
+    assert math.isnan(result.fidelity_by_step[1])
+    assert result.fidelity == pytest.approx(0.4)
+
+
+@pytest.fixture(scope="module")
+def fickle() -> Any:
+    """A search in which candidates are given up."""
+    engine = Fickle()
+    settings = {"steps": 5, "train_rows": 24, "validation_rows": 4, "finalists": 1, "selections": 4}
+    return optimizer(**settings).compile(program_on(engine), ROWS, valset=FEW).detailed_results
+
+
+@pytest.mark.filterwarnings("ignore:.*validation rows are also training rows")
+def test_what_was_given_up_takes_no_part_in_fidelity(fickle: Any) -> None:
+    evaluated = [each for step in fickle.steps for each in tried(step)]
+    complete = [each for each in evaluated if each.evaluation.complete]
+    assert 3 <= len(complete) < len(evaluated)
+    found = spearman([each.forecast for each in complete], [each.realised for each in complete])
+    assert fickle.predictors[0].fidelity == pytest.approx(found, nan_ok=True)
+
+
+# --- the same again ---
+
+
+def recorded(objective: Objective, state: SearchState, settings: Settings, steps: Sequence[StepTaken] = ()) -> Any:
+    return list(minimise(objective, state.seed, settings, predictor="predict", random_seed=0, recorded=steps))
+
+
+def same(one: Sequence[Reasoning], other: Sequence[Reasoning]) -> bool:
+    return bits(tuple(one)) == bits(tuple(other))
+
+
+@pytest.mark.parametrize("through_json", [False, True])
+def test_what_is_replayed_does_not_depend_on_whether_it_was_evaluated_or_recalled(through_json: bool) -> None:
+    knobs = {"steps": 3, "finalists": 1, "rows": ROWS}
+    first = searching(Fickle(), **knobs)
+    history = recorded(*first)
+    steps = [step for _, step, _ in history]
+    assert any(not each.evaluation.complete for step in steps for each in tried(step))
+    if through_json:
+        steps = [from_json(json.loads(json.dumps(to_json(step)))) for step in steps]
+    second = searching(Fickle(), **knobs)
+    again = recorded(*second, steps)
+    assert not any(taken for *_, taken in again)
+    assert [bits(state) for state, *_ in again] == [bits(state) for state, *_ in history]
+    current = history[-1][0].current
+    for limit in (5, 100):
+        one, other = (each[0].replay(current, random.Random(7), limit) for each in (first, second))
+        assert len(one) == min(limit, 24) and same(one, other)
+    one, other = (step_of(each[0], replace(history[-1][0], step=3), each[2]) for each in (first, second))
+    assert bits(one.candidates) == bits(other.candidates)
+
+
+def test_reasonings_that_do_not_fit_the_context_are_shortened_alike_whatever_was_laid_out_before() -> None:
+    def long(prompt: str) -> str:
+        return chat_answer(reasoning="and so on " * 300, answer="yes")
+
+    objective, _, _ = searching(Fickle(long))
+    limit = objective.engine.context_length
+    texts = ("Please say it now.", "Please look here and say it now, always.", "Say it.")
+    found = {}
+    for text in texts:
+        found[text] = replayed_under(objective, text)
+        assert found[text] and all(len(each.token_ids) <= limit for run in found[text] for each in run.sequences)
+    for text in texts:
+        fresh, _, _ = searching(Fickle(long))
+        assert same(found[text], replayed_under(fresh, text))
+
+
+def replayed_under(objective: Objective, text: str) -> list[Reasoning]:
+    """The seed's runs, laid out under another instruction."""
+    [seed] = objective.evaluate([objective.seed()])
+    moved = replace(seed, instruction=text, token_ids=objective.layout.instruction_ids(text))
+    return objective.replay(moved, random.Random(0), 100)
+
+
+def test_reasonings_are_laid_out_as_the_instruction_would_be_sent() -> None:
+    objective, _, _ = searching()
+    for text in ("Please count.", "Look here now, please."):
+        ids = objective.layout.instruction_ids(text)
+        for run in replayed_under(objective, text):
+            for each in run.sequences:
+                assert each.token_ids[each.instruction.start : each.instruction.stop] == ids
+                row = FEW[run.example]
+                prompt = objective.layout.prompt(text, {"question": row.question}).token_ids
+                assert each.token_ids[: len(prompt)] == prompt
+
+
+# --- samples ---
+
+
+class Sampling(Fickle):
+    """Writes something else whenever it is asked at a temperature, and remembers those."""
+
+    def complete(self, requests: Sequence[Any]) -> Any:
+        self.hot = [*getattr(self, "hot", []), *(each for each in requests if each.temperature > 0)]
+        return super().complete(requests)
+
+    def _write(self, request: Any) -> Any:
+        if request.temperature == 0:
+            return super()._write(request)
+        script = self.script
+        self.script = lambda prompt: chat_answer(reasoning=f"I try {request.seed}.", answer="yes")
+        try:
+            return super()._write(request)
+        finally:
+            self.script = script
+
+
+def test_samples_are_drawn_once_at_their_temperature_and_cost_a_run_each() -> None:
+    engine, heard = Sampling(), []
+    better = compiled(engine, steps=2, samples=3, sampling_temperature=0.7, listeners=[heard.append])
+    assert {each.temperature for each in engine.hot} == {0.7} and len(engine.hot) == 3 * 4
+    assert len({each.seed for each in engine.hot}) == 12
+    [started] = [event for event in heard if isinstance(event, SearchStarted)]
+    assert [row.row for row in started.samples] == [0, 1, 2, 3] * 3
+    assert len({row.written["reasoning"] for row in started.samples}) == 12
+    assert better.detailed_results.predictors[0].seed_spent["runs"] == 4 + 3 * 4
+
+
+def test_samples_are_replayed_beside_the_current_reasonings_and_share_a_rows_weight() -> None:
+    engine = Sampling()
+    objective, state, _ = searching(engine, samples=2)
+    objective.remember(objective.explore(objective.seed(), seed=0))
+    found = objective.replay(state.current, random.Random(0), 100)
+    assert [each.share for each in found] == pytest.approx([1 / 3] * 12)
+    assert sorted(each.example for each in found) == [n for n in range(4) for _ in range(3)]
+
+
+def test_a_resumed_run_takes_its_samples_from_the_journal(tmp_path: Path) -> None:
+    class Killed(BaseException):
+        """Stands for a process that dies."""
+
+    def dies(event: Any) -> None:
+        if isinstance(event, StepTaken):
+            raise Killed
+
+    settings = {"steps": 3, "samples": 2, "sampling_temperature": 0.7}
+    whole = compiled(Sampling(), **settings)
+    with pytest.raises(Killed):
+        compiled(Sampling(), **settings, log_dir=tmp_path, listeners=[dies])
+    engine = Sampling()
+    resumed = compiled(engine, **settings, log_dir=tmp_path)
+    assert engine.hot == []
+    assert bits(resumed.detailed_results.steps) == bits(whole.detailed_results.steps)
+
+
+# --- acceptance by loss ---
+
+
+def test_with_acceptance_by_loss_the_surest_right_answer_wins_and_nothing_is_given_up() -> None:
+    objective, state, settings = searching(acceptance="loss", acceptance_noise=0.0, finalists=1)
+    assert state.to_beat(state.current, settings) is None
+    step = step_of(objective, state, settings)
+    evaluated = [each.evaluation for each in tried(step)]
+    assert all(each.complete for each in evaluated)
+    assert all(each.objective[0] == each.cross_entropy for each in evaluated)
+    assert step.chosen.cross_entropy == min(each.cross_entropy for each in evaluated)
+
+
+def test_with_acceptance_by_loss_an_answer_may_stay_wrong_as_long_as_it_is_less_so() -> None:
+    constant = Fickle(lambda prompt: chat_answer(reasoning="I look.", answer="never"))
+    by_loss = stepped(engine=constant, acceptance="loss", acceptance_noise=0.0)
+    assert by_loss.chosen.score == 0.0 and by_loss.chosen.instruction != SEED
+    assert by_loss.reason.startswith("objective ")
+
+
+# --- the other variant's estimators ---
+
+
+def paper_step(**knobs: Any) -> tuple[StepTaken, Objective, SearchState]:
+    objective, state, settings = searching(variant="paper", **knobs)
+    return take_step(objective, state, settings, predictor="predict", random_seed=0), objective, state
+
+
+def test_the_papers_step_can_differentiate_through_the_answer_alone() -> None:
+    step, objective, state = paper_step(estimator="answer")
+    told = [each for each in step.candidates if each.gradient is not None]
+    found = gradient_over_reasoning(
+        objective.engine,
+        objective.supervised(state.current, reasoned=False),
+        position=0,
+        candidates=[each.token for each in told],
+        answer_temperature=0.2,
+        fluency_weight=0.2,
+        max_batch_tokens=8192,
+    )
+    assert [each.gradient for each in told] == pytest.approx(list(found.predicted_change), rel=1e-4)
+    through, _, _ = paper_step()
+    slopes = {each.token: each.gradient for each in through.candidates}
+    assert any(each.gradient != pytest.approx(slopes[each.token], rel=1e-3) for each in told)
+
+
+def test_the_papers_step_can_choose_at_random() -> None:
+    step, _, _ = paper_step(estimator="random")
+    assert all(each.gradient is None for each in step.candidates)
+    assert step.spent["backward_tokens"] == 0
+    chosen = step_random(0, "predict", 0).sample([each.token for each in step.candidates], 3)
+    assert {each.token for each in tried(step)} == set(chosen)

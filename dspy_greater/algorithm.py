@@ -77,6 +77,11 @@ def minimise(
             editable=positions(step.chosen.token_ids),
             generated_tokens=step.spent.get("generated_tokens", 0),
             predictions=step.predictions,
+            forecasts=[
+                (each.forecast, each.evaluation)
+                for each in step.candidates
+                if each.forecast is not None and each.evaluation is not None
+            ],
         )
         if settings.variant == "whole":
             state = restarted(state, positions)

@@ -37,6 +37,7 @@ class SearchState:
     unchanged: int = 0
     starts: tuple[str, ...] = ()  # instructions that were current when a round began without any change
     predictions: tuple[tuple[float, tuple[float, float]], ...] = ()  # (predicted, realised) of what was tried
+    promising: tuple[tuple[float, Evaluation], ...] = ()  # (forecast, what was tried) since the last change
 
     def finished(self, settings: Settings) -> bool:
         """Whether all steps are taken, or the budget is spent."""
@@ -92,8 +93,10 @@ def advance(
     editable: Sequence[int] | None = None,
     generated_tokens: int = 0,
     predictions: Sequence[tuple[float, tuple[float, float]]] = (),
+    forecasts: Sequence[tuple[float, Evaluation]] = (),
 ) -> SearchState:
     """The state after a step that evaluated some instructions and chose one (lines 16 to 19)."""
+    changed = chosen.instruction != state.current.instruction
     return replace(
         state,
         current=chosen,
@@ -102,25 +105,28 @@ def advance(
         position=_next_position(state.position, chosen, settings, editable, state.fixed),
         failed_steps=state.failed_steps + 1 if failed else 0,
         generated_tokens=state.generated_tokens + generated_tokens,
-        unchanged=state.unchanged + 1 if chosen.instruction == state.current.instruction else 0,
+        unchanged=0 if changed else state.unchanged + 1,
         predictions=(*state.predictions, *predictions),
+        promising=() if changed else (*state.promising, *forecasts),
     )
 
 
 def restarted(state: SearchState, positions: Callable[[Sequence[int]], Sequence[int]]) -> SearchState:
-    """After a whole round without a change: the same search from the best finalist that no round was spent on yet.
+    """After a whole round without a change: the search goes on from elsewhere, though it be worse.
 
-    With none left, the round begins again, where proposals widen to what was not tried. `positions` tells which
-    positions of an instruction may be changed.
+    That is what promised most of all that was tried in the round; a neighbour that only looks different promises
+    nothing. Otherwise the best finalist, or, where a round was spent on all of them, the best again: proposals then
+    widen to what was not tried. `positions` tells which positions of an instruction may be changed.
     """
     current = state.current
     if state.unchanged <= max(1, len(positions(current.token_ids))):
         return state
     starts = (*state.starts, current.instruction)
-    fresh = [each for each in state.best if each.instruction not in starts]
-    chosen = fresh[0] if fresh else state.best[0]
+    promising = [pair for pair in state.promising if pair[0] < 0 and pair[1].complete]
+    elsewhere = [*(tried for _, tried in sorted(promising, key=lambda pair: pair[0])), *state.best]
+    chosen = next((each for each in elsewhere if each.instruction not in starts), state.best[0])
     first = min(positions(chosen.token_ids), default=_nowhere(chosen, state.fixed))
-    return replace(state, current=chosen, position=first, unchanged=0, starts=starts)
+    return replace(state, current=chosen, position=first, unchanged=0, starts=starts, promising=())
 
 
 def ends_sentence(text: str) -> bool:

@@ -88,6 +88,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="pocket", help="'pocket', a path or a hub id")
     parser.add_argument("--instruction", default="Answer the question.", help="the instruction to start from")
     parser.add_argument("--auto", default="light", choices=("light", "medium", "heavy"))
+    parser.add_argument("--variant", default="whole", choices=("whole", "paper"))
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test-rows", type=int, default=100)
@@ -110,7 +111,12 @@ def main() -> None:
     dspy.configure(lm=local_lm(arguments.model))
     program = dspy.ChainOfThought(dspy.Signature("question -> answer", arguments.instruction))
     optimizer = GReaTerTeleprompter(
-        metric=exact_match, auto=arguments.auto, steps=arguments.steps, seed=arguments.seed, progress=True
+        metric=exact_match,
+        variant=arguments.variant,
+        auto=arguments.auto,
+        steps=arguments.steps,
+        seed=arguments.seed,
+        progress=True,
     )
     better = optimizer.compile(program, trainset=train, valset=validation)
     found = better.predictors()[0].signature.instructions

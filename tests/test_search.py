@@ -226,6 +226,27 @@ def test_after_a_round_without_a_change_it_goes_on_from_the_best_finalist_that_n
     assert again.starts == ("Add them up.", "Count them.")
 
 
+def test_a_restart_goes_first_to_what_promised_most_in_the_round_even_if_it_was_worse() -> None:
+    best = (evaluated("Count them.", 0.1), evaluated("Add them up.", 0.2))
+    early = replace(evaluated("Guess.", math.inf), complete=False)
+    told = [(0.5, "Read it."), (-0.1, "Look here."), (math.nan, "Say it."), (-0.4, "List all."), (0.0, "Think.")]
+    promising = ((-9.0, early), *((promise, evaluated(text, 0.9)) for promise, text in told))
+    state = replace(stuck("Add them up.", 4, best=best), promising=promising)
+    assert restarted(state, every_position).current.instruction == "List all."
+    later = restarted(replace(state, starts=("List all.",)), every_position)
+    assert later.current.instruction == "Look here." and later.promising == ()
+    last = restarted(replace(state, starts=("List all.", "Look here.")), every_position)
+    assert last.current.instruction == "Count them."
+
+
+def test_promises_are_kept_until_something_changes() -> None:
+    kept, other = evaluated("Add up."), evaluated("List up.")
+    state = advance(begin(kept, SETTINGS), kept, [other], SETTINGS, forecasts=[(-0.1, other)])
+    state = advance(state, kept, [kept], SETTINGS, forecasts=[(0.2, kept)])
+    assert state.promising == ((-0.1, other), (0.2, kept))
+    assert advance(state, other, [other], SETTINGS, forecasts=[(-0.3, other)]).promising == ()
+
+
 def test_with_no_finalist_left_the_round_begins_again_from_the_best() -> None:
     best = (evaluated("Count them.", 0.1), evaluated("Add them up.", 0.2))
     state = restarted(stuck("Add them up.", 4, best=best, starts=("Count them.",)), every_position)

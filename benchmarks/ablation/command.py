@@ -27,7 +27,7 @@ from dspy_greater.program import with_instruction
 from .table import table
 from .variants import SWEEPS, VARIANTS
 
-_STEPS = 1000  # never reached: the budget ends the search
+_STEPS = 150  # where nothing new can be generated, the budget alone would not end a search
 _TRAIN, _VALIDATION, _TEST = 24, 50, 100
 
 

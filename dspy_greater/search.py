@@ -17,6 +17,9 @@ from .settings import Settings
 _SENTENCE_ENDS = (".", "!", "?", "。", "！", "？")
 
 
+_RECENT = 60  # candidates over which forecasts prove themselves
+
+
 @dataclass(frozen=True)
 class SearchState:
     """Where the search stands.
@@ -106,7 +109,7 @@ def advance(
         failed_steps=state.failed_steps + 1 if failed else 0,
         generated_tokens=state.generated_tokens + generated_tokens,
         unchanged=0 if changed else state.unchanged + 1,
-        predictions=(*state.predictions, *predictions),
+        predictions=(*state.predictions, *predictions)[-_RECENT:],
         promising=() if changed else (*state.promising, *forecasts),
     )
 

@@ -487,6 +487,8 @@ def test_an_interrupt_returns_the_best_so_far(variant: str) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself this signal")
 def test_the_signal_of_ctrl_c_returns_the_best_so_far() -> None:
+    # A process that a shell started in the background ignores the signal until somebody says otherwise.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     started = threading.Event()
     program = program_on(planted_engine())
 
@@ -501,7 +503,10 @@ def test_the_signal_of_ctrl_c_returns_the_best_so_far() -> None:
         if isinstance(event, StepTaken) and event.step == 2:
             started.set()
 
-    better = compiled(program=program, steps=100_000, listeners=[listener])
+    try:
+        better = compiled(program=program, steps=100_000, listeners=[listener])
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join()
     assert better.detailed_results.interrupted
     assert 3 <= len(better.detailed_results.steps) < 100_000

@@ -18,7 +18,9 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .prefix import PrefixStore, Tally, shared_length, tokens_held
+from .prefill import Part, parts_of
+from .prefix import PrefixStore, Tally, tokens_held
+from .written import Places, WrittenRows, WrittenStates, slot_mask
 
 _NOISE_BLOCK = 64
 _GROWTH_LEAST = 64  # tokens by which a cache grows at least
@@ -101,6 +103,25 @@ class _InPlaceLayer(DynamicLayer):
         self.values = self._buffers[1][:, :, :stop]
         return self.keys, self.values
 
+    @classmethod
+    def joined(cls, limit: int, parts: Sequence[_Read], index: int, slots: int) -> _InPlaceLayer:
+        """Layer number `index` of all parts in one, each part's states at the end of `slots`."""
+        held: list[Any] = [part.cache.layers[index] for part in parts]
+        rows, layer, one = sum(len(part.rows) for part in parts), cls(limit), held[0]
+        if one.keys is None:  # some models share the states of other layers
+            return layer
+        layer.lazy_initialization(one.keys, one.values)
+        layer._buffers = (
+            layer._grown(None, one.keys[:1].expand(rows, -1, -1, -1), 0, slots),
+            layer._grown(None, one.values[:1].expand(rows, -1, -1, -1), 0, slots),
+        )
+        for part, read in zip(parts, held, strict=True):
+            for buffer, states in zip(layer._buffers, (read.keys, read.values), strict=True):
+                buffer[part.rows, :, : slots - part.length] = 0  # masked, and nan times zero would be nan
+                buffer[part.rows, :, slots - part.length : slots] = states
+        layer.keys, layer.values = layer._buffers[0][:, :, :slots], layer._buffers[1][:, :, :slots]
+        return layer
+
     def _grown(self, old: Tensor | None, new: Tensor, start: int, stop: int) -> Tensor:
         rows, heads, _, size = new.shape
         room = max(stop, min(self._limit, stop + max(_GROWTH_LEAST, stop // 4)))
@@ -122,14 +143,34 @@ def _new_cache(model: Any, limit: int) -> DynamicCache:
     return cache
 
 
+@dataclass(frozen=True)
+class _Read:
+    """A part of a batch after its prefill: n rows in `length` slots, [`shared` tokens | pads | own tokens]."""
+
+    rows: tuple[int, ...]  # their numbers in the batch
+    shared: int
+    pads: tuple[int, ...]  # [n]
+    length: int
+    cache: DynamicCache
+    logits: Tensor  # [n, V]
+
+
 @torch.no_grad()
-def decode(model: Any, rows: Sequence[Row], *, pad_token_id: int, tally: Tally, prefixes: PrefixStore) -> None:
+def decode(
+    model: Any,
+    rows: Sequence[Row],
+    *,
+    pad_token_id: int,
+    tally: Tally,
+    prefixes: PrefixStore,
+    written: WrittenStates | None = None,
+) -> None:
     """Write every row to its end, greedily where its temperature is 0, by its own random numbers otherwise.
 
     Rows are changed in place, so what was written before an out-of-memory error is not lost. What all of them
-    begin with comes from `prefixes`.
+    begin with comes from `prefixes`; the states of finished rows go to `written`, where they are wanted.
     """
-    batch = _Batch(model, rows, pad_token_id, tally)
+    batch = _Batch(model, rows, pad_token_id, tally, written)
     logits = batch.read(prefixes)  # [rows, V]
     while True:
         before = sum(len(row.written) for row in batch.rows)
@@ -143,41 +184,65 @@ def decode(model: Any, rows: Sequence[Row], *, pad_token_id: int, tally: Tally, 
 
 
 class _Batch:
-    """The tensors of one batch: cache, mask, positions, in the layout [shared prefix | pads | own part]."""
+    """The tensors of one batch: cache, mask, positions. Where a row's tokens lie in the cache is in its `Places`."""
 
-    def __init__(self, model: Any, rows: Sequence[Row], pad_token_id: int, tally: Tally) -> None:
+    def __init__(
+        self, model: Any, rows: Sequence[Row], pad_token_id: int, tally: Tally, written: WrittenStates | None
+    ) -> None:
         self.model, self.rows, self.tally, self._pad = model, list(rows), tally, pad_token_id
+        self._written = written
         self._device = model.get_input_embeddings().weight.device
         self._contexts = [row.context for row in rows]
         steps = max(row.max_new_tokens - len(row.written) for row in rows)
         self._capacity = max(map(len, self._contexts)) + steps
-        self.cache = _new_cache(model, self._capacity)
         keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if keep else {}
 
     def read(self, prefixes: PrefixStore) -> Tensor:
-        """Prefill: the shared prefix once, then each row's own part. Returns next-token logits [rows, V]."""
-        every_row_keeps_one = shared_length([context[:-1] for context in self._contexts])
-        common = self._contexts[0][:every_row_keeps_one]
-        prefix = prefixes.read(common, rows=len(self.rows), longest=self._capacity)
-        shared = len(prefix) if prefix else 0
+        """Prefill, part by part: what a part shares once, then each row's own. Returns next-token logits [rows, V]."""
+        parts = parts_of(self._contexts, divide=self._capacity <= prefixes.reach)
+        read = [self._read_part(part, prefixes) for part in parts]
+        self._length = max(each.length for each in read)
+        self.cache, places, logits = self._joined(read)
+        self._places = [places[row] for row in range(len(self.rows))]
+        lengths = [len(context) for context in self._contexts]
+        mask = torch.ones(len(self.rows), self._capacity + self._length, dtype=torch.long)
+        mask[:, : self._length] = slot_mask(self._places, lengths, self._length)
+        self._mask = mask.to(self._device)
+        self._positions = torch.tensor(lengths, device=self._device)[:, None] - 1  # [rows, 1], of the newest token
+        return logits
+
+    def _read_part(self, part: Part, prefixes: PrefixStore) -> _Read:
+        contexts = [self._contexts[row] for row in part.rows]
+        prefix = prefixes.read(contexts[0][: part.shared], rows=len(contexts), longest=self._capacity)
+        shared, cache = len(prefix) if prefix else 0, _new_cache(self.model, self._capacity)
         if prefix:
-            prefix.fill(self.cache.layers, len(self.rows))  # pyright: ignore[reportArgumentType]
-        own = [context[shared:] for context in self._contexts]
+            prefix.fill(cache.layers, len(contexts))  # pyright: ignore[reportArgumentType]
+        own = [context[shared:] for context in contexts]
         width = max(map(len, own))
-        ids = torch.tensor([[self._pad] * (width - len(part)) + list(part) for part in own])  # [rows, width]
-        lengths = torch.tensor([len(part) for part in own])[:, None]
-        steps = torch.arange(width)[None]
-        real = (steps >= width - lengths).long()
-        self._mask = torch.ones(len(own), self._capacity + width, dtype=torch.long)
-        self._mask[:, shared : shared + width] = real
-        self._mask = self._mask.to(self._device)
-        positions = (shared + steps - (width - lengths)).clamp(min=0)
-        self._positions = positions[:, -1:].to(self._device)  # [rows, 1], of the newest token
-        self._length = shared + width
-        padded = int(real.numel() - real.sum())
-        self.tally(prefilled_tokens=real.numel() - padded, padded_tokens=padded)
-        return self._forward(ids.to(self._device), self._mask[:, : self._length], positions.to(self._device))
+        pads = [width - len(each) for each in own]
+        ids = torch.tensor([[self._pad] * pad + list(each) for pad, each in zip(pads, own, strict=True)])  # [n, width]
+        steps = torch.arange(width)[None] - torch.tensor(pads)[:, None]
+        real = (steps >= 0).long()
+        mask = torch.cat([torch.ones(len(own), shared, dtype=torch.long), real], 1)
+        self.tally(prefilled_tokens=ids.numel() - sum(pads), padded_tokens=sum(pads))
+        logits = self._forward(cache, ids, mask, shared + steps.clamp(min=-shared))
+        return _Read(part.rows, shared, tuple(pads), shared + width, cache, logits)
+
+    def _joined(self, read: Sequence[_Read]) -> tuple[DynamicCache, dict[int, Places], Tensor]:
+        """One cache for all rows, where the tokens of each lie in it, and their logits [rows, V]."""
+        slots = self._length
+        places = {
+            row: Places(slots - each.length, each.shared, pads)
+            for each in read
+            for row, pads in zip(each.rows, each.pads, strict=True)
+        }
+        if len(read) == 1:
+            return read[0].cache, places, read[0].logits
+        cache = _new_cache(self.model, self._capacity)
+        cache.layers[:] = [_InPlaceLayer.joined(self._capacity, read, i, slots) for i in range(len(cache.layers))]
+        order = torch.tensor([row for each in read for row in each.rows], device=self._device).argsort()
+        return cache, places, torch.cat([each.logits for each in read])[order]
 
     def step(self) -> Tensor:
         """Read the newest token of every row; rows that have finished but not left read a pad token."""
@@ -187,25 +252,50 @@ class _Batch:
         self._length += 1
         self._positions = self._positions + 1
         self.tally(padded_tokens=len(live) - sum(live))
-        ids = torch.tensor(newest, device=self._device)
-        return self._forward(ids, self._mask[:, : self._length], self._positions)
+        return self._forward(self.cache, torch.tensor(newest), self._mask[:, : self._length], self._positions)
 
     def drop_finished(self) -> bool:
         """Let finished rows leave once they are enough to pay for moving the others; False: none left."""
         keep = [index for index, row in enumerate(self.rows) if row.finish_reason is None]
+        if len(keep) <= _COMPACT_BELOW * len(self.rows):
+            self._hand_over([index for index, row in enumerate(self.rows) if row.finish_reason])
         if keep and len(keep) <= _COMPACT_BELOW * len(self.rows):
             indices = torch.tensor(keep, device=self._device)
             self.cache.batch_select_indices(indices)
             self._mask, self._positions = self._mask[indices], self._positions[indices]
             self.rows = [self.rows[index] for index in keep]
+            self._contexts = [self._contexts[index] for index in keep]
+            self._places = [self._places[index] for index in keep]
         return bool(keep)
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    def _hand_over(self, finished: Sequence[int]) -> None:
+        """Let `written` keep the states of these rows, if it wants them and the cache still holds them all."""
+        if self._written is None or not self._written.wanted:
+            return
+        layers = [layer for layer in self.cache.layers if isinstance(layer, _InPlaceLayer)]
+        held = [(layer.keys, layer.values) for layer in layers if layer.keys is not None and layer.values is not None]
+        if len(held) < len(self.cache.layers) or held[0][0].shape[-2] != self._length:
+            return
+        rows = torch.tensor(finished, device=self._device)
+        everyone = len(finished) == len(self.rows)
+        self._written.keep(
+            WrittenRows(
+                # The last token that a row wrote may not have been read.
+                token_ids=tuple(
+                    row.context[: max(len(self._contexts[i]), len(row.context) - 1)]
+                    for i, row in ((i, self.rows[i]) for i in finished)
+                ),
+                places=tuple(self._places[i] for i in finished),
+                layers=tuple(pair if everyone else (pair[0][rows], pair[1][rows]) for pair in held),
+            )
+        )
+
+    def _forward(self, cache: DynamicCache, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         output = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self.cache,
+            input_ids=ids.to(self._device),
+            attention_mask=mask.to(self._device),
+            position_ids=positions.to(self._device),
+            past_key_values=cache,
             use_cache=True,
             **self._last_only,
         )

@@ -21,6 +21,7 @@ from .counters import Counters
 from .decode import Row, decode, row_seed
 from .errors import ContextLengthError, GreaterError, LayoutError, SettingsError, WeightsError
 from .prefix import PrefixStore, frozen, is_out_of_memory
+from .written import WrittenStates
 
 
 class EngineMemoryError(GreaterError, MemoryError):
@@ -95,6 +96,7 @@ class Engine:
         self._lock, self._tally_lock, self._depth = threading.RLock(), threading.Lock(), 0
         self._counters = Counters()
         self.prefixes = PrefixStore(model, self.tally, self._lock)
+        self.written = WrittenStates(self._lock)
         self.stop_token_ids = _stop_ids(model, tokenizer)
         # How to load the same weights in another process; None for weights that were handed in.
         self.origin: dict[str, str | None] | None = None
@@ -234,6 +236,13 @@ class Engine:
         """
         return self.prefixes.open()
 
+    def kept_rows(self) -> AbstractContextManager[None]:
+        """Inside, the states of rows that were written are kept, for `scoring.score` to go on from.
+
+        They take memory, 2 GiB or a quarter of what an accelerator has free at most; the oldest go first.
+        """
+        return self.written.open()
+
     def room(self, prompt_length: int) -> int | None:
         """How many tokens can be written after a prompt of this many; None when there is no limit.
 
@@ -332,7 +341,9 @@ class Engine:
         try:
             paged = continuous.suits(self.model, batch)
             if not (paged and continuous.generate_rows(self.model, batch, tally=self.tally)):
-                decode(self.model, batch, pad_token_id=pad, tally=self.tally, prefixes=self.prefixes)
+                decode(
+                    self.model, batch, pad_token_id=pad, tally=self.tally, prefixes=self.prefixes, written=self.written
+                )
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not is_out_of_memory(error):
                 raise
@@ -340,6 +351,7 @@ class Engine:
         else:
             return True
         self.prefixes.drop()
+        self.written.drop()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if len(batch) == 1:

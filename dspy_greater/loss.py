@@ -230,7 +230,7 @@ def logits_before(
     first. Raises `LayoutError` for an index whose token nothing that is read here predicts.
     """
     shared = len(prefix) if prefix else 0
-    token_ids, position_ids = _right_padded([sequence[shared:] for sequence in sequences])  # [N, T] each, on the CPU
+    token_ids, position_ids = right_padded([sequence[shared:] for sequence in sequences])  # [N, T] each, on the CPU
     rows, indices = torch.tensor(positions, dtype=torch.long).reshape(-1, 2).unbind(dim=1)  # [R] each
     places = (rows, indices - 1 - shared)
     if bool((places[1] < 0).any()):
@@ -239,17 +239,34 @@ def logits_before(
             "are not read here; ask for later tokens, or read a shorter prefix."
         )
     before = prefix.hidden[[at - 1 for at in in_prefix]] if prefix and prefix.hidden is not None else None  # [U, d]
-    device = engine.model.get_input_embeddings().weight.device
     cache = {"past_key_values": prefix.cache(engine.model, len(sequences))} if prefix else {}
+    real = sum(len(sequence) - shared for sequence in sequences)
+    return logits_at(engine, token_ids, position_ids + shared, places, real=real, before=before, **cache)
+
+
+def logits_at(
+    engine: Engine,
+    token_ids: Tensor,
+    position_ids: Tensor,
+    places: tuple[Tensor, Tensor],
+    *,
+    real: int,
+    before: Tensor | None = None,
+    **model_inputs: Any,
+) -> Tensor:
+    """One forward pass over [N, T] tokens, `real` of them no padding; logits [U + R, V] at (rows, columns) `places`.
+
+    The logits that hidden states `before` [U, d] lead to come first. At least float32.
+    """
+    device = engine.model.get_input_embeddings().weight.device
     with _output_layer_sees_only(engine.model, places, token_ids.shape, before) as narrowed:
         logits: Tensor = engine.model(
             input_ids=token_ids.to(device),
-            position_ids=(position_ids + shared).to(device),
-            use_cache=prefix is not None,
-            **cache,
+            position_ids=position_ids.to(device),
+            use_cache="past_key_values" in model_inputs,
+            **model_inputs,
         ).logits
-    projected = len(in_prefix) + len(positions) if narrowed else token_ids.numel()
-    real = sum(len(sequence) - shared for sequence in sequences)
+    projected = len(places[0]) + (0 if before is None else len(before)) if narrowed else token_ids.numel()
     engine.tally(forwards=1, prefilled_tokens=real, padded_tokens=token_ids.numel() - real, lm_head_rows=projected)
     logits = logits[0] if narrowed else logits[places]  # [U + R, V]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -360,7 +377,7 @@ def check_supervised(supervised: Sequence[SupervisedTokens], answer_temperature:
                 )
 
 
-def _right_padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def right_padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Token ids and their positions, each [N, T]. Attention is causal: no real token sees the padding."""
     longest = max(len(sequence) for sequence in sequences)
     token_ids = torch.zeros(len(sequences), longest, dtype=torch.long)

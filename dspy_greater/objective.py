@@ -17,7 +17,7 @@ from .counters import Counters
 from .engine import Engine
 from .examples import Examples, written_key
 from .layout import Layout, Supervised
-from .loss import Losses, teacher_forced_losses
+from .loss import Losses
 from .metric import RowMetric
 from .program import PredictorSite
 from .reasoning import ReasonedSequence, Reasoning
@@ -32,6 +32,7 @@ from .rollout import (
     searching_copy,
 )
 from .run.events import Evaluation, RowOutcome
+from .scoring import score
 from .select import evaluation, given_up, has_no_chance
 from .settings import Settings
 
@@ -111,9 +112,10 @@ class Objective:
         """
         wanted = {each.text: each for each in instructions}
         fluency = self._fluency(wanted.values()) if beat is not None else {}
-        drafts = self._run(wanted, beat, fluency)
-        complete = [text for text, rows in drafts.items() if len(rows) == len(self._rows)]
-        self._score([wanted[text] for text in complete], [drafts.pop(text) for text in complete])
+        with self.engine.kept_rows():
+            drafts = self._run(wanted, beat, fluency)
+            complete = [text for text, rows in drafts.items() if len(rows) == len(self._rows)]
+            self._score([wanted[text] for text in complete], [drafts.pop(text) for text in complete])
         for text, rows in drafts.items():
             self._known[text] = given_up(wanted[text].token_ids, text, rows, fluency[text])
         self._first = self._first or next((each for each in self._known.values() if each.complete), None)
@@ -289,7 +291,7 @@ class Objective:
     def _losses(self, supervised: Sequence[Supervised]) -> Losses:
         if not supervised:
             return Losses((), ())
-        return teacher_forced_losses(
+        return score(
             self.engine,
             supervised,
             answer_temperature=self._settings.answer_temperature,

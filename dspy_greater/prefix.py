@@ -23,7 +23,8 @@ from torch.nn import Module
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-LEAST_SHARED = 16  # fewer tokens are not worth a forward of their own
+LEAST_SHARED = 16  # fewer tokens are not worth a forward of their own,
+LEAST_SAVED = 256  # unless it saves all rows together this many
 
 Tally = Callable[..., None]
 
@@ -132,7 +133,7 @@ class PrefixStore:
             return None
         start = self._kept_part(tokens, with_hidden)
         missing = len(tokens) - (len(start) if start else 0)
-        if rows < 2 or (start and missing < LEAST_SHARED):
+        if rows < 2 or (start and missing < LEAST_SHARED and missing * (rows - 1) < LEAST_SAVED):
             return start
         try:
             found = self._continued(start, tokens)

@@ -181,7 +181,7 @@ class PlantedModel(torch.nn.Module):
         read = torch.ones_like(ids) if attention_mask is None else attention_mask
         summed = (embedded[..., :3] * read[..., None]).cumsum(1)[:, -new:]  # [N, T, 3]
         marks = ((ids == self._mark) & (read == 1)).long()
-        writing = marks.cumsum(1) > 0
+        writing = (marks.cumsum(1) > 0) & (read == 1)
         written = (writing.long().cumsum(1) - 1).clamp(0, len(self.fixed) - 1)[:, -new:]  # [N, T]
         obedience = (summed[..., 0] - summed[..., 1])[..., None]
         right = torch.tanh(3.0 * summed[..., 2])[..., None]

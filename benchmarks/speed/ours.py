@@ -11,13 +11,13 @@ from benchmarks.speed.step import Clock, RowLosses, Step
 from benchmarks.speed.work import Work
 from dspy_greater.engine import Engine, GenerationRequest
 from dspy_greater.gradient import gradient_over_reasoning
-from dspy_greater.loss import teacher_forced_losses
 from dspy_greater.propose import propose
+from dspy_greater.scoring import score
 
 
 def step(engine: Engine, work: Work, clock: Clock) -> Step:
     """One step, our way."""
-    with engine.shared_prefixes():
+    with engine.shared_prefixes(), engine.kept_rows():
         return _step(engine, work, clock)
 
 
@@ -55,7 +55,7 @@ def _step(engine: Engine, work: Work, clock: Clock) -> Step:
         written = [each.token_ids for each in engine.complete(requests)]
         parts = [tuple(written[start : start + rows]) for start in range(0, len(written), rows)]
     with clock.phase("scoring"):
-        losses = teacher_forced_losses(
+        losses = score(
             engine,
             [each for text, part in zip(edited, parts, strict=True) for each in work.supervised(text, part)],
             answer_temperature=work.answer_temperature,

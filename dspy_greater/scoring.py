@@ -1,0 +1,150 @@
+"""The exact loss of rows that the model has just written: what is already known of them is not read again.
+
+`score` gives the numbers of `loss.teacher_forced_losses`, its plain twin. Where the states of a row were kept
+(`written`), only what follows them is read: the tokens between reasoning and answer, and the gold answer. The
+instruction's fluency depends on what stands before it alone, so it is read once for all rows that begin alike.
+
+Shapes: n rows of one batch, T tokens that are read in the longest, R predicted tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from .engine import Engine
+from .loss import (
+    Losses,
+    SupervisedTokens,
+    check_supervised,
+    in_batches,
+    logits_at,
+    logits_before,
+    losses_of,
+    right_padded,
+    teacher_forced_losses,
+)
+from .prefix import Beginning, shared_length
+from .written import Continuation
+
+Beginnings = dict[tuple[int, ...], float]  # tokens up to the instruction's end -> mean NLL of the instruction
+Known = tuple[SupervisedTokens, Continuation]
+
+
+def score(
+    engine: Engine,
+    supervised: Sequence[SupervisedTokens],
+    *,
+    answer_temperature: float = 0.2,
+    max_batch_tokens: int = 16_384,
+) -> Losses:
+    """Equations 5 and 6 without gradient, in the order given; arguments and errors as in `teacher_forced_losses`.
+
+    Inside `engine.kept_rows()`, rows that were written there are read from where their states end.
+
+    >>> from types import SimpleNamespace as Row
+    >>> engine = Engine.from_pretrained("pocket")
+    >>> with engine.kept_rows():
+    ...     [written] = engine.generate([(1, 5, 6, 7)], max_new_tokens=4, stop_token_ids=())
+    ...     row = Row(
+    ...         token_ids=(1, 5, 6, 7, *written.token_ids, 9),
+    ...         instruction=Row(start=1, stop=3),
+    ...         answer=Row(start=8, stop=9),
+    ...     )
+    ...     before = engine.counters.prefilled_tokens
+    ...     score(engine, [row]).finite, engine.counters.prefilled_tokens - before
+    ((True,), 4)
+    """
+    check_supervised(supervised, answer_temperature)
+    with engine.exclusive(), torch.no_grad():
+        kept = {row: found for row, each in enumerate(supervised) if (found := _kept(engine, each))}
+        known = [(supervised[row], found) for row, found in kept.items()]
+        unknown = [row for row in range(len(supervised)) if row not in kept]
+        fluency = _fluency(engine, [each for each, _ in known], max_batch_tokens)
+        answers = _answers(engine, known, answer_temperature, max_batch_tokens)
+        read = teacher_forced_losses(
+            engine,
+            [supervised[row] for row in unknown],
+            answer_temperature=answer_temperature,
+            max_batch_tokens=max_batch_tokens,
+        )
+    found = dict(zip(unknown, zip(read.cross_entropy, read.fluency_nll, strict=True), strict=True))
+    for row, answer, (each, _) in zip(kept, answers, known, strict=True):
+        found[row] = (answer, fluency[_beginning(each)])
+    return losses_of(found[row] for row in range(len(supervised)))
+
+
+def _kept(engine: Engine, each: SupervisedTokens) -> Continuation | None:
+    """Where its states are, if they reach past the instruction and no sliding window would have moved."""
+    found = engine.written.find(each.token_ids, least=each.instruction.stop, most=each.answer.start - 1)
+    if found is None or found.rows.slots + len(each.token_ids) - found.known > engine.prefixes.reach:
+        return None
+    return found
+
+
+def _answers(engine: Engine, known: Sequence[Known], answer_temperature: float, max_batch_tokens: int) -> list[float]:
+    """L_CE of each row, from where its states end; rows whose states lie in one batch are read together."""
+    together: dict[int, list[int]] = defaultdict(list)
+    for row, (_, found) in enumerate(known):
+        together[id(found.rows)].append(row)
+    answers: dict[int, float] = {}
+    for rows in together.values():
+        lengths = [len(known[row][0].token_ids) - known[row][1].known for row in rows]
+        work = partial(_continued, engine, answer_temperature)
+        found = in_batches(work, [known[row] for row in rows], lengths, max_batch_tokens, relieve=engine.prefixes.drop)
+        answers.update(zip(rows, found, strict=True))
+    return [answers[row] for row in range(len(known))]
+
+
+def _continued(engine: Engine, answer_temperature: float, batch: Sequence[Known]) -> list[float]:
+    """L_CE of n rows of one `WrittenRows`; one forward pass over what follows their states."""
+    states, rows = batch[0][1].rows, [found.row for _, found in batch]
+    known = [found.known for _, found in batch]
+    rest = [tuple(each.token_ids[found.known :]) for each, found in batch]
+    token_ids, steps = right_padded(rest)  # [n, T]
+    real = steps < torch.tensor([len(each) for each in rest])[:, None]
+    mask = torch.cat([states.mask(rows, known), real.long()], 1)  # [n, S + T]
+    asked = [(row, at) for row, (each, _) in enumerate(batch) for at in range(each.answer.start, each.answer.stop)]
+    row, at = torch.tensor(asked).unbind(1)  # [R]
+    logits = logits_at(
+        engine,
+        token_ids,
+        torch.tensor(known)[:, None] + steps,
+        (row, at - 1 - torch.tensor(known)[row]),
+        real=int(real.sum()),
+        attention_mask=mask.to(engine.device),
+        past_key_values=states.cache(engine.model, rows),
+    )  # [R, V]
+    targets = torch.tensor([batch[row][0].token_ids[at] for row, at in asked], device=logits.device)
+    nll = cross_entropy(logits / answer_temperature, targets, reduction="none")  # [R]
+    return [part.mean().item() for part in nll.split([each.answer.stop - each.answer.start for each, _ in batch])]
+
+
+def _fluency(engine: Engine, supervised: Sequence[SupervisedTokens], max_batch_tokens: int) -> Beginnings:
+    """The mean NLL of each instruction after what stands before it, each distinct beginning read once."""
+    starts = {_beginning(each): each.instruction.start for each in supervised}
+    if not starts:
+        return {}
+    beginnings = list(starts)
+    alike = shared_length([tokens[: start - 1] for tokens, start in starts.items()])
+    lengths = [len(tokens) for tokens in beginnings]
+    shared = Beginning(engine.prefixes, beginnings[0][:alike], rows=len(beginnings), longest=max(lengths))
+
+    def read(batch: Sequence[tuple[int, ...]]) -> list[float]:
+        asked = [(row, at) for row, tokens in enumerate(batch) for at in range(starts[tokens], len(tokens))]
+        logits = logits_before(engine, batch, asked, prefix=shared.read())  # [R, V]
+        targets = torch.tensor([batch[row][at] for row, at in asked], device=logits.device)
+        nll = cross_entropy(logits, targets, reduction="none").split([len(each) - starts[each] for each in batch])
+        return [part.mean().item() for part in nll]
+
+    means = in_batches(read, beginnings, lengths, max_batch_tokens, shared.length(), shared.forget)
+    return {tokens: mean if math.isfinite(mean) else math.nan for tokens, mean in zip(beginnings, means, strict=True)}
+
+
+def _beginning(each: SupervisedTokens) -> tuple[int, ...]:
+    return tuple(each.token_ids[: each.instruction.stop])

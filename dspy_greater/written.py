@@ -1,0 +1,177 @@
+"""The key-value states of rows that were just written, kept so that what comes after them costs no second reading.
+
+When a row has written its reasoning, the states of its prompt and its reasoning are in the cache of the batch. What
+is asked next is how likely the gold answer is after them: a few tokens more. `WrittenStates` keeps the states of
+finished rows; `Continued` picks, for each sequence, the row that begins as the sequence does.
+
+Shapes: n rows of one batch, S slots of its cache, T tokens that are read after them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from .prefix import shared_length
+
+MOST_BYTES = 2 << 30  # of states; the oldest go first
+_SHARE_OF_DEVICE = 0.25  # of what is free on an accelerator
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a row lie in a cache: [first pads | `shared` tokens | pads between | its other tokens]."""
+
+    first: int
+    shared: int
+    between: int
+
+
+def slot_mask(places: Sequence[Places], lengths: Sequence[int], slots: int) -> Tensor:
+    """[n, S], S = `slots`: 1 where one of the first `lengths[j]` tokens of row j lies.
+
+    >>> slot_mask([Places(first=1, shared=2, between=1)], [4], 7).tolist()
+    [[0, 1, 1, 0, 1, 1, 0]]
+    """
+    slot = torch.arange(slots)[None]  # [1, S]
+    first, shared, between = torch.tensor([(each.first, each.shared, each.between) for each in places]).T[..., None]
+    length = torch.tensor(lengths)[:, None]
+    before = (slot >= first) & (slot < first + torch.minimum(shared, length))
+    own = (slot >= first + shared + between) & (slot < first + between + length)
+    return (before | own).long()
+
+
+@dataclass(frozen=True, eq=False)
+class WrittenRows:
+    """Rows that left a decode batch together, as its cache held them."""
+
+    token_ids: tuple[tuple[int, ...], ...]  # n rows: the tokens whose states are held
+    places: tuple[Places, ...]  # [n]
+    layers: tuple[tuple[Tensor, Tensor], ...]  # keys and values, each [n, heads, S, head size]
+
+    @property
+    def slots(self) -> int:
+        """S: places in the cache, pads and leftovers included."""
+        return self.layers[0][0].shape[-2]
+
+    @property
+    def bytes(self) -> int:
+        """What the states take."""
+        return sum(each.numel() * each.element_size() for layer in self.layers for each in layer)
+
+    def mask(self, rows: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """[len(rows), S]: 1 where a slot holds one of the first `lengths[j]` tokens of row `rows[j]`."""
+        return slot_mask([self.places[row] for row in rows], lengths, self.slots)
+
+    def cache(self, model: Any, rows: Sequence[int]) -> DynamicCache:
+        """A new cache that holds the states of these rows; a forward pass appends copies to it."""
+        cache, layers = DynamicCache(config=model.config), [DynamicLayer() for _ in self.layers]
+        cache.layers[:] = layers
+        everything = list(rows) == list(range(len(self.token_ids)))
+        for layer, held in zip(layers, self.layers, strict=True):
+            index = torch.tensor(rows, device=held[0].device)
+            keys, values = held if everything else (each[index] for each in held)
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+        return cache
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A sequence that begins as a kept row does."""
+
+    rows: WrittenRows
+    row: int
+    known: int  # tokens that they have in common
+
+
+class WrittenStates:
+    """Keeps the states of finished rows between `open` and the end of the outermost such block.
+
+    Args:
+        lock: guards what is kept; the engine's own.
+
+    >>> states = WrittenStates()
+    >>> states.wanted
+    False
+    >>> with states.open():
+    ...     states.wanted
+    True
+    """
+
+    def __init__(self, lock: Any = None) -> None:
+        self._lock = lock or threading.RLock()
+        self._open_blocks = 0
+        self._kept: list[WrittenRows] = []
+        self._sorted: list[tuple[tuple[int, ...], int, int]] | None = None  # tokens, which rows, which of them
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Keep what is written until the outermost of the open blocks ends."""
+        with self._lock:
+            self._open_blocks += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._open_blocks -= 1
+                if not self._open_blocks:
+                    self.drop()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything would be kept."""
+        return self._open_blocks > 0
+
+    @property
+    def bytes(self) -> int:
+        """What is kept at the moment."""
+        return sum(each.bytes for each in self._kept)
+
+    def drop(self) -> None:
+        """Give the memory back; what is needed again is read again."""
+        with self._lock:
+            self._kept, self._sorted = [], None
+
+    def keep(self, rows: WrittenRows) -> None:
+        """Keep these rows, instead of the oldest where there are too many bytes."""
+        with self._lock:
+            if not self.wanted:
+                return
+            self._kept.append(rows)
+            self._sorted = None
+            limit = _most_bytes(rows.layers[0][0].device)
+            while self._kept and self.bytes > limit:
+                self._kept.pop(0)
+
+    def find(self, sequence: Sequence[int], *, least: int, most: int) -> Continuation | None:
+        """The kept row that begins most like the sequence, if at least `least` tokens; `most` of them count."""
+        if not self._kept:
+            return None
+        if self._sorted is None:
+            self._sorted = sorted(
+                (tokens, at, row) for at, each in enumerate(self._kept) for row, tokens in enumerate(each.token_ids)
+            )
+        wanted = tuple(sequence)
+        place = bisect.bisect_left(self._sorted, (wanted, 0, 0))
+        # Whatever has the longest beginning in common with it stands next to it in sorted order.
+        near = self._sorted[max(0, place - 1) : place + 1]
+        found = [(min(most, shared_length([wanted, tokens])), at, row) for tokens, at, row in near]
+        known, at, row = max(found, key=lambda each: each[0])
+        return Continuation(self._kept[at], row, known) if known >= least else None
+
+
+def _most_bytes(device: torch.device) -> float:
+    if device.type != "cuda":
+        return MOST_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(MOST_BYTES, _SHARE_OF_DEVICE * free)

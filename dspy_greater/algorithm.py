@@ -92,9 +92,10 @@ def minimise(
 def _step(
     objective: Objective, state: SearchState, settings: Settings, *, predictor: str, random_seed: int
 ) -> StepTaken:
-    """One step of the variant; what its prompts begin with is read once."""
+    """One step of the variant; what its prompts begin with is read once, and candidates are drafted."""
     take = take_whole_step if settings.variant == "whole" else take_step
-    with objective.engine.shared_prefixes():
+    engine = objective.engine
+    with engine.shared_prefixes(), engine.drafting(objective.drafts(state.current)):
         return take(objective, state, settings, predictor=predictor, random_seed=random_seed)
 
 

@@ -22,9 +22,9 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from .decode import Row
 from .errors import GreaterError
 from .prefix import Tally, is_out_of_memory
+from .sampling import Row
 
 _ROWS_LEAST = 32  # below this, setting up pages and graphs costs more than padding
 _PAGE = 32  # tokens; prompts share whole pages only, so small ones share more

@@ -6,7 +6,7 @@ import hashlib
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +18,11 @@ from torch import Tensor
 from . import continuous
 from .chat import end_of_turn_ids
 from .counters import Counters
-from .decode import Row, decode, row_seed
+from .decode import decode
+from .draft import Drafts
 from .errors import ContextLengthError, GreaterError, LayoutError, SettingsError, WeightsError
 from .prefix import PrefixStore, frozen, is_out_of_memory
+from .sampling import Row, row_seed
 from .written import WrittenStates
 
 
@@ -96,7 +98,7 @@ class Engine:
         self._lock, self._tally_lock, self._depth = threading.RLock(), threading.Lock(), 0
         self._counters = Counters()
         self.prefixes = PrefixStore(model, self.tally, self._lock)
-        self.written = WrittenStates(self._lock)
+        self.written, self.drafts = WrittenStates(self._lock), Drafts()
         self.stop_token_ids = _stop_ids(model, tokenizer)
         # How to load the same weights in another process; None for weights that were handed in.
         self.origin: dict[str, str | None] | None = None
@@ -228,11 +230,6 @@ class Engine:
 
         One prefix is kept, the longest that was read, until the outermost block ends; all threads share it.
         Outside, every call reads for itself.
-
-        Example:
-            >>> with engine.shared_prefixes():  # doctest: +SKIP
-            ...     engine.generate(prompts, max_new_tokens=4)
-            ...     engine.generate(more_prompts_that_begin_alike, max_new_tokens=4)
         """
         return self.prefixes.open()
 
@@ -242,6 +239,16 @@ class Engine:
         They take memory, 2 GiB or a quarter of what an accelerator has free at most; the oldest go first.
         """
         return self.written.open()
+
+    @contextmanager
+    def drafting(self, written: Iterable[tuple[Sequence[int], Sequence[int]]]) -> Iterator[None]:
+        """Inside, rows are expected to write what was `written` after prompts like theirs (`draft`); only faster."""
+        with self._lock:
+            before, self.drafts = self.drafts, Drafts(written)
+        try:
+            yield
+        finally:
+            self.drafts = before
 
     def room(self, prompt_length: int) -> int | None:
         """How many tokens can be written after a prompt of this many; None when there is no limit.
@@ -313,6 +320,8 @@ class Engine:
         pad = next(iter(sorted(self.stop_token_ids)), 0) if pad is None else pad
         with self.exclusive(), self.shared_prefixes():
             waiting = [rows[i] for i in order]
+            for row in waiting if len(self.drafts) else []:
+                row.draft = self.drafts.guess(row.prompt)
             while waiting:
                 batches = -(-len(waiting) // self._batch_rows)
                 size = -(-len(waiting) // batches)  # even batches, no small rest

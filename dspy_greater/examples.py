@@ -103,6 +103,14 @@ class Examples:
             if len(each.token_ids) <= limit
         )
 
+    def drafts(self, instruction: str, row: RowOutcome) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Each call's prompt and what was written after it; where there is a gold value, it is the answer."""
+        found = self.sequences(instruction, row)
+        if self._field is None:
+            return [(each.token_ids[: each.written.start], each.token_ids[each.written.start :]) for each in found]
+        prompt = self._layout.prompt(instruction, row.inputs).token_ids
+        return [(prompt, each.token_ids[len(prompt) :]) for each in found if each.token_ids[: len(prompt)] == prompt]
+
     def fluency_sequence(self, instruction: str, row: RowOutcome) -> Supervised | None:
         """A sequence to read the instruction's likelihood from, and the gold answer's where there is one."""
         if self._field is not None:

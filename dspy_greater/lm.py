@@ -244,8 +244,8 @@ class LocalEngine:
         return PromptEncoder(self.engine.tokenizer)
 
     def _call(self, request: lm15.Request, on_text: Callable[[str], object] | None = None) -> _Call:
-        from .decode import row_seed
         from .engine import GenerationRequest
+        from .sampling import row_seed
 
         refuse_unsupported_features(request)
         tokenizer, config = self.engine.tokenizer, request.config

@@ -12,18 +12,17 @@ tokens, U predicted tokens that are the same for all, V vocabulary, d hidden siz
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 from torch.nn.functional import cross_entropy
 
 from dspy_greater.engine import Engine, EngineMemoryError
 from dspy_greater.errors import LayoutError, SettingsError
+from dspy_greater.output_layer import output_layer_sees_only
 from dspy_greater.prefix import Prefix, is_out_of_memory, shared_length
 
 RowT = TypeVar("RowT")
@@ -259,7 +258,7 @@ def logits_at(
     The logits that hidden states `before` [U, d] lead to come first. At least float32.
     """
     device = engine.model.get_input_embeddings().weight.device
-    with _output_layer_sees_only(engine.model, places, token_ids.shape, before) as narrowed:
+    with output_layer_sees_only(engine.model, places, token_ids.shape, before) as narrowed:
         logits: Tensor = engine.model(
             input_ids=token_ids.to(device),
             position_ids=position_ids.to(device),
@@ -270,35 +269,6 @@ def logits_at(
     engine.tally(forwards=1, prefilled_tokens=real, padded_tokens=token_ids.numel() - real, lm_head_rows=projected)
     logits = logits[0] if narrowed else logits[places]  # [U + R, V]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-@contextmanager
-def _output_layer_sees_only(
-    model: Any, places: tuple[Tensor, Tensor], shape: torch.Size, before: Tensor | None = None
-) -> Iterator[list[bool]]:
-    """Inside, the output layer maps [U, d] and [N, T, d] to [1, U + R, V]. Yields a list, not empty once it has.
-
-    A model without such a layer, or that feeds it something else, runs unchanged: the caller picks the places
-    from the full logits instead.
-    """
-    narrowed: list[bool] = []
-
-    def keep_places(_layer: Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not inputs or inputs[0].shape[:-1] != shape:
-            return None
-        narrowed.append(True)
-        kept = inputs[0][places]  # [R, d]
-        return ((kept if before is None else torch.cat([before, kept]))[None], *inputs[1:])  # [1, U + R, d]
-
-    layer = model.get_output_embeddings()
-    if layer is None:
-        yield narrowed
-        return
-    hook = layer.register_forward_pre_hook(keep_places)
-    try:
-        yield narrowed
-    finally:
-        hook.remove()
 
 
 def token_batches(lengths: Sequence[int], max_batch_tokens: int) -> list[list[int]]:

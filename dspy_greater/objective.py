@@ -175,6 +175,10 @@ class Objective:
             Reasoning(row, 1.0 - distinct[row, key].score, 1.0 / in_row[row], laid_out[row, key]) for row, key in usable
         ]
 
+    def drafts(self, current: Evaluation) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """After which prompts the predictor wrote what, up to a gold answer, as far as this evaluation tells."""
+        return [pair for row in current.rows if row.inputs for pair in self.examples.drafts(current.instruction, row)]
+
     def _under(self, current: Evaluation, key: tuple[int, str], row: RowOutcome) -> tuple[ReasonedSequence, ...]:
         """Laid out once for all instructions, whole; where that does not fit, for this one and shortened."""
         if key not in self._laid_out:

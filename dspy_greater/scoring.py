@@ -58,7 +58,7 @@ def score(
     ...     )
     ...     before = engine.counters.prefilled_tokens
     ...     score(engine, [row]).finite, engine.counters.prefilled_tokens - before
-    ((True,), 4)
+    ((True,), 5)
     """
     check_supervised(supervised, answer_temperature)
     with engine.exclusive(), torch.no_grad():

@@ -65,7 +65,7 @@ class Settings:
     answer_temperature: float = 0.2  # divides the logits of the answer tokens
     finalists: int = 3  # best instructions by training objective that are validated
     max_instruction_tokens: int = 64  # the instruction grows no longer than this; text that must stay does not count
-    max_batch_tokens: int = 4096  # rows x longest row of one teacher-forced batch: memory against speed
+    max_batch_tokens: int = 2048  # rows x longest row of one teacher-forced batch: memory against speed
     threads: int = 16  # concurrent rows where the LM is a server; in-process models batch all rows
     replayed: int = (
         24  # of the current reasonings, how many are read again; variant "whole", as all down to `acceptance`

@@ -36,8 +36,12 @@ TORCH_FAMILY = {"torch", "transformers", "tokenizers", "safetensors", "accelerat
 TOKEN_CORE = (
     "engine",
     "prefix",
-    "prefill",
+    "output_layer",
+    "sampling",
+    "draft",
+    "states",
     "written",
+    "prefill",
     "decode",
     "continuous",
     "weights",

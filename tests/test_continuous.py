@@ -22,9 +22,9 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 from dspy_greater import continuous
 from dspy_greater.continuous import ContinuousBatchingError, generate_rows, suits
-from dspy_greater.decode import Row
 from dspy_greater.engine import Engine, GenerationRequest
 from dspy_greater.prefix import is_out_of_memory
+from dspy_greater.sampling import Row
 
 PAGED = "page_size" in getattr(getattr(transformers, "ContinuousBatchingConfig", None), "__dataclass_fields__", ())
 needs_pages = pytest.mark.skipif(not PAGED, reason="this release of transformers has no pages of a chosen size")

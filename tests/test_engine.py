@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
-from dspy_greater import decode as decode_module
+from dspy_greater import sampling as decode_module
 from dspy_greater.engine import Counters, Engine, EngineMemoryError, GenerationRequest
 from dspy_greater.errors import ContextLengthError, LayoutError, WeightsError
 from dspy_greater.weights import shared_engine

@@ -206,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--time-limit", type=float, help="seconds after which no further repeat begins")
     parser.add_argument("--released-part", type=_count, metavar="B", help="time B batches of 9 rows and extrapolate")
     parser.add_argument("--arms", type=_arms, help=f"some of {','.join(ARMS)}; all, or ours with --scale")
-    parser.add_argument("--max-batch-tokens", type=_count, default=4096, help="of a padded batch that is not generated")
+    parser.add_argument("--max-batch-tokens", type=_count, default=2048, help="of a padded batch that is not generated")
     parser.add_argument("--dtype", type=_dtype, help="float32 on CPU, else bfloat16")
     parser.add_argument("--device", type=torch.device, help="cuda if there is one, else cpu")
     parser.add_argument("--threads", type=_count, help="of torch on the CPU")

@@ -1,7 +1,8 @@
 """What the search of this package does in one step, by the functions that it calls.
 
-The current instruction's reasoning is there from the step before; all candidates and rows are written in one
-go; the gradient stops at one embedding, and logits are made where a loss needs them.
+The current instruction's reasoning is there from the step before, and is the draft of the candidates'; all
+candidates and rows are written in one go; the gradient stops at one embedding, and logits are made where a loss
+needs them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from dspy_greater.scoring import score
 
 def step(engine: Engine, work: Work, clock: Clock) -> Step:
     """One step, our way."""
-    with engine.shared_prefixes(), engine.kept_rows():
+    left = zip(work.prompts(work.instruction), work.current_reasoning, strict=True)  # by the step before
+    with engine.shared_prefixes(), engine.kept_rows(), engine.drafting(left):
         return _step(engine, work, clock)
 
 

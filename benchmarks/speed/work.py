@@ -53,7 +53,7 @@ class Work:
     max_widening: int = 16
     answer_temperature: float = 0.2
     fluency_weight: float = 0.2
-    max_batch_tokens: int = 4096
+    max_batch_tokens: int = 2048
     seed: int = 0
     current_reasoning: tuple[tuple[int, ...], ...] = ()
 

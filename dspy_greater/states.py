@@ -1,0 +1,95 @@
+"""The key-value cache that decoding writes to: in place, and put together from parts that were read apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from .prefix import tokens_held
+
+_GROWTH_LEAST = 64  # tokens by which a cache grows at least
+
+
+Move = tuple[int, Sequence[int], Sequence[int], int]  # part, its rows, their new numbers, slots that they leave behind
+
+
+class InPlaceLayer(DynamicLayer):
+    """A growing cache layer that writes into a buffer instead of copying all earlier tokens every step.
+
+    The buffer grows by quarters up to `limit` tokens: a row may be allowed thousands of tokens and write
+    few, so the memory for all of them is not taken at once.
+    """
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self._limit = limit
+        self._buffers: tuple[Tensor, Tensor] | None = None  # two of [rows, heads, room, head size]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        stop = start + key_states.shape[-2]
+        if self._buffers is None or stop > self._buffers[0].shape[-2]:
+            self._buffers = (
+                self._grown(self.keys, key_states, start, stop),
+                self._grown(self.values, value_states, start, stop),
+            )
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:stop] = new
+        self.keys = self._buffers[0][:, :, :stop]
+        self.values = self._buffers[1][:, :, :stop]
+        return self.keys, self.values
+
+    @classmethod
+    def joined(cls, limit: int, parts: Sequence[Any], moves: Sequence[Move], slots: int) -> InPlaceLayer:
+        """One layer from the same layer of several parts: the states of each row end at the last of `slots`."""
+        layer, one, rows = cls(limit), parts[0], sum(len(numbers) for _, _, numbers, _ in moves)
+        if one.keys is None:  # some models share the states of other layers
+            return layer
+        layer.lazy_initialization(one.keys, one.values)
+        layer._buffers = (
+            layer._grown(None, one.keys[:1].expand(rows, -1, -1, -1), 0, slots),
+            layer._grown(None, one.values[:1].expand(rows, -1, -1, -1), 0, slots),
+        )
+        for part, leaving, numbers, behind in moves:
+            for buffer, states in zip(layer._buffers, (parts[part].keys, parts[part].values), strict=True):
+                kept = states.shape[-2] - behind
+                buffer[numbers, :, : slots - kept] = 0  # masked, and nan times zero would be nan
+                buffer[numbers, :, slots - kept : slots] = states[leaving, :, :kept]
+        layer.keys, layer.values = layer._buffers[0][:, :, :slots], layer._buffers[1][:, :, :slots]
+        return layer
+
+    def _grown(self, old: Tensor | None, new: Tensor, start: int, stop: int) -> Tensor:
+        rows, heads, _, size = new.shape
+        room = max(stop, min(self._limit, stop + max(_GROWTH_LEAST, stop // 4)))
+        buffer = new.new_empty(rows, heads, room, size)
+        if start and old is not None:
+            buffer[:, :, :start] = old
+        return buffer
+
+    def select(self, rows: Tensor, first: int) -> None:
+        """Keep these rows, without the slots before `first`."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[rows, :, first:], self.values[rows, :, first:]
+        self._buffers = None
+
+
+def new_cache(model: Any, limit: int) -> DynamicCache:
+    """A cache for this model and `limit` tokens, written in place where it need not forget any of them."""
+    cache = DynamicCache(config=model.config)
+    if limit <= tokens_held(cache):
+        cache.layers[:] = [InPlaceLayer(limit) for _ in cache.layers]
+    return cache
+
+
+def join(model: Any, limit: int, caches: Sequence[DynamicCache], moves: Sequence[Move], slots: int) -> DynamicCache:
+    """One cache for the rows of several, in place."""
+    joined = new_cache(model, limit)
+    for index in range(len(joined.layers)):
+        joined.layers[index] = InPlaceLayer.joined(limit, [each.layers[index] for each in caches], moves, slots)
+    return joined

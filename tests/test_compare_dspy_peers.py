@@ -26,17 +26,18 @@ from scripted_engine import SEED as PLANTED_SEED
 from scripted_engine import planted_engine, planted_rows, worth_of
 from scripted_text import Asked, chat_answer
 
-from benchmarks.harness.budget import Budget, BudgetSpent
+from benchmarks.harness.budget import Budget, BudgetSpent, Usage
 from benchmarks.harness.candidates import EvaluationWatch
 from benchmarks.harness.models import CountedEngine, MeteredLocalEngine, prompt_model
 from benchmarks.optimizers import Context, DescribeTask, make
 from benchmarks.optimizers.copro import Copro
 from benchmarks.optimizers.gepa import Gepa, with_feedback
 from benchmarks.optimizers.gradsum import GradSum
-from benchmarks.optimizers.greater import Greater, GreaterNoReasoning, GreaterPaper, RandomSearch
+from benchmarks.optimizers.greater import Greater, GreaterNoReasoning, GreaterPaper, RandomSearch, Recorder
 from benchmarks.optimizers.miprov2 import Mipro, MiproZeroShot
 from benchmarks.optimizers.simba import Simba
 from benchmarks.optimizers.textgrad import TextGrad
+from dspy_greater.run.events import Evaluation, RowOutcome, StepTaken
 from dspy_greater.settings import Settings
 
 SEED = "Answer the question."
@@ -434,3 +435,17 @@ def test_ours_finds_a_better_instruction_also_when_it_is_stopped(ours: Any, tmp_
     best = arena.budget.notebook.best(1)[0]
     assert best.rows == 8
     assert worth_of(best.candidate.instructions[0][1]) > worth_of(PLANTED_SEED)
+
+
+def test_a_search_whose_steps_call_no_program_ends_at_its_budget_too(tmp_path: Path) -> None:
+    arena = Arena(tmp_path, limit=100)
+    listener = Recorder(arena.context)
+    row = RowOutcome(0, 1.0, {}, {}, 1.0)
+    same = Evaluation((1,), "Think.", (row, row), 0.5, 1.0, 1.0, (0.5, 1.0))
+    step = StepTaken("predict", 0, 0, 1, (), same, "every candidate is known", {})
+    arena.budget.add_served(Usage(1, 99, 0))
+    listener(step)
+    arena.budget.add_served(Usage(1, 1, 0))
+    with pytest.raises(BudgetSpent):
+        listener(step)
+    assert [each.rows for each in arena.budget.notebook.best(2)] == [2]

@@ -233,3 +233,22 @@ def test_a_run_that_was_killed_gives_up_the_same_candidates_when_it_goes_on(earl
     resumed = compiled(Fickle(), variant=variant, log_dir=tmp_path)
     steps = [each.detailed_results.steps for each in (found, resumed)]
     assert list(map(repr, steps[0])) == list(map(repr, steps[1]))  # a loss that was not taken is NaN
+
+
+# --- what is at hand is used ---
+
+
+def test_drafts_and_kept_states_save_passes_and_change_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = compiled(planted_engine()).detailed_results
+    monkeypatch.setattr("dspy_greater.draft.Drafts.guess", lambda self, prompt: ())
+    monkeypatch.setattr("dspy_greater.written.WrittenStates.keep", lambda self, rows: None)
+    slow = compiled(planted_engine()).detailed_results
+    assert [step.chosen.instruction for step in fast.steps] == [step.chosen.instruction for step in slow.steps]
+    for one, other in zip(fast.steps, slow.steps, strict=True):
+        assert one.chosen.objective == pytest.approx(other.chosen.objective, rel=1e-5, abs=1e-9)
+        assert one.spent["generated_tokens"] == other.spent["generated_tokens"]
+        assert [each.token for each in one.candidates] == [each.token for each in other.candidates]
+    saved = {name: sum(step.spent[name] for step in slow.steps) for name in ("forwards", "prefilled_tokens")}
+    spent = {name: sum(step.spent[name] for step in fast.steps) for name in ("forwards", "prefilled_tokens")}
+    assert spent["forwards"] < 0.8 * saved["forwards"]
+    assert spent["prefilled_tokens"] < saved["prefilled_tokens"]

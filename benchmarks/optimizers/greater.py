@@ -96,6 +96,7 @@ class Recorder:
             for candidate in event.candidates:
                 self._evaluated(event.predictor, candidate.evaluation)
             self._evaluated(event.predictor, event.chosen)
+            self._budget.check()  # a step whose candidates were all known called no program, and still cost tokens
         elif isinstance(event, Validated):
             self._found[event.predictor] = event.winner
 

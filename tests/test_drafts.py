@@ -1,0 +1,172 @@
+"""A draft saves forward passes and changes nothing: neither what is written nor what is kept of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dspy_greater.draft import MOST_CHANGED, Drafts, changed
+from dspy_greater.engine import Counters, Engine, Generation, GenerationRequest
+from tests.test_scoring import Full
+from tests.tiny_models import tiny_model, tiny_tokenizer
+
+KINDS = ["llama", "qwen2", "gemma2"]
+VOCABULARY, LENGTH = 512, 14
+WIDE: dict[str, Any] = {"gemma2": {"sliding_window": 128}}
+
+
+def build(kind: Any = "llama", **options: Any) -> Engine:
+    model = tiny_model(kind, VOCABULARY, torch.float32, **WIDE.get(kind, {}))
+    return Engine(model, tiny_tokenizer(), name="tiny", **options)
+
+
+def prompts(count: int = 7, seed: int = 0) -> list[tuple[int, ...]]:
+    rng = random.Random(seed)
+    return [tuple(rng.randrange(13, VOCABULARY) for _ in range(rng.randrange(3, 30))) for _ in range(count)]
+
+
+def asked(rows: Sequence[tuple[int, ...]], **options: Any) -> list[GenerationRequest]:
+    return [GenerationRequest(row, LENGTH, seed=number, **options) for number, row in enumerate(rows)]
+
+
+def written_with(
+    engine: Engine, requests: Sequence[GenerationRequest], drafts: Sequence[Sequence[int]]
+) -> tuple[list[Generation], Counters]:
+    before = engine.counters
+    with engine.drafting((request.prompt, draft) for request, draft in zip(requests, drafts, strict=True)):
+        found = engine.complete(requests)
+    return found, engine.counters - before
+
+
+def spoiled(texts: Sequence[Sequence[int]], at: int) -> list[tuple[int, ...]]:
+    """The texts with another token at one place."""
+    return [
+        (*text[:at], (text[at] + 1) % VOCABULARY, *text[at + 1 :]) if at < len(text) else (*text,) for text in texts
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.9}, {"temperature": 1.3, "top_p": 0.8}])
+def test_rows_write_the_same_with_right_half_right_and_wrong_drafts(kind: Any, options: dict[str, Any]) -> None:
+    engine = build(kind)
+    requests = asked(prompts(), **options)
+    expected = engine.complete(requests)
+    texts = [each.token_ids for each in expected]
+    for drafts in (texts, spoiled(texts, 0), spoiled(texts, 5), [text[:4] for text in texts], [(1,) * 40] * len(texts)):
+        found, _ = written_with(engine, requests, drafts)
+        assert found == expected
+
+
+def test_a_draft_that_comes_true_costs_one_pass_and_a_wrong_one_as_many_as_none() -> None:
+    engine = build()
+    requests = asked(prompts(), stop_token_ids=())
+    before = engine.counters
+    expected = engine.complete(requests)
+    plain = engine.counters - before
+    texts = [each.token_ids for each in expected]
+    _, right = written_with(engine, requests, texts)
+    _, wrong = written_with(engine, requests, spoiled(texts, 0))
+    reading = plain.forwards - (LENGTH - 1)
+    assert right.forwards == reading
+    assert wrong.forwards == plain.forwards
+    assert right.generated_tokens == wrong.generated_tokens == plain.generated_tokens == LENGTH * len(requests)
+    # What was read for nothing is charged like a prompt.
+    assert right.prefilled_tokens == plain.prefilled_tokens
+    assert wrong.prefilled_tokens == plain.prefilled_tokens + (LENGTH - 1) * len(requests)
+
+
+def test_a_row_ends_inside_its_draft_where_it_would_have_ended_without() -> None:
+    engine = build()
+    requests = asked(prompts())
+    texts = [each.token_ids for each in engine.complete([*asked(prompts(), stop_token_ids=())])]
+    stops = tuple({text[row] for row, text in enumerate(texts)})  # every row meets one of them early
+    ending = [GenerationRequest(each.prompt, LENGTH, stop_token_ids=stops) for each in requests]
+    expected = engine.complete(ending)
+    assert any(each.finish_reason == "stop" and len(each.token_ids) < LENGTH for each in expected)
+    found, _ = written_with(engine, ending, texts)
+    assert found == expected
+
+
+def test_a_callback_hears_of_drafted_tokens_in_order_and_may_end_the_row() -> None:
+    engine = build()
+    [prompt] = prompts(1)
+    [text] = [each.token_ids for each in engine.generate([prompt], max_new_tokens=LENGTH, stop_token_ids=())]
+    heard: list[int] = []
+
+    def listen(_row: int, token: int) -> bool:
+        heard.append(token)
+        return len(heard) == 5
+
+    with engine.drafting([(prompt, text)]):
+        [found] = engine.generate([prompt], max_new_tokens=LENGTH, stop_token_ids=(), on_token=listen)
+    assert tuple(heard) == found.token_ids == text[:5] and found.finish_reason == "stop"
+
+
+def test_a_row_that_lack_of_memory_interrupts_goes_on_with_the_rest_of_its_draft() -> None:
+    model = Full(tiny_model("llama", VOCABULARY, torch.float32), most=64)
+    engine = Engine(model, tiny_tokenizer(), name="full", max_batch_rows=8)
+    requests = asked(prompts(8), stop_token_ids=())
+    expected = engine.complete(requests)
+    model.most = 3
+    found, _ = written_with(engine, requests, spoiled([each.token_ids for each in expected], 6))
+    assert found == expected and engine.max_batch_rows <= 4
+
+
+def test_a_model_that_forgets_what_leaves_its_window_is_given_no_drafts() -> None:
+    model = tiny_model("gemma2", VOCABULARY, torch.float32, sliding_window=16)
+    engine = Engine(model, tiny_tokenizer(), name="tiny")
+    requests = asked(prompts(), stop_token_ids=())
+    before = engine.counters
+    expected = engine.complete(requests)
+    plain = engine.counters - before
+    found, costs = written_with(engine, requests, [each.token_ids for each in expected])
+    assert (found, costs) == (expected, plain)
+
+
+def test_drafts_end_with_their_block_also_when_it_fails() -> None:
+    engine = build()
+
+    def fail() -> None:
+        with engine.drafting([((1, 2), (3,))]):
+            assert len(engine.drafts) == 1
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert len(engine.drafts) == 0
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30).map(tuple), max_size=8, unique=True), st.data())
+def test_the_draft_is_of_the_prompt_that_ends_most_like_the_one_asked_about(
+    known: list[tuple[int, ...]], data: Any
+) -> None:
+    wanted = tuple(data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=30)))
+    drafts = Drafts((prompt, (number,)) for number, prompt in enumerate(known))
+    found = drafts.guess(wanted)
+    if not found:
+        return
+
+    def ending(prompt: tuple[int, ...]) -> int:
+        pairs = zip(reversed(prompt), reversed(wanted), strict=False)
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(prompt), len(wanted)))
+
+    chosen = known[found[0]]
+    assert changed(chosen, wanted) <= MOST_CHANGED
+    assert ending(chosen) == max(map(ending, known)) or changed(chosen, wanted) <= min(
+        changed(each, wanted) for each in known if ending(each) == max(map(ending, known))
+    )
+
+
+def test_prompts_that_differ_in_more_than_an_edit_have_no_draft() -> None:
+    head, tail = tuple(range(20)), tuple(range(100, 120))
+    drafts = Drafts([((*head, *[7] * MOST_CHANGED, *tail), (1,))])
+    assert drafts.guess((*head, *[8] * MOST_CHANGED, *tail)) == (1,)
+    assert drafts.guess((*head, *[8] * (MOST_CHANGED + 1), *tail)) == ()
+    assert drafts.guess(head) == () and Drafts().guess(head) == ()

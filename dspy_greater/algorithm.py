@@ -113,7 +113,7 @@ def take_step(
         gradient, selected = None, _at_random(edits, settings, random_seed, predictor, state)
     else:
         gradient = _differentiate(objective, current, position, list(edits), settings)
-        selected = gradient.most_negative(settings.selections) if gradient else ()
+        selected = gradient.most_negative(settings.most_tried) if gradient else ()
     evaluated = objective.evaluate([edits[token] for token in selected], beat=state.to_beat(current, settings))
     selection = select(current, evaluated)
 
@@ -188,7 +188,7 @@ def _at_random(
     edits: Iterable[int], settings: Settings, random_seed: int, predictor: str, state: SearchState
 ) -> list[int]:
     tokens = list(edits)
-    return step_random(random_seed, predictor, state.step).sample(tokens, min(settings.selections, len(tokens)))
+    return step_random(random_seed, predictor, state.step).sample(tokens, min(settings.most_tried, len(tokens)))
 
 
 def _told(

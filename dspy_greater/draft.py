@@ -42,9 +42,9 @@ class Drafts:
         wanted = tuple(prompt)
         place = bisect.bisect_left(self._reversed, wanted[::-1])
         # The longest common ending stands next to it in this order.
-        near = [each[::-1] for each in self._reversed[max(0, place - 1) : place + 1]]
-        found = [(changed(each, wanted), self._written[each]) for each in near]
-        return min((each for each in found if each[0] <= MOST_CHANGED), default=(0, ()))[1]
+        near = self._reversed[max(0, place - 1) : place + 1]
+        alike = max(near, key=lambda each: shared_length([each, wanted[::-1]]), default=())[::-1]
+        return self._written[alike] if alike and changed(alike, wanted) <= MOST_CHANGED else ()
 
 
 def changed(one: Tokens, other: Tokens) -> int:

@@ -234,10 +234,7 @@ class Engine:
         return self.prefixes.open()
 
     def kept_rows(self) -> AbstractContextManager[None]:
-        """Inside, the states of rows that were written are kept, for `scoring.score` to go on from.
-
-        They take memory, 2 GiB or a quarter of what an accelerator has free at most; the oldest go first.
-        """
+        """Inside, the states of rows that were written are kept, at most 2 GiB, for `scoring.score` to go on from."""
         return self.written.open()
 
     @contextmanager

@@ -33,6 +33,7 @@ class Examples:
     ) -> None:
         self._layout, self._site, self._field = layout, site, field
         self._rows, self._limit = tuple(rows), context_length
+        self._tails: dict[str, int] = {}  # inputs of a call -> tokens of its prompt behind the instruction
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -103,13 +104,15 @@ class Examples:
             if len(each.token_ids) <= limit
         )
 
-    def drafts(self, instruction: str, row: RowOutcome) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Each call's prompt and what was written after it; where there is a gold value, it is the answer."""
-        found = self.sequences(instruction, row)
+    def prompt_length(self, sequence: ReasonedSequence, instruction: str, row: RowOutcome) -> int:
+        """How many tokens of a sequence of the row are its prompt; the rest the predictor wrote, or the gold value."""
         if self._field is None:
-            return [(each.token_ids[: each.written.start], each.token_ids[each.written.start :]) for each in found]
-        prompt = self._layout.prompt(instruction, row.inputs).token_ids
-        return [(prompt, each.token_ids[len(prompt) :]) for each in found if each.token_ids[: len(prompt)] == prompt]
+            return sequence.written.start
+        inputs = repr(row.inputs)
+        if inputs not in self._tails:
+            prompt = self._layout.prompt(instruction, row.inputs)
+            self._tails[inputs] = len(prompt.token_ids) - prompt.instruction.stop
+        return sequence.instruction.stop + self._tails[inputs]
 
     def fluency_sequence(self, instruction: str, row: RowOutcome) -> Supervised | None:
         """A sequence to read the instruction's likelihood from, and the gold answer's where there is one."""

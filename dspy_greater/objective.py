@@ -177,7 +177,12 @@ class Objective:
 
     def drafts(self, current: Evaluation) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """After which prompts the predictor wrote what, up to a gold answer, as far as this evaluation tells."""
-        return [pair for row in current.rows if row.inputs for pair in self.examples.drafts(current.instruction, row)]
+        found: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+        for row in (row for row in current.rows if row.inputs):
+            for each in self._under(current, (row.row, written_key(row)), row):
+                stop = self.examples.prompt_length(each, current.instruction, row)
+                found.append((each.token_ids[:stop], each.token_ids[stop:]))
+        return found
 
     def _under(self, current: Evaluation, key: tuple[int, str], row: RowOutcome) -> tuple[ReasonedSequence, ...]:
         """Laid out once for all instructions, whole; where that does not fit, for this one and shortened."""

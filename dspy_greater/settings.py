@@ -59,7 +59,7 @@ class Settings:
     proposal_rows: int = 5  # q of equation 4: rows whose top k are intersected
     proposal_draws: int = 4  # how many such intersections are united
     minimum_candidates: int = 6  # k is widened until as many legal candidates survive
-    selections: int = 3  # μ: candidates that are tried with reasoning of their own
+    selections: int | None = None  # μ: candidates that are tried with reasoning of their own; None: `most_tried`
     fluency_weight: float = 0.2  # λ of equation 6
     score_fluency_weight: float = 0.02  # nats per token against mistakes when candidates are compared
     answer_temperature: float = 0.2  # divides the logits of the answer tokens
@@ -98,8 +98,8 @@ class Settings:
         """Raises `SettingsError` when a value is out of range."""
         self._check_choices()
         check_whole_numbers(self, _AT_LEAST)
-        if self.max_generated_tokens is not None:
-            check_whole_numbers(self, {"max_generated_tokens": 1})
+        optional = {name: 1 for name in ("max_generated_tokens", "selections") if getattr(self, name) is not None}
+        check_whole_numbers(self, optional)
         for name in _NOT_NEGATIVE:
             value = getattr(self, name)
             if not _is_finite(value) or value < 0:
@@ -136,6 +136,11 @@ class Settings:
     def loss_first(self) -> bool:
         """Whether instructions are compared by the gold answers' cross-entropy before their mistakes."""
         return self.variant == "whole" and self.acceptance == "loss"
+
+    @property
+    def most_tried(self) -> int:
+        """μ. The paper has 3; a forecast that comes true needs one, which at equal cost is three times the steps."""
+        return self.selections or (1 if self.variant == "whole" else 3)
 
     @property
     def ranking(self) -> Estimator:
@@ -202,7 +207,6 @@ _AT_LEAST = {
     "proposal_rows": 1,
     "proposal_draws": 1,
     "minimum_candidates": 1,
-    "selections": 1,
     "finalists": 1,
     "max_instruction_tokens": 1,
     "max_batch_tokens": 1,

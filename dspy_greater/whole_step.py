@@ -125,7 +125,7 @@ def _term(reasonings: Sequence[Reasoning], settings: Settings) -> Term:
 
 def _shortlist(verdicts: Verdicts, settings: Settings, random: Random) -> list[_Verdict]:
     """The best by slope, kinds in turn: slopes of different kinds cannot be compared."""
-    size = max(settings.rescored, settings.selections)
+    size = max(settings.rescored, settings.most_tried)
     if settings.ranking == "random":
         return random.sample(list(verdicts.values()), min(size, len(verdicts)))
     kinds = ("replace", "insert", "delete")
@@ -173,7 +173,7 @@ def _likelihoods(objective: Objective, reasonings: Sequence[Reasoning], settings
 def _most_promising(verdicts: Verdicts, state: SearchState, settings: Settings) -> list[_Verdict]:
     """At most μ candidates; only those that promise an improvement, once forecasts have proven themselves."""
     # A stable sort: without forecasts the order of the shortlist counts, by slope or random.
-    ranked = sorted(verdicts.values(), key=_by_forecast)[: settings.selections]
+    ranked = sorted(verdicts.values(), key=_by_forecast)[: settings.most_tried]
     came_true = [pair for pair in state.predictions if all(map(math.isfinite, (pair[0], *pair[1])))]
     trusted = len(came_true) >= _ENOUGH and spearman(*zip(*came_true, strict=True)) >= _TRUSTED
     promising = [each for each in ranked if each.forecast is not None and each.forecast.change < 0]

@@ -191,7 +191,7 @@ class Slow:
                 current = self.evaluate(next(iter(proposed)))
             edits = {text: ids[position] for text, (ids, _) in proposed.items() if text != current.instruction}
             slopes = self.slopes(current, position, list(edits.values())) if edits else {}
-            order = sorted(edits, key=lambda text: slopes[edits[text]])[: self.settings.selections]
+            order = sorted(edits, key=lambda text: slopes[edits[text]])[: self.settings.most_tried]
             evaluated = [self.evaluate(text) for text in order]
             for each in evaluated:
                 if each.objective < current.objective:

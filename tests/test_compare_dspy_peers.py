@@ -394,7 +394,7 @@ GREATER: dict[str, Callable[..., Any]] = {
     "greater-no-reasoning": GreaterNoReasoning,
     "random-search": RandomSearch,
 }
-QUICK = {"auto": None, "steps": 3, "train_rows": 8, "validation_rows": 8}
+QUICK = {"auto": None, "steps": 3, "train_rows": 8, "validation_rows": 8, "selections": 3}
 
 
 @pytest.fixture(

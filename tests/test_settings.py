@@ -12,7 +12,7 @@ from dspy_greater.settings import Settings
 
 def test_without_a_preset_the_settings_are_the_papers() -> None:
     paper = Settings.of(None, variant="paper")
-    assert (paper.steps, paper.top_k, paper.proposal_rows, paper.fluency_weight, paper.selections) == (
+    assert (paper.steps, paper.top_k, paper.proposal_rows, paper.fluency_weight, paper.most_tried) == (
         105,
         10,
         5,
@@ -21,6 +21,11 @@ def test_without_a_preset_the_settings_are_the_papers() -> None:
     )
     assert paper == Settings(variant="paper")
     assert Settings.of(None) == Settings() and Settings().variant == "whole"
+
+
+def test_how_many_candidates_are_tried_depends_on_the_variant_unless_it_is_said() -> None:
+    assert (Settings().most_tried, Settings(variant="paper").most_tried) == (1, 3)
+    assert (Settings(selections=4).most_tried, Settings(variant="paper", selections=1).most_tried) == (4, 1)
 
 
 def test_a_preset_costs_less_than_the_next_one() -> None:

@@ -62,7 +62,7 @@ class Fickle(ScriptedEngine):
 
 def compiled(engine: Any, *, instruction: str = SEED, **settings: Any) -> Any:
     program = program_on(engine, instruction=instruction)
-    options = {"steps": 4, "train_rows": N, "validation_rows": 4, "finalists": 2, **settings}
+    options = {"steps": 4, "train_rows": N, "validation_rows": 4, "finalists": 2, "selections": 3, **settings}
     return optimizer(**options).compile(program, ROWS, valset=VALIDATION)
 
 

@@ -59,7 +59,7 @@ def searching(
     """An objective, the state before its first step, and the settings."""
     program = program_on(engine or planted_engine(), instruction=instruction)
     [site] = predictors_of(program)
-    settings = Settings(**knobs)
+    settings = Settings(**{"selections": 3, **knobs})
     objective = Objective(
         program=program,
         site=site,

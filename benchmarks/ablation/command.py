@@ -28,7 +28,7 @@ from .table import table
 from .variants import SWEEPS, VARIANTS
 
 _STEPS = 150  # where nothing new can be generated, the budget alone would not end a search
-_TRAIN, _VALIDATION, _TEST = 24, 50, 100
+_TRAIN, _VALIDATION, _TEST = 50, 50, 100
 
 
 def main(argv: Sequence[str]) -> int:
@@ -88,7 +88,7 @@ def _searched(task: str, seed: int, name: str, arguments: argparse.Namespace) ->
     student = with_instruction(dspy.ChainOfThought("question -> answer"), "predict", variant.instruction)
     optimizer = GReaTerTeleprompter(
         metric=exact_match,
-        auto="light",
+        auto=None,
         seed=seed,
         steps=_STEPS,
         max_generated_tokens=arguments.generated_tokens,

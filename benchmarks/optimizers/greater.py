@@ -1,7 +1,7 @@
 """This package's own optimizer, in the variants that the comparison tells apart.
 
-- `greater`: `GReaTerTeleprompter` as it comes, its default variant and preset, but with the paper's 105 steps instead
-  of the preset's 20, so that the budget ends the search and not the preset.
+- `greater`: `GReaTerTeleprompter` in its default variant and at the paper's sizes (`auto=None`: 105 steps, 50 rows), so
+  that the budget ends the search and not a preset.
 - `greater-paper`: Algorithm 1 of GReaTer (arXiv 2412.09722) with the paper's values.
 - `greater-no-reasoning`: the paper's ablation. It is `greater-paper` in all but the gradient, which is taken of the
   answer alone, without the reasoning before it.
@@ -24,8 +24,6 @@ from dspy_greater.run.events import Evaluation, Event, SearchStarted, StepTaken,
 
 from .optimizer import Context
 
-PAPER_STEPS = 105
-
 
 class Greater:
     """Gradients over reasoning, as this package does them by default.
@@ -35,8 +33,8 @@ class Greater:
     """
 
     name = "greater"
-    about = "GReaTerTeleprompter, default variant and preset; 105 steps, so that the budget ends it"
-    defaults: dict[str, Any] = {"steps": PAPER_STEPS}
+    about = "GReaTerTeleprompter, default variant, at the paper's sizes: 105 steps, 50 rows; the budget ends it"
+    defaults: dict[str, Any] = {"auto": None}
 
     def __init__(self, **settings: Any) -> None:
         self._settings = {**self.defaults, **settings}

@@ -7,26 +7,40 @@ from typing import Any
 
 from benchmarks.fidelity.table import interval
 
+BASELINE = "whole"  # the default, which the others are compared with
+
 
 def table(cells: Sequence[dict[str, Any]]) -> str:
     """Markdown: a row per variant, best mean first; cells that failed are counted."""
     tasks = list(dict.fromkeys(cell["task"] for cell in cells))
     names = list(dict.fromkeys(cell["variant"] for cell in cells))
     done = {name: [cell for cell in cells if cell["variant"] == name and "accuracy" in cell] for name in names}
-    lines = [
-        f"| variant | mean, %, 95 % interval over searches | {' | '.join(tasks)} | searches | steps | failed |",
-        f"| --- | --- | {' | '.join('---' for _ in tasks)} | --- | --- | --- |",
-    ]
+    head = ["variant", "mean, %, 95 % interval over searches", *tasks, f"{BASELINE} is better by", "searches", "steps"]
+    lines = [f"| {' | '.join(head)} | failed |", f"|{' --- |' * (len(head) + 1)}"]
     for name in sorted(names, key=lambda name: -_mean([cell["accuracy"] for cell in done[name]])):
         found = done[name]
         mean, low, high = interval([100 * cell["accuracy"] for cell in found])
         by_task = [_mean([100 * cell["accuracy"] for cell in found if cell["task"] == task]) for task in tasks]
+        lead = "" if name == BASELINE else _lead(done.get(BASELINE, []), found)
+        steps = _mean([cell["steps"] for cell in found])
         failed = sum(cell["variant"] == name and "error" in cell for cell in cells)
+        accuracies = " | ".join(f"{each:.1f}" for each in by_task)
         lines.append(
-            f"| {name} | {mean:.1f} ({low:.1f} to {high:.1f}) | {' | '.join(f'{each:.1f}' for each in by_task)} "
-            f"| {len(found)} | {_mean([cell['steps'] for cell in found]):.0f} | {failed} |"
+            f"| {name} | {mean:.1f} ({low:.1f} to {high:.1f}) | {accuracies} | {lead} | {len(found)} | {steps:.0f} "
+            f"| {failed} |"
         )
     return "\n".join(lines)
+
+
+def _lead(baseline: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> str:
+    """Points by which the baseline is ahead on the same rows, with a 95 % interval over pairs of searches."""
+    theirs = {(cell["task"], cell["seed"]): cell["accuracy"] for cell in found}
+    shared = [(cell["accuracy"], theirs.get((cell["task"], cell["seed"]))) for cell in baseline]
+    leads = [100 * (mine - other) for mine, other in shared if other is not None]
+    if not leads:
+        return "-"
+    mean, low, high = interval(leads)
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def _mean(values: Sequence[float]) -> float:

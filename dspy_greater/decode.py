@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .prefill import Prefilled, parts_of, prefill
-from .prefix import PrefixStore, Tally, tokens_held
+from .prefix import PrefixStore, Tally
 from .sampling import Row, choose
 from .states import InPlaceLayer, Move, join
 from .written import Places, WrittenRows, WrittenStates, slot_mask
@@ -73,7 +73,8 @@ class _Batch:
         lengths = [len(row.context) + len(row.expected) for row in self.rows]
         # Drafts need no room of their own at the end, but may leave unused slots in the middle of a part.
         self._capacity = max(lengths) + max(row.max_new_tokens - len(row.written) for row in self.rows)
-        plain = self._capacity <= prefixes.reach
+        self._reach = prefixes.reach
+        plain = self._capacity <= self._reach
         if not plain:
             for row in self.rows:
                 row.draft = ()
@@ -112,7 +113,8 @@ class _Batch:
 
     def _joined(self, read: Sequence[Prefilled], going: Sequence[tuple[int, int]], slots: int) -> DynamicCache:
         """One cache for the rows that go on, without what was read of drafts for nothing."""
-        if len(read) == 1 and len(going) == len(read[0].rows) and not any(read[0].rejected):
+        as_read = [j for _, j in going] == list(range(len(read[0].rows))) and not any(read[0].rejected)
+        if len(read) == 1 and as_read:
             return read[0].cache
         together: dict[tuple[int, int], tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
         for number, (part, j) in enumerate(going):
@@ -128,7 +130,7 @@ class _Batch:
         pairs = zip(self.rows, live, strict=True)
         newest = [[row.written[-1] if alive else self._pad] for row, alive in pairs]
         self._length += 1
-        self._positions = self._positions + 1
+        self._positions = self._positions + torch.tensor(live, device=self._device)[:, None]
         output = self.model(
             input_ids=torch.tensor(newest, device=self._device),
             attention_mask=self._mask[:, : self._length],
@@ -153,7 +155,7 @@ class _Batch:
 
     def _keep(self, rows: Sequence[int]) -> None:
         """Let the others go, and with them the slots that only they had used."""
-        indices, first = torch.tensor(rows, device=self._device), min(self._places[row].first for row in rows)
+        indices, first = torch.tensor(rows), min(self._places[row].first for row in rows)
         if all(isinstance(layer, InPlaceLayer) for layer in self.cache.layers):
             for layer in self.cache.layers:
                 layer.select(indices, first)  # pyright: ignore[reportAttributeAccessIssue]
@@ -180,10 +182,12 @@ class _Batch:
             return
         held: list[Any] = list(cache.layers)
         filled = all(getattr(layer, "keys", None) is not None and layer.keys.shape[-2] == slots for layer in held)
-        if not filled or self._capacity > tokens_held(DynamicCache(config=self.model.config)):
+        if not filled or self._capacity > self._reach:
             return
-        index = torch.tensor(finished, device=self._device)
-        everyone = len(finished) == len(rows)
+        bytes_of_row = sum(each.numel() // len(each) * each.element_size() for x in held for each in (x.keys, x.values))
+        if not self._written.make_room(bytes_of_row * len(finished), held[0].keys.device):
+            return
+        index, everyone = torch.tensor(finished), len(finished) == len(rows)
         self._written.keep(
             WrittenRows(
                 # The last token that a row wrote may not have been read.

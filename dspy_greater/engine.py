@@ -8,9 +8,8 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,36 +21,12 @@ from .decode import decode
 from .draft import Drafts
 from .errors import ContextLengthError, GreaterError, LayoutError, SettingsError, WeightsError
 from .prefix import PrefixStore, frozen, is_out_of_memory
-from .sampling import Row, row_seed
+from .sampling import Generation, GenerationRequest, Row, row_seed
 from .written import WrittenStates
 
 
 class EngineMemoryError(GreaterError, MemoryError):
     """One row alone does not fit into memory."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What was written for one prompt: `token_ids` without the stop token, and why it ended."""
-
-    token_ids: tuple[int, ...]
-    finish_reason: Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """One prompt with its own sampling settings; `Engine.complete` takes a mixed batch of them.
-
-    `on_token` is called with every written token; a true answer ends the row after that token.
-    """
-
-    prompt: tuple[int, ...]
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    stop_token_ids: tuple[int, ...] | None = None
-    on_token: Callable[[int], bool | None] | None = None
 
 
 class Engine:
@@ -98,7 +73,8 @@ class Engine:
         self._lock, self._tally_lock, self._depth = threading.RLock(), threading.Lock(), 0
         self._counters = Counters()
         self.prefixes = PrefixStore(model, self.tally, self._lock)
-        self.written, self.drafts = WrittenStates(self._lock), Drafts()
+        self.written = WrittenStates(self._lock)
+        self._drafting: list[Drafts] = []
         self.stop_token_ids = _stop_ids(model, tokenizer)
         # How to load the same weights in another process; None for weights that were handed in.
         self.origin: dict[str, str | None] | None = None
@@ -240,12 +216,19 @@ class Engine:
     @contextmanager
     def drafting(self, written: Iterable[tuple[Sequence[int], Sequence[int]]]) -> Iterator[None]:
         """Inside, rows are expected to write what was `written` after prompts like theirs (`draft`); only faster."""
+        own = Drafts(written)
         with self._lock:
-            before, self.drafts = self.drafts, Drafts(written)
+            self._drafting.append(own)
         try:
             yield
         finally:
-            self.drafts = before
+            with self._lock:
+                self._drafting.remove(own)
+
+    @property
+    def drafts(self) -> Drafts:
+        """Those of the innermost block."""
+        return self._drafting[-1] if self._drafting else Drafts()
 
     def room(self, prompt_length: int) -> int | None:
         """How many tokens can be written after a prompt of this many; None when there is no limit.
@@ -317,8 +300,9 @@ class Engine:
         pad = next(iter(sorted(self.stop_token_ids)), 0) if pad is None else pad
         with self.exclusive(), self.shared_prefixes():
             waiting = [rows[i] for i in order]
-            for row in waiting if len(self.drafts) else []:
-                row.draft = self.drafts.guess(row.prompt)
+            drafts = self.drafts
+            for row in waiting if len(drafts) else []:
+                row.draft = drafts.guess(row.prompt)
             while waiting:
                 batches = -(-len(waiting) // self._batch_rows)
                 size = -(-len(waiting) // batches)  # even batches, no small rest
@@ -356,10 +340,13 @@ class Engine:
             failure = str(error).splitlines()[0]
         else:
             return True
+        kept = self.written.bytes
         self.prefixes.drop()
         self.written.drop()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        if kept:
+            return False  # what was kept may have been too much, and not the batch
         if len(batch) == 1:
             raise EngineMemoryError(
                 f"One row alone does not fit into the memory of {self.device} beside {self.name!r} "

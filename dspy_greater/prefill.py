@@ -69,12 +69,14 @@ def prefill(
         prefix.fill(cache.layers, len(contexts))  # pyright: ignore[reportArgumentType]
     own = [(*context[shared:], *draft) for context, draft in zip(contexts, drafts, strict=True)]
     logits, pads = _read(model, own, [len(draft) + 1 for draft in drafts], cache, shared, pad, tally)
+    tally(prefilled_tokens=sum(map(len, own)), padded_tokens=sum(pads))
     before = sum(len(row.written) for row in mine)
-    came_true = _follow(mine, drafts, logits)
-    generated = sum(len(row.written) for row in mine) - before
+    try:
+        came_true = _follow(mine, drafts, logits)
+    finally:
+        tally(generated_tokens=sum(len(row.written) for row in mine) - before)
+    tally(prefilled_tokens=-sum(came_true))  # it was generated; the rest of a draft was read for nothing
     rejected = [len(draft) - true for draft, true in zip(drafts, came_true, strict=True)]
-    read = sum(map(len, own)) - sum(came_true)  # a draft that came true is generated, another was read for nothing
-    tally(prefilled_tokens=read, generated_tokens=generated, padded_tokens=sum(pads))
     return Prefilled(
         part.rows,
         tuple(Places(0, shared, each) for each in pads),

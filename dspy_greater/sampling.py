@@ -16,6 +16,30 @@ from torch import Tensor
 _NOISE_BLOCK = 64
 
 
+@dataclass(frozen=True)
+class Generation:
+    """What was written for one prompt: `token_ids` without the stop token, and why it ended."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One prompt with its own sampling settings; `Engine.complete` takes a mixed batch of them.
+
+    `on_token` is called with every written token; a true answer ends the row after that token.
+    """
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] | None = None
+    on_token: Callable[[int], bool | None] | None = None
+
+
 @dataclass
 class Row:
     """One sequence on its way: what it reads, how it is sampled, and what it has written so far."""

@@ -107,14 +107,15 @@ def _continued(engine: Engine, answer_temperature: float, batch: Sequence[Known]
     known = [found.known for _, found in batch]
     rest = [tuple(each.token_ids[found.known :]) for each, found in batch]
     token_ids, steps = right_padded(rest)  # [n, T]
-    real = steps < torch.tensor([len(each) for each in rest])[:, None]
+    length = torch.tensor([len(each) for each in rest])[:, None]
+    real = steps < length
     mask = torch.cat([states.mask(rows, known), real.long()], 1)  # [n, S + T]
     asked = [(row, at) for row, (each, _) in enumerate(batch) for at in range(each.answer.start, each.answer.stop)]
     row, at = torch.tensor(asked).unbind(1)  # [R]
     logits = logits_at(
         engine,
         token_ids,
-        torch.tensor(known)[:, None] + steps,
+        torch.tensor(known)[:, None] + torch.minimum(steps, length - 1),
         (row, at - 1 - torch.tensor(known)[row]),
         real=int(real.sum()),
         attention_mask=mask.to(engine.device),

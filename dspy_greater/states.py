@@ -88,8 +88,10 @@ def new_cache(model: Any, limit: int) -> DynamicCache:
 
 
 def join(model: Any, limit: int, caches: Sequence[DynamicCache], moves: Sequence[Move], slots: int) -> DynamicCache:
-    """One cache for the rows of several, in place."""
+    """One cache for the rows of several, in place; it takes the layers out of these, to need less memory."""
     joined = new_cache(model, limit)
     for index in range(len(joined.layers)):
         joined.layers[index] = InPlaceLayer.joined(limit, [each.layers[index] for each in caches], moves, slots)
+        for each in caches:
+            each.layers[index] = DynamicLayer()
     return joined

@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicLayer
 from .prefix import shared_length
 
 MOST_BYTES = 2 << 30  # of states; the oldest go first
-_SHARE_OF_DEVICE = 0.25  # of what is free on an accelerator
+_SHARE_OF_DEVICE = 0.1  # of an accelerator's memory
 
 
 @dataclass(frozen=True)
@@ -142,16 +142,21 @@ class WrittenStates:
         with self._lock:
             self._kept, self._sorted = [], None
 
-    def keep(self, rows: WrittenRows) -> None:
-        """Keep these rows, instead of the oldest where there are too many bytes."""
+    def make_room(self, size: int, device: torch.device) -> bool:
+        """Let the oldest go where `size` bytes more would be too many; False: they are too many by themselves."""
+        limit = _most_bytes(device)
         with self._lock:
-            if not self.wanted:
-                return
-            self._kept.append(rows)
-            self._sorted = None
-            limit = _most_bytes(rows.layers[0][0].device)
-            while self._kept and self.bytes > limit:
+            while self._kept and self.bytes + size > limit:
                 self._kept.pop(0)
+                self._sorted = None
+        return size <= limit
+
+    def keep(self, rows: WrittenRows) -> None:
+        """Keep these rows; for the room see `make_room`."""
+        with self._lock:
+            if self.wanted:
+                self._kept.append(rows)
+                self._sorted = None
 
     def find(self, sequence: Sequence[int], *, least: int, most: int) -> Continuation | None:
         """The kept row that begins most like the sequence, if at least `least` tokens; `most` of them count."""
@@ -173,5 +178,6 @@ class WrittenStates:
 def _most_bytes(device: torch.device) -> float:
     if device.type != "cuda":
         return MOST_BYTES
-    free, _ = torch.cuda.mem_get_info(device)
-    return max(MOST_BYTES, _SHARE_OF_DEVICE * free)
+    # Of all there is, not of what is free: a run that is resumed has to keep the same rows.
+    _, total = torch.cuda.mem_get_info(device)
+    return max(MOST_BYTES, _SHARE_OF_DEVICE * total)

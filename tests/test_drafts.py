@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dspy_greater.decode import decode
 from dspy_greater.draft import MOST_CHANGED, Drafts, changed
 from dspy_greater.engine import Counters, Engine, Generation, GenerationRequest
+from dspy_greater.sampling import Row
 from tests.test_scoring import Full
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -168,3 +171,36 @@ def test_prompts_that_differ_in_more_than_an_edit_have_no_draft() -> None:
     assert drafts.guess((*head, *[8] * MOST_CHANGED, *tail)) == (1,)
     assert drafts.guess((*head, *[8] * (MOST_CHANGED + 1), *tail)) == ()
     assert drafts.guess(head) == () and Drafts().guess(head) == ()
+
+
+def test_true_drafts_of_unequal_length_that_go_on_leave_each_row_its_own_states() -> None:
+    engine = build()
+    rows = [tuple(range(20, 25)), tuple(range(30, 37)), tuple(range(40, 44))]
+    requests = asked(rows, stop_token_ids=())
+    expected = engine.complete(requests)
+    for lengths in itertools.permutations((6, 0, 3)):
+        drafts = [each.token_ids[:length] for each, length in zip(expected, lengths, strict=True)]
+        found, _ = written_with(engine, requests, drafts)
+        assert found == expected
+
+
+def test_rows_that_were_interrupted_and_fresh_ones_share_a_batch() -> None:
+    engine = build()
+    rows = [tuple(range(20, 35)), tuple(range(40, 44)), tuple(range(50, 59))]
+    expected = engine.complete(asked(rows, stop_token_ids=()))
+    batch = [Row(prompt, LENGTH, frozenset()) for prompt in rows]
+    batch[1].written = list(expected[1].token_ids[:13])  # it is the shortest prompt, and now the longest row
+    with engine.exclusive():
+        decode(engine.model, batch, pad_token_id=0, tally=engine.tally, prefixes=engine.prefixes)
+    assert [tuple(row.written) for row in batch] == [each.token_ids for each in expected]
+
+
+def test_two_blocks_of_drafts_may_end_in_any_order() -> None:
+    engine = build()
+    first, second = engine.drafting([((1, 2), (3,))]), engine.drafting([((4, 5), (6,))])
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert engine.drafts.guess((4, 5)) == (6,)
+    second.__exit__(None, None, None)
+    assert len(engine.drafts) == 0

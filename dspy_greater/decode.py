@@ -149,8 +149,8 @@ class _Batch:
         if len(keep) <= _COMPACT_BELOW * len(self.rows):
             finished = [index for index, row in enumerate(self.rows) if row.finish_reason]
             self._hand_over(self.cache, self._length, self.rows, self._places, self._known, finished)
-        if keep and len(keep) <= _COMPACT_BELOW * len(self.rows):
-            self._keep(keep)
+            if keep:
+                self._keep(keep)
         return bool(keep)
 
     def _keep(self, rows: Sequence[int]) -> None:

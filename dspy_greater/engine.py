@@ -210,7 +210,10 @@ class Engine:
         return self.prefixes.open()
 
     def kept_rows(self) -> AbstractContextManager[None]:
-        """Inside, the states of rows that were written are kept, at most 2 GiB, for `scoring.score` to go on from."""
+        """Inside, the states of rows that were written are kept for `scoring.score` to go on from.
+
+        At most 2 GiB of them; on CUDA a tenth of the device's memory where that is more.
+        """
         return self.written.open()
 
     @contextmanager

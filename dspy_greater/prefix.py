@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import inspect
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,6 +21,8 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from .open_blocks import OpenBlocks
 
 LEAST_SHARED = 16  # fewer tokens are not worth a forward of their own,
 LEAST_SAVED = 256  # unless it saves all rows together this many
@@ -79,23 +80,14 @@ class PrefixStore:
     """
 
     def __init__(self, model: Any, tally: Tally, lock: Any = None) -> None:
-        self._model, self._tally, self._lock = model, tally, lock or threading.RLock()
+        self._model, self._tally = model, tally
         self._kept: Prefix | None = None
-        self._open_blocks = 0
+        self._blocks = OpenBlocks(self.drop, lock)
         self._shows_hidden = _output_layer(model) is not None
 
-    @contextmanager
-    def open(self) -> Iterator[None]:
+    def open(self) -> AbstractContextManager[None]:
         """Keep what is read until the outermost of the open blocks ends; other threads may read meanwhile."""
-        with self._lock:
-            self._open_blocks += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._open_blocks -= 1
-                if not self._open_blocks:
-                    self._kept = None
+        return self._blocks.open()
 
     @property
     def kept(self) -> Prefix | None:
@@ -144,7 +136,7 @@ class PrefixStore:
             return None
         if found is None or (with_hidden and found.hidden is None):
             return None
-        if self._open_blocks and (self._kept is None or len(found) >= len(self._kept)):
+        if self._blocks and (self._kept is None or len(found) >= len(self._kept)):
             self._kept = found
         return found
 

@@ -67,9 +67,8 @@ class Settings:
     max_instruction_tokens: int = 64  # the instruction grows no longer than this; text that must stay does not count
     max_batch_tokens: int = 2048  # rows x longest row of one teacher-forced batch: memory against speed
     threads: int = 16  # concurrent rows where the LM is a server; in-process models batch all rows
-    replayed: int = (
-        24  # of the current reasonings, how many are read again; variant "whole", as all down to `acceptance`
-    )
+    # Variant "whole", down to `acceptance`: of the current reasonings, how many are read again.
+    replayed: int = 24
     rescored: int = 6  # candidates that pass from the gradient to re-weighted scoring
     point: Point = "centroid"  # where the linear model of a replacement is taken
     answer_weight: float = 1.0  # α of gradient and forecast: nats of the gold answer's cross-entropy against mistakes

@@ -2,7 +2,7 @@
 
 When a row has written its reasoning, the states of its prompt and its reasoning are in the cache of the batch. What
 is asked next is how likely the gold answer is after them: a few tokens more. `WrittenStates` keeps the states of
-finished rows; `Continued` picks, for each sequence, the row that begins as the sequence does.
+finished rows; `find` picks, for a sequence, the row that begins most like it: a `Continuation`.
 
 Shapes: n rows of one batch, S slots of its cache, T tokens that are read after them.
 """
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from .open_blocks import OpenBlocks
 from .prefix import shared_length
 
 MOST_BYTES = 2 << 30  # of states; the oldest go first
@@ -110,27 +111,18 @@ class WrittenStates:
 
     def __init__(self, lock: Any = None) -> None:
         self._lock = lock or threading.RLock()
-        self._open_blocks = 0
+        self._blocks = OpenBlocks(self.drop, self._lock)
         self._kept: list[WrittenRows] = []
         self._sorted: list[tuple[tuple[int, ...], int, int]] | None = None  # tokens, which rows, which of them
 
-    @contextmanager
-    def open(self) -> Iterator[None]:
+    def open(self) -> AbstractContextManager[None]:
         """Keep what is written until the outermost of the open blocks ends."""
-        with self._lock:
-            self._open_blocks += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._open_blocks -= 1
-                if not self._open_blocks:
-                    self.drop()
+        return self._blocks.open()
 
     @property
     def wanted(self) -> bool:
         """Whether anything would be kept."""
-        return self._open_blocks > 0
+        return bool(self._blocks)
 
     @property
     def bytes(self) -> int:

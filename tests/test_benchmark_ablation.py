@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from benchmarks.ablation.command import main
 from benchmarks.ablation.table import table
 from benchmarks.ablation.variants import SWEEPS, VARIANTS
 from dspy_greater.settings import Settings
@@ -40,3 +45,12 @@ def test_every_variant_and_sweep_is_made_of_settings_that_exist() -> None:
     for variant in (*VARIANTS.values(), *SWEEPS.values()):
         Settings.of(None, **variant.settings)
         assert variant.about and variant.instruction
+
+
+def test_the_table_is_of_the_cells_that_were_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = [cell("whole", 0, 0.9), cell("whole", 1, 0.8), cell("paper", 0, 0.7), cell("whole", 0, 0.5, "web_of_lies")]
+    (tmp_path / "cells.jsonl").write_text("".join(json.dumps(each) + "\n" for each in cells))
+    asked = ["--tasks", "navigate", "--seeds", "1", "--variants", "whole"]
+    assert main(["--data-dir", str(tmp_path), "--out", str(tmp_path), *asked]) == 0
+    (line,) = capsys.readouterr().out.splitlines()[2:]
+    assert line.startswith("| whole | 80.0 (80.0 to 80.0) | 80.0 |")

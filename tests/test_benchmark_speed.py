@@ -50,7 +50,8 @@ def engine() -> Engine:
 @pytest.fixture(scope="module")
 def work(engine: Engine) -> Work:
     drawn = random_work(engine, rows=ROWS, reasoning_tokens=REASONING, selections=MU, prompt_tokens=80)
-    return drawn.with_current_reasoning(engine)
+    # One pass for all rows, so that the counts of passes below are the schedules' own.
+    return replace(drawn.with_current_reasoning(engine), max_batch_tokens=8192)
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +213,7 @@ def test_the_plain_schedule_is_batched_and_reuses_nothing(spent: dict[str, dict[
     done = spent["plain"]
     assert done["reasoning"].generated_tokens == (1 + MU) * ROWS * REASONING
     assert done["reasoning"].forwards == 2 * REASONING  # the current instruction, then all candidates
-    assert done["proposals"].forwards == done["gradient"].forwards == 1 and done["scoring"].forwards <= 3
+    assert done["proposals"].forwards == done["gradient"].forwards == done["scoring"].forwards == 1
 
 
 def test_ours_reuses_the_reasoning_and_makes_logits_where_they_are_needed(

@@ -174,9 +174,10 @@ def test_the_oldest_states_give_way_where_there_are_too_many(monkeypatch: pytest
     engine, asked = build(), prompts(rows=2)
     with engine.kept_rows():
         first = write(engine, asked, [3] * 4)
-        monkeypatch.setattr("dspy_greater.written.MOST_BYTES", engine.written.bytes + 1)
+        limit = engine.written.bytes + 1
+        monkeypatch.setattr("dspy_greater.written.MOST_BYTES", limit)
         second = write(engine, prompts(rows=2, seed=3), [3] * 4)
-        assert 0 < engine.written.bytes <= engine.written.bytes + 1
+        assert 0 < engine.written.bytes <= limit
         _, old = spent(engine, first)
         _, new = spent(engine, second)
     assert new.prefilled_tokens < old.prefilled_tokens

@@ -2,7 +2,7 @@
 
 Every variant searches on the same rows from the same instruction until it has generated so many tokens; the
 instruction that it returns answers rows that no search saw. Finished cells are written at once; called again, the rest
-is done. `--sweeps` adds single knobs.
+is done, and the table is of the asked seeds, tasks and variants. `--sweeps` adds single knobs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -41,15 +42,14 @@ def main(argv: Sequence[str]) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "cells.jsonl"
     lm = local_lm(arguments.model)
-    for seed in map(int, arguments.seeds.split(",")):
-        for task in arguments.tasks.split(","):
-            for name in names:
-                if not any((cell["task"], cell["seed"], cell["variant"]) == (task, seed, name) for cell in _read(path)):
-                    cell = _cell(task, seed, name, lm, arguments)
-                    with path.open("a") as lines:
-                        lines.write(json.dumps(cell) + "\n")
-                    sys.stderr.write(f"{task}, seed {seed}, {name}: {cell.get('accuracy', cell.get('error'))}\n")
-    text = table([cell for cell in _read(path) if cell["variant"] in names])
+    asked = list(product(map(int, arguments.seeds.split(",")), arguments.tasks.split(","), names))
+    for seed, task, name in asked:
+        if (seed, task, name) not in map(_key, _read(path)):
+            cell = _cell(task, seed, name, lm, arguments)
+            with path.open("a") as lines:
+                lines.write(json.dumps(cell) + "\n")
+            sys.stderr.write(f"{task}, seed {seed}, {name}: {cell.get('accuracy', cell.get('error'))}\n")
+    text = table([cell for cell in _read(path) if _key(cell) in asked])
     (arguments.out / "table.md").write_text(text + "\n")
     sys.stdout.write(text + "\n")
     return 0
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--variants", help=f"of {', '.join(VARIANTS)}; or sweeps: {', '.join(SWEEPS)}")
     parser.add_argument("--sweeps", action="store_true", help="all variants and all sweeps")
     parser.add_argument("--seeds", default="0,1,2,3,4")
-    parser.add_argument("--generated-tokens", type=int, default=20_000, help="of one search, the seed's rows included")
+    parser.add_argument("--generated-tokens", type=int, default=30_000, help="of one search, the seed's rows included")
     parser.add_argument("--model", default="pocket")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     return parser
@@ -125,6 +125,10 @@ def _rows(task: str, seed: int, data_dir: Path) -> tuple[list[Any], list[Any], l
     rows = [dspy.Example(question=row["input"], answer=row["target"]).with_inputs("question") for row in raw]
     rows = Random(f"ablation/{task}/{seed}").sample(rows, _TRAIN + _VALIDATION + _TEST)
     return rows[:_TRAIN], rows[_TRAIN : _TRAIN + _VALIDATION], rows[_TRAIN + _VALIDATION :]
+
+
+def _key(cell: dict[str, Any]) -> tuple[int, str, str]:
+    return cell["seed"], cell["task"], cell["variant"]
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

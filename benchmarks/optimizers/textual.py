@@ -11,6 +11,7 @@ import contextvars
 import inspect
 import random
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -202,7 +203,7 @@ class InstructionSearch:
         return f"{instruction}\n\n{inputs}\n\n{outputs}"
 
 
-class TextualTeleprompter(Teleprompter):
+class TextualTeleprompter(Teleprompter, ABC):
     """A DSPy optimizer that asks a language model for instructions and scores them.
 
     Args:
@@ -226,9 +227,9 @@ class TextualTeleprompter(Teleprompter):
         self.metric, self.prompt_lm, self.budget = metric, prompt_lm, budget
         self.random_seed, self.num_threads = seed, num_threads
 
+    @abstractmethod
     def improve(self, search: InstructionSearch) -> str:
         """The method: the best instruction that it finds."""
-        raise NotImplementedError
 
     def compile(
         self,

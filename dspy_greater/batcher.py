@@ -7,6 +7,7 @@ Neither owns a thread: one of the waiting callers leads and computes for all.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -28,6 +29,17 @@ class _Ticket:
         self.error: BaseException | None = None
         self.done = False
         self.leads = False
+        self._asleep = threading.Lock()  # every waiter has its own: 150 that wake by one condition queue for its lock
+        self._asleep.acquire()
+
+    def awake(self, timeout: float) -> bool:
+        """Sleep until `wake` is called; False: for `timeout` seconds it was not."""
+        return self._asleep.acquire(timeout=timeout)
+
+    def wake(self) -> None:
+        """End the sleep of the thread that waits for this, or its next one."""
+        with contextlib.suppress(RuntimeError):  # it was woken already
+            self._asleep.release()
 
 
 class Batcher:
@@ -146,7 +158,7 @@ class Lockstep:
             raise SettingsError(f"A lockstep group of {workers} workers cannot run; it needs at least one.")
         self._answer, self._workers, self._live = answer, workers, workers
         self._patience = stall_seconds
-        self._changed = threading.Condition()
+        self._changing = threading.Lock()
         self._members: set[int] = set()
         self._entered = 0
         self._waiting: list[_Ticket] = []
@@ -167,7 +179,7 @@ class Lockstep:
             GreaterError: more threads enter than were announced, or this one is inside already.
         """
         me = threading.get_ident()
-        with self._changed:
+        with self._changing:
             if self._entered >= self._workers or me in self._members:
                 raise GreaterError(
                     f"A lockstep group of {self._workers} workers takes {self._workers} threads, each once; "
@@ -178,40 +190,55 @@ class Lockstep:
         try:
             yield
         finally:
-            with self._changed:
+            with self._changing:
                 self._members.discard(me)
                 self._live -= 1
-                if self._waiting and len(self._waiting) >= self._live:
-                    self._changed.notify()  # all who are left wait already: one of them leads
+                self._wake_one()
 
     def submit(self, request: Any) -> Any:
         """Wait until every live worker waits, then for the result."""
         ticket = _Ticket(request)
-        batch: list[_Ticket] = []
-        with self._changed:
+        with self._changing:
             self._waiting.append(ticket)
             self._progress = time.monotonic()
-            # Nobody is woken for this: the last to arrive finds the batch full and leads it.
-            while not ticket.done and not self._ready():
-                self._changed.wait(timeout=min(1.0, self._patience))
-            if not ticket.done:
-                self._computing = True
-                batch, self._waiting = self._waiting, []
+            batch = self._taken()  # the last to arrive finds the batch full and leads it
+        while not batch and not ticket.done:
+            if not ticket.awake(timeout=min(1.0, self._patience)) or not ticket.done:
+                with self._changing:
+                    batch = [] if ticket.done else self._taken()
         if batch:
-            try:
-                self._answer(batch)
-            finally:
-                with self._changed:
-                    self._computing = False
-                    self._progress = time.monotonic()
-                    self._changed.notify_all()
+            self._lead(batch)
         return _outcome(ticket)
 
     def close(self) -> None:
         """Compute what still waits without waiting for anyone else."""
-        with self._changed:
+        with self._changing:
             self._closed = True
-            self._changed.notify_all()
+            self._wake_one()
+
+    def _lead(self, batch: Sequence[_Ticket]) -> None:
+        try:
+            self._answer(batch)
+        finally:
+            with self._changing:
+                self._computing = False
+                self._progress = time.monotonic()
+                self._wake_one()
+            for ticket in batch:
+                ticket.wake()
+
+    def _taken(self) -> list[_Ticket]:
+        """The batch that the calling waiter leads from now on, or nothing; the caller holds the lock."""
+        if not self._ready():
+            return []
+        self._computing = True
+        batch, self._waiting = self._waiting, []
+        return batch
+
+    def _wake_one(self) -> None:
+        """Where all who are left wait already, one of them leads; the caller holds the lock."""
+        if self._waiting and (self._closed or len(self._waiting) >= self._live):
+            self._waiting[0].wake()
 
     def _ready(self) -> bool:
         """Whether the calling waiter may lead now; the caller holds the lock."""

@@ -11,6 +11,7 @@ Nothing here imports dspy, torch or transformers; the tokenizer is the object th
 from __future__ import annotations
 
 import copy
+import functools
 import re
 import threading
 import warnings
@@ -20,6 +21,9 @@ from typing import Any
 
 from dspy_greater.chat import content_text, render_chat
 from dspy_greater.errors import LayoutError
+from dspy_greater.piecewise import EncodedText, PiecewiseTokenizer
+
+__all__ = ["EncodedText", "PromptEncoder", "RenderedText"]
 
 _PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF8FF)]
 
@@ -30,14 +34,6 @@ class RenderedText:
 
     text: str
     plain: tuple[tuple[int, int], ...] = ()
-
-
-@dataclass(frozen=True)
-class EncodedText:
-    """Token ids, and for each the characters `[start, stop)` of the text that it covers."""
-
-    token_ids: tuple[int, ...]
-    offsets: tuple[tuple[int, int], ...]
 
 
 class PromptEncoder:
@@ -70,6 +66,8 @@ class PromptEncoder:
         alternatives = "|".join(re.escape(text) for text in self.special_texts)
         self._pattern = re.compile(alternatives) if alternatives else None
         self._plain_tokenizer: Any = None
+        special = {str(added[i]): i for i in self.special_ids}
+        self._pieces = PiecewiseTokenizer(functools.partial(_encode, tokenizer), special)
         self._anchor: list[int] = list(tokenizer("a", add_special_tokens=False)["input_ids"])
         self._anchor_text = self._decode(self._anchor)
         self._lock = threading.Lock()
@@ -118,6 +116,8 @@ class PromptEncoder:
 
     def encode(self, rendered: RenderedText) -> EncodedText:
         """Tokenise jointly, without adding BOS or EOS; ranges in `plain` never become special tokens."""
+        if not rendered.plain:
+            return self._pieces.encode(rendered.text)
         encoded = _encode(self.tokenizer, rendered.text)
         intruders = {
             index

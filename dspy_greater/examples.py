@@ -33,6 +33,7 @@ class Examples:
     ) -> None:
         self._layout, self._site, self._field = layout, site, field
         self._rows, self._limit = tuple(rows), context_length
+        self._openings = openings(site)
         self._tails: dict[str, int] = {}  # inputs of a call -> tokens of its prompt behind the instruction
 
     def __len__(self) -> int:
@@ -47,7 +48,7 @@ class Examples:
         names = self._site.output_fields
         earlier = names[: names.index(self._field)] if self._field else ()
         written = {name: plain(call.outputs.get(name, "")) for name in earlier}
-        preamble, body = split_completion(self._site, call.completion or "")
+        preamble, body = split_completion(self._openings, call.completion or "")
         if call.error is not None and earlier and not any(written.values()):
             written[earlier[0]] = body  # what did not parse is still what the model reasoned
         inputs = {name: plain(value) for name, value in call.inputs.items()}
@@ -130,14 +131,20 @@ def written_key(row: RowOutcome) -> str:
     return repr((row.inputs, row.written, row.preamble, [(call.inputs, call.completion) for call in row.calls]))
 
 
-def split_completion(site: PredictorSite, completion: str) -> tuple[str, str]:
+def openings(site: PredictorSite) -> tuple[str, ...]:
+    """How the header of a predictor's first field begins, as its adapter writes it."""
+    values = dict.fromkeys(site.output_fields, _MARK)
+    header = str(site.adapter.format_assistant_message_content(site.signature, values)).partition(_MARK)[0].strip()
+    # Models space JSON in their own way.
+    return tuple(filter(None, dict.fromkeys([header, *header.split()[:1]])))
+
+
+def split_completion(openings: Sequence[str], completion: str) -> tuple[str, str]:
     """What a model wrote before the header of its first field (a native <think> block), and what after it.
 
     A completion without that header is all body.
     """
-    values = dict.fromkeys(site.output_fields, _MARK)
-    header = str(site.adapter.format_assistant_message_content(site.signature, values)).partition(_MARK)[0].strip()
-    for opening in filter(None, dict.fromkeys([header, *header.split()[:1]])):  # models space JSON in their own way
+    for opening in openings:
         before, found, after = completion.partition(opening)
         if found:
             return before, after.lstrip("\n")

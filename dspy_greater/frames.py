@@ -120,7 +120,10 @@ def _inputs_key(inputs: Mapping[str, Any]) -> str:
     # The type is part of the key: 1, 1.0 and True are equal and hash alike, but render differently.
     encode: Callable[[Any], str] = repr
     return json.dumps(
-        [[name, type(value).__qualname__, serialize_for_json(value)] for name, value in inputs.items()],
+        [
+            [name, type(value).__qualname__, value if type(value) is str else serialize_for_json(value)]
+            for name, value in inputs.items()
+        ],
         default=encode,
     )
 

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dspy_greater.assistant import assistant_text
+from dspy_greater.assistant import AssistantTexts
 from dspy_greater.chat import end_of_turn_ids
 from dspy_greater.encode import EncodedText, PromptEncoder, RenderedText
 from dspy_greater.errors import LayoutError
@@ -67,6 +67,7 @@ class Layout:
                 f"The fixed text {fixed[:60]!r} is not as DSPy keeps an instruction, without indentation and empty "
                 "lines around it. Pass `signature.instructions`."
             )
+        self._assistant = AssistantTexts(adapter, signature, extractor)
         self._legal = LegalText(self.encoder, signature)
         self._frames = Frames(self.encoder, adapter, signature, self.demos)
         self._ids: dict[str, tuple[int, ...]] = {}
@@ -101,7 +102,7 @@ class Layout:
 
         Raises `LayoutError` or `DataError`, see `assistant_text`.
         """
-        content = assistant_text(self.adapter, self.signature, written, field, gold, self.extractor)
+        content = self._assistant.text(written, field, gold)
         text = preamble + content.text
         tail = RenderedText(text, self.encoder.special_ranges(text))
         encoded, span, begin = self._encode(self._frames.frame(inputs), self._frames.spell(instruction), tail)

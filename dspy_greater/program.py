@@ -227,12 +227,24 @@ def with_instructions(program: Any, texts: Mapping[str, str]) -> Any:
     return copied
 
 
+def predictor_names(program: Any) -> dict[int, str]:
+    """The name of each predictor object by its `id`; of one that is reachable by several paths, the last."""
+    return {id(predictor): name for name, predictor in program.named_predictors()}
+
+
 def trace_calls(
-    program: Any, example: Any, *, adapter: Any = None, lm: Any = None, deployed: bool = False
+    program: Any,
+    example: Any,
+    *,
+    adapter: Any = None,
+    lm: Any = None,
+    deployed: bool = False,
+    names: Mapping[int, str] | None = None,
 ) -> CallTrace:
     """Run the program once on an example's inputs and record every call of its predictors.
 
-    With `deployed` the adapter keeps its fallback to JSON, as it will when the program is used.
+    With `deployed` the adapter keeps its fallback to JSON, as it will when the program is used. `names` are the
+    program's `predictor_names`, for a caller who runs it often: finding them walks over all that the program holds.
     A program that fails is recorded, never raised; interrupts are raised. Calls are in the order in which
     they started. Safe in many threads at once; carry the caller's settings into them with `carrying`.
 
@@ -241,8 +253,7 @@ def trace_calls(
     trace.calls[-1].outputs["answer"], trace.error
     ```
     """
-    names = {id(predictor): name for name, predictor in program.named_predictors()}
-    recorder = _Recorder(names)
+    recorder = _Recorder(predictor_names(program) if names is None else names)
     overrides: dict[str, Any] = {
         "trace": [],
         "adapter": (adapter or dspy.settings.adapter) if deployed else search_adapter(adapter),

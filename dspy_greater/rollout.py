@@ -17,7 +17,7 @@ from dspy.adapters.utils import serialize_for_json
 from .errors import ProgramError
 from .lm import LocalEngine
 from .metric import RowMetric, Score
-from .program import PredictorCall, Result, carrying, predictors_of, trace_calls, with_instructions
+from .program import PredictorCall, Result, carrying, predictor_names, predictors_of, trace_calls, with_instructions
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -89,7 +89,12 @@ def run_pairs(
     """Run programs on rows, each (program, row) once; see `roll_out`. Without `refuse_dead` all may fail."""
     programs = {id(program): program for program, _ in pairs}
     lms = [site.lm for program in programs.values() for site in predictors_of(program)]
-    done = together(lambda program, row: _run(program, row, metric, deployed), pairs, lms=lms, threads=threads)
+    names = {id(program): predictor_names(program) for program in programs.values()}
+
+    def run(program: Any, row: Any) -> Rollout:
+        return _run(program, row, metric, deployed, names[id(program)])
+
+    done = together(run, pairs, lms=lms, threads=threads)
     if refuse_dead:
         refuse_dead_lm(done, len(pairs) // max(1, len(programs)))
     return done
@@ -195,11 +200,15 @@ def plain(value: Any) -> object:
         ('2024-12-12', ('a', 1))
     """
     # DSPy writes a list that stands for text differently from a tuple.
-    return tuple(map(serialize_for_json, value)) if isinstance(value, tuple) else serialize_for_json(value)
+    if isinstance(value, tuple):
+        return tuple(map(serialize_for_json, value))
+    return value if type(value) is str else serialize_for_json(value)
 
 
-def _run(program: Any, row: Any, metric: Callable[[Any, Any], Score], deployed: bool) -> Rollout:
-    trace = trace_calls(program, row, deployed=deployed)
+def _run(
+    program: Any, row: Any, metric: Callable[[Any, Any], Score], deployed: bool, names: Mapping[int, str]
+) -> Rollout:
+    trace = trace_calls(program, row, deployed=deployed, names=names)
     calls = {call.predictor: call for call in trace.calls}
     if trace.error is not None:
         return Rollout(calls, 0.0, trace.error, trace.failure == "lm", trace=trace.calls)

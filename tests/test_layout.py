@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import itertools
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from chat_families import DROPS_INSTRUCTION, KINDS, REPEATS_SYSTEM, TEMPLATES, f
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from dspy_greater.assistant import AssistantTexts, assistant_text
 from dspy_greater.chat import render_chat
 from dspy_greater.errors import DataError, LayoutError
 from dspy_greater.layout import Layout, Span, covering
@@ -319,6 +321,51 @@ def test_a_supervised_sequence_is_the_joint_tokenisation(adapter: str, kind: str
     assert written["reasoning"].rstrip(".") in reasoning
     assert "four" in decoded(layout, supervised.token_ids, supervised.answer)
     assert supervised.reasoning.stop <= supervised.answer.start
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize(
+    "fields", ["question -> reasoning, answer", "question -> answer", "question -> a, b, answer, c"]
+)
+@pytest.mark.parametrize("extractor", [None, " So the answer is "])
+@quick
+@given(data=st.data())
+def test_the_assistants_text_does_not_depend_on_the_rows_before(
+    adapter: str, fields: str, extractor: str | None, data: st.DataObject
+) -> None:
+    signature = dspy.Signature(fields)
+    earlier = list(signature.output_fields)[: list(signature.output_fields).index("answer")]
+    texts = AssistantTexts(ADAPTERS[adapter], signature, extractor)
+    value = st.one_of(
+        st.text(max_size=6), st.sampled_from(["four", " four\n", '"', "<a> & b", "[[ ## answer ## ]]", "\\"])
+    )
+    for _ in range(4):
+        written = {name: data.draw(st.one_of(value, st.just(["a", "b"]), st.just(3))) for name in earlier}
+        gold = data.draw(st.one_of(value, st.just(12), st.just(["yes", "no"])))
+        try:
+            expected = assistant_text(ADAPTERS[adapter], signature, written, "answer", gold, extractor)
+        except (LayoutError, DataError) as error:
+            with pytest.raises(type(error), match=re.escape(str(error))):
+                texts.text(written, "answer", gold)
+        else:
+            assert texts.text(written, "answer", gold) == expected
+
+
+def test_the_assistants_text_is_rendered_once_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered: list[str] = []
+    adapter, original = dspy.ChatAdapter(), dspy.ChatAdapter.format_assistant_message_content
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> str:
+        rendered.append(original(self, *args, **kwargs))
+        return rendered[-1]
+
+    monkeypatch.setattr(dspy.ChatAdapter, "format_assistant_message_content", counted)
+    texts = AssistantTexts(adapter, SIGNATURE)
+    texts.text({"reasoning": "so"}, "answer", "four")
+    learnt = len(rendered)
+    for number in range(10):
+        texts.text({"reasoning": f"so {number}"}, "answer", "five")
+    assert len(rendered) - learnt == 10 and learnt > 1
 
 
 def test_without_earlier_fields_the_reasoning_is_empty() -> None:

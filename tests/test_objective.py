@@ -27,7 +27,7 @@ from scripted_text import text_lm
 
 from dspy_greater import local_lm
 from dspy_greater.errors import ProgramError
-from dspy_greater.examples import split_completion
+from dspy_greater.examples import openings, split_completion
 from dspy_greater.layout import Layout
 from dspy_greater.loss import teacher_forced_losses
 from dspy_greater.metric import RowMetric
@@ -253,11 +253,11 @@ def test_gold_values_of_any_type_are_scored_and_matched(kind: Any, gold: Any, sa
 def test_a_native_thinking_block_is_told_from_the_fields_after_it(adapter: Any, body: str) -> None:
     program = dspy.ChainOfThought("question -> answer")
     (site,) = predictors_of(program, adapter=adapter)
-    preamble, rest = split_completion(site, "<think>\nTwo and two.\n</think>\n" + body)
+    preamble, rest = split_completion(openings(site), "<think>\nTwo and two.\n</think>\n" + body)
     assert preamble == "<think>\nTwo and two.\n</think>\n"
     assert "Because." in rest
-    assert split_completion(site, "no header at all") == ("", "no header at all")
-    assert split_completion(site, body)[0] == ""
+    assert split_completion(openings(site), "no header at all") == ("", "no header at all")
+    assert split_completion(openings(site), body)[0] == ""
 
 
 def test_a_native_thinking_block_is_part_of_the_reasoning_that_is_differentiated_through() -> None:

@@ -100,6 +100,24 @@ def test_all_programs_and_rows_share_one_batch() -> None:
     assert engine.batches == [12]
 
 
+def test_the_predictors_of_a_program_are_looked_up_once_and_not_for_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    original = dspy.Module.named_predictors
+
+    def counted(program: Any) -> Any:
+        asked.append(id(program))
+        return original(program)
+
+    program = program_on(planted_engine())
+    monkeypatch.setattr(dspy.Module, "named_predictors", counted)
+    counts = []
+    for rows in (ROWS[:1], ROWS):
+        asked.clear()
+        roll_out([program], rows, MATCH, threads=2)
+        counts.append(len(asked))
+    assert counts[0] == counts[1]
+
+
 def test_no_rows_give_no_rollouts() -> None:
     engine = ScriptedEngine(obedient_script)
     assert roll_out([program_on(engine), program_on(engine)], [], MATCH, threads=1) == [[], []]

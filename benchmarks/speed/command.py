@@ -28,11 +28,13 @@ from benchmarks.speed.timing import ARMS, Run, run_all
 from benchmarks.speed.work import Work, pocket_work, random_work
 from dspy_greater.engine import Engine
 from dspy_greater.errors import GreaterError
+from dspy_greater.settings import Settings
 from dspy_greater.weights import POCKET
 
 _REASONING_TOKENS = {POCKET: 64, "tiny": 8}  # of other shapes 300
 _GATE_ROWS, _GATE_REASONING, _GATE_PROMPT = 2 * BATCH + 2, 24, 160  # of the small version
 _WARM_UP_TOKENS = 4
+_MU = 3  # the paper's
 _SCALE_RANGES = {"n": (8, 64), "prompt": (64, 512), "reasoning": (16, 256), "mu": (1, 8)}
 
 
@@ -201,7 +203,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=_count, default=50, help="N, training rows")
     parser.add_argument("--reasoning-tokens", type=_count, help="R, forced; 64 for pocket, else 300")
     parser.add_argument("--prompt-tokens", type=_count, help="of a random prompt (320), or of a pocket row's input")
-    parser.add_argument("--mu", "--candidates", type=_count, default=3, help="candidates that reason")
+    parser.add_argument(
+        "--mu", "--candidates", type=_count, help="candidates that reason; 3, for --overhead what the default tries"
+    )
     parser.add_argument("--repeats", type=_count, default=3)
     parser.add_argument("--time-limit", type=float, help="seconds after which no further repeat begins")
     parser.add_argument("--released-part", type=_count, metavar="B", help="time B batches of 9 rows and extrapolate")
@@ -224,6 +228,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options = _parser().parse_args(argv)
     options.device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options.dtype = options.dtype or (torch.float32 if options.device.type == "cpu" else torch.bfloat16)
+    options.mu = options.mu or (Settings().most_tried if options.overhead else _MU)
     options.arms = options.arms or (["ours"] if options.scale else list(ARMS))
     return options
 

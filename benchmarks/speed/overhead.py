@@ -135,6 +135,7 @@ def search(*, rows: int, steps: int, selections: int, clock: str = "wall") -> li
             stack.enter_context(patch.object(target, attribute, replacement))
         signature: Any = dspy.Signature("question -> answer", INSTRUCTION)  # pyright: ignore[reportCallIssue]
         program = dspy.ChainOfThought(signature)
+        program(question=questions[-1])  # imports that DSPy leaves to the first call are no part of a step
         optimizer = GReaTerTeleprompter(
             metric=profile.timed("metric", _exact_match),
             auto=None,

@@ -345,6 +345,15 @@ def test_textgrad_sees_gradients_through_the_program_from_the_metric(tmp_path: P
     assert texts[-1].count("<FEEDBACK>It does not say what to put") == 3
 
 
+def test_textgrad_shows_the_proposer_all_of_a_question_and_of_an_instruction(tmp_path: Path) -> None:
+    arena = Arena(tmp_path, proposer=Proposer(OTHERS))
+    long = " ".join(f"word{number}" for number in range(60))
+    rows = [row.copy(question=f"{long} {row.question}").with_inputs("question") for row in TRAIN]
+    arena.optimise(TextGrad(iterations=1), program(f"Begin. {long.replace('word', 'term')} End."), rows)
+    about_runs = [asked.text for asked in arena.proposer.asked[:6]]
+    assert sum("word30" in text and "term30" in text for text in about_runs) == 3
+
+
 def test_textgrad_keeps_its_prompt_where_an_improvement_has_no_tags(tmp_path: Path) -> None:
     class Rambling(Proposer):
         def write(self, asked: Asked, temperature: float) -> str:

@@ -40,7 +40,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         apo: {"ROUNDS": 2, "BANDIT_ROUNDS": 5},
         ape: {"PROPOSALS": 12, "KEPT": 4, "RESAMPLINGS": 2},
         opro: {"STEPS": 4},
-        evoprompt: {"POPULATION": 6, "GENERATIONS": 3},
+        evoprompt: {"POPULATION": 6, "GENERATIONS": 3, "POOL": 8},
         pe2: {"STEPS": 2},
     }.items():
         for name, value in settings.items():
@@ -248,7 +248,10 @@ def test_the_published_settings_are_the_ones_that_run(monkeypatch: pytest.Monkey
     assert (ape.PROPOSALS, ape.DEMONSTRATIONS) == (50, 5)
     assert (pe2.STEPS, pe2.BEAM, pe2.PROPOSALS, pe2.BATCH) == (3, 4, 4, 2)
     assert (opro.STEPS, opro.PER_STEP, opro.HISTORY, opro.EXEMPLARS) == (200, 8, 20, 3)
-    assert (evoprompt.POPULATION, evoprompt.GENERATIONS) == (10, 10)
+    assert (pe2.ENOUGH_FAILURES, pe2.SCANNED) == (4, 10)
+    assert opro.LONGEST_TEXT == 500
+    assert (evoprompt.POPULATION, evoprompt.GENERATIONS, evoprompt.TEMPERATURE) == (10, 10, 0.5)
+    assert (evoprompt.POOL, evoprompt.SCORED) == (20, 50)
 
 
 def test_protegi_asks_for_gradients_then_edits_then_paraphrases() -> None:
@@ -292,16 +295,59 @@ def test_ape_infers_the_instruction_from_five_pairs() -> None:
     ape.propose(search_of(program(), lm))
     (asked,) = lm.engine.asked
     assert asked.text.count("Input: ") == asked.text.count("Output: a") == 5
-    assert asked.text.endswith("The instruction was")
+    assert asked.text.endswith(f"The instruction was{ape.ALONE}") and "alone" in ape.ALONE
 
 
 def test_pe2_inspects_failures_and_then_refines() -> None:
     lm = text_lm(lambda asked: "Level 4." if "Reply with the prompt" in asked.text else "It is too low.")
-    assert pe2.refine(search_of(program(), lm), SEED) == "Level 4."
+    search = search_of(program(), lm)
+    assert pe2.refine(search, SEED, pe2.hard_negatives(search, SEED)) == "Level 4."
     inspected, refined = lm.engine.asked
-    assert inspected.text.count("Output: wrong\nLabel: a") == 2
+    assert inspected.text.count("Reasoning: I look.\nOutput: wrong\nLabel: a") == 2
     assert f"## Full Template\n{SEED}\n\nquestion: <question>\n\nreasoning:\nanswer:" in inspected.text
     assert "It is too low." in refined.text
+
+
+def test_pe2_looks_for_no_more_failures_than_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pe2, "SCANNED", 4)
+    student = program()
+    search = search_of(student, text_lm(lambda asked: "Level 4."))
+    failed = pe2.hard_negatives(search, "Level 0.")
+    assert len(failed) == len(student.predictors()[0].lm.engine.asked) == 4
+    right = pe2.hard_negatives(search, BEST)
+    assert len(right) == len(search.train) and all(each.is_right for each in right)
+
+
+def test_opro_shows_the_newest_of_equal_instructions_and_last() -> None:
+    shown = opro.meta_prompt({f"Level {number}.": 0.5 for number in range(25)}, [])
+    assert "Level 4." not in shown and shown.index("Level 5.") < shown.index("Level 24.")
+
+
+def test_opro_does_not_score_what_is_too_long_or_holds_the_placeholder() -> None:
+    answers = itertools.cycle(["[Level 9. " + "and " * 200 + "]", "[Level 12. <INS>]", "[Level 3.]"])
+    budget, student = Budget(10**9), program()
+    method(opro.OptimizationByPrompting, text_lm(lambda _: next(answers)), budget=budget).compile(
+        student, trainset=TRAIN, valset=DEV
+    )
+    assert {each.candidate.instructions[0][1] for each in budget.notebook.best(9)} == {SEED, "Level 3."}
+
+
+def test_evoprompt_starts_from_the_better_half_of_a_pool_and_a_variation_of_each() -> None:
+    proposals = itertools.chain([12, 1, 14, 13, 3, 9, 0], [15, 10, 11])
+    lm = text_lm(lambda asked: f"Level {next(proposals)}.")
+    search = search_of(program(), lm)
+    found = evoprompt.start(search)
+    assert set(found) == {"Level 14.", "Level 13.", "Level 12.", "Level 15.", "Level 10.", "Level 11."}
+    varied = [asked.text for asked in lm.engine.asked[7:]]
+    assert ["Level 14." in varied[0], "Level 13." in varied[1], "Level 12." in varied[2]] == [True] * 3
+
+
+def test_evoprompt_scores_a_prompt_on_no_more_rows_than_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evoprompt, "SCORED", 3)
+    student = program()
+    method(evoprompt.DifferentialEvolution, proposer([0, 3, 5])).compile(student, trainset=TRAIN, valset=DEV)
+    asked = Counter(each.instruction for each in student.predictors()[0].lm.engine.asked)
+    assert set(asked.values()) == {3}
 
 
 def test_a_child_takes_its_parents_place_only_where_it_is_better() -> None:

@@ -19,18 +19,22 @@ Here are the input-output pairs:
 
 The instruction was"""
 
+# Models were asked to go on with a text; one that chats is told not to.
+ALONE = "\n\n(Write the instruction alone, without any other text.)"
+
 
 class AutomaticPromptEngineer(TextualTeleprompter):
     """Instructions inferred from demonstrations, scored by execution accuracy, and resampled around the best.
 
     Followed: Algorithm 1 with forward generation, 50 proposals, each from 5 demonstrations of its own; execution
-    accuracy; the filtering scheme in which promising candidates get more rows; iterative Monte Carlo search, which
+    accuracy; the filtering scheme in which promising candidates get more rows; the paper's iterative variant, which
     asks for variations of the best candidates, for three rounds.
 
-    Departures: the seed instruction takes part, so that it can be kept. The filter halves the candidates at fixed
-    sizes (10, 25, 50 rows) where the paper leaves its threshold open. All rows are training rows, as in the paper,
-    the same in every round, so a candidate is not paid for twice. Programs with several predictors: one after the
-    other, each shown the whole program's inputs and outputs.
+    Departures: the requests say that the instruction alone is wanted, for proposers that chat. The seed instruction
+    takes part, so that it can be kept. The filter halves the candidates at fixed sizes (10, 25, 50 rows) where the
+    paper leaves its threshold open. All rows are training rows, as in the paper, the same in every round, so a
+    candidate is not paid for twice. Programs with several predictors: one after the other, each shown the whole
+    program's inputs and outputs.
     """
 
     def improve(self, search: InstructionSearch) -> str:
@@ -40,7 +44,7 @@ class AutomaticPromptEngineer(TextualTeleprompter):
         kept = filtered(search, population, rows)
         for _ in range(RESAMPLINGS):
             each = max(1, (PROPOSALS - len(kept)) // len(kept))
-            variations = [search.ask(PARAPHRASE.format(prompt=text)) for text in kept for _ in range(each)]
+            variations = [search.ask(PARAPHRASE.format(prompt=text) + ALONE) for text in kept for _ in range(each)]
             kept = filtered(search, distinct([*kept, *variations]), rows)
         return search.best
 
@@ -48,7 +52,7 @@ class AutomaticPromptEngineer(TextualTeleprompter):
 def propose(search: InstructionSearch) -> str:
     """One instruction, guessed from five demonstrations."""
     rows = search.sample(search.train, DEMONSTRATIONS)
-    return search.ask(_PROPOSE.format(count=len(rows), pairs=show_pairs(rows)))
+    return search.ask(_PROPOSE.format(count=len(rows), pairs=show_pairs(rows)) + ALONE)
 
 
 def show_pairs(rows: list[dspy.Example]) -> str:

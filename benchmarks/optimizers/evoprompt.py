@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from .ape import propose
+from .ape import ALONE, propose
 from .apo import PARAPHRASE
 from .textual import InstructionSearch, PaperPeer, TextualTeleprompter, between, distinct, ranked
 
 POPULATION, GENERATIONS, TEMPERATURE = 10, 10, 0.5
+POOL = 20  # prompts that the first population is chosen from
+SCORED = 50  # validation rows, at most, that a prompt is scored on
 
 _GENETIC = """Please follow the instruction step-by-step to generate a better prompt.
 1. Crossover the following prompts and generate a new prompt:
@@ -62,19 +64,22 @@ class DifferentialEvolution(TextualTeleprompter):
     """EvoPrompt (DE), which the paper found the better of its two algorithms on BIG-Bench Hard.
 
     Followed: a population of 10 over 10 generations; each prompt meets the mutated difference of two others,
-    combined with the current best, and makes way for its child where that is better; scores on the validation rows.
+    combined with the current best, and makes way for its child where that is better; parents are those of the
+    generation before; scores on at most 50 validation rows. The first population are the better half of what is at
+    hand and a variation of each.
 
-    Departures: the paper starts from ten prompts that people and a model wrote; here these are the seed
-    instruction, variations of it, and guesses from demonstrations, half and half. The example in the request is our
-    own. Programs with several predictors: one after the other, each shown the whole program's inputs and outputs.
+    Departures: the paper has 20 prompts at hand that people or a model wrote; here these are the seed instruction and
+    guesses from demonstrations. Programs with several predictors: one after the other, each shown the whole program's
+    inputs and outputs.
     """
 
     def improve(self, search: InstructionSearch) -> str:
         """Differential evolution."""
         population = start(search)
         for _ in range(GENERATIONS):
-            for basic in list(population):
-                others = [text for text in population if text != basic] or [basic]
+            parents = list(population)
+            for basic in parents:
+                others = [text for text in parents if text != basic] or [basic]
                 first, second = search.sample(others * 2 if len(others) == 1 else others, 2)
                 request = _DIFFERENTIAL.format(first=first, second=second, best=ranked(population)[0], basic=basic)
                 child = offspring(search, request, population)
@@ -107,17 +112,18 @@ class GeneticAlgorithm(TextualTeleprompter):
 
 
 def start(search: InstructionSearch) -> dict[str, float]:
-    """The first population with its scores: the seed, and what the proposer makes of it and of demonstrations."""
-    variations = [search.ask(PARAPHRASE.format(prompt=search.seed)) for _ in range(POPULATION // 2 - 1)]
-    guesses = [propose(search) for _ in range(POPULATION // 2)]
-    return search.scores(distinct([search.seed, *variations, *guesses]), search.dev)
+    """The first population with its scores: the best of the seed and of guesses, and a variation of each."""
+    pool = search.scores(distinct([search.seed, *(propose(search) for _ in range(POOL - 1))]), search.dev[:SCORED])
+    kept = {text: pool[text] for text in ranked(pool)[: POPULATION // 2]}
+    varied = [search.ask(PARAPHRASE.format(prompt=text) + ALONE, temperature=TEMPERATURE) for text in kept]
+    return kept | search.scores(distinct(varied, but=pool), search.dev[:SCORED])
 
 
 def offspring(search: InstructionSearch, request: str, known: dict[str, float]) -> tuple[str, float] | None:
     """A new prompt with its score; None where the proposer wrote nothing or one that is there already."""
     answer = between(search.ask(request, temperature=TEMPERATURE), "<prompt>", "</prompt>")[-1]
     new = distinct([answer], but=known)
-    return (new[0], search.scores(new, search.dev)[new[0]]) if new else None
+    return (new[0], search.scores(new, search.dev[:SCORED])[new[0]]) if new else None
 
 
 class EvoPrompt(PaperPeer):

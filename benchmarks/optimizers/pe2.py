@@ -14,6 +14,8 @@ from .textual import (
 )
 
 STEPS, BEAM, PROPOSALS, BATCH, TEMPERATURE = 3, 4, 4, 2, 0.7
+ENOUGH_FAILURES = 4  # of a prompt, that its proposals learn from
+SCANNED = 10  # rows that are run at a time to find them
 LONGEST_PROMPT = 200  # words
 
 _INSPECT = """A prompt is a text paragraph that outlines the expected actions and instructs the model to generate a \
@@ -24,7 +26,8 @@ In our collaboration, we'll work together to refine a prompt. The process consis
 ## Step 1
 I will provide you with the current prompt, how the prompt is concatenated with the input text (i.e., "full \
 template"), along with {count} example(s) that are associated with this prompt. Each example contains the input, the \
-final answer produced by the model, and the ground-truth label to the input. Your task is to analyze the examples, \
+reasoning and the final answer produced by the model, and the ground-truth label to the input. Your task is to analyze \
+the examples, \
 determining whether the existing prompt is describing the task reflected by these examples precisely, and suggest \
 changes to the prompt.
 
@@ -78,9 +81,10 @@ class PromptEngineer(TextualTeleprompter):
     """A proposer that inspects failures step by step before it refines the prompt.
 
     Followed: the meta-prompt with its two-step task description, the full template as context and the step-by-step
-    reasoning template; 2 failures per batch (hard negatives); 3 steps with a beam of 4 and 4 proposals per prompt;
-    backtracking, in which the beam is the best of all prompts so far and not only of the latest; selection on
-    validation rows. The optional parts (history of refinements, step size) are left out.
+    reasoning template; 2 failures per batch (hard negatives), of 4 that are looked for in random rows; 3 steps with a
+    beam of 4 and 4 proposals per prompt; backtracking, in which the beam is the best of all prompts so far and not
+    only of the latest; selection on validation rows. The optional parts (history of refinements, step size) are left
+    out.
 
     Departures: both steps are one request each, the second of which repeats the first and its answer instead of
     continuing a chat. A prompt that fails on no training row is inspected with rows that it gets right. Programs with
@@ -92,20 +96,33 @@ class PromptEngineer(TextualTeleprompter):
         known = search.scores([search.seed], search.dev)
         for _ in range(STEPS):
             for parent in ranked(known)[:BEAM]:
-                proposals = [refine(search, parent) for _ in range(PROPOSALS)]
+                negatives = hard_negatives(search, parent)
+                proposals = [refine(search, parent, negatives) for _ in range(PROPOSALS)]
                 known.update(search.scores(distinct(proposals, but=known), search.dev))
         return search.best
 
 
-def refine(search: InstructionSearch, prompt: str) -> str:
-    """One proposal: inspect a batch of failures, then rewrite the prompt."""
-    outcomes = search.outcomes(prompt, search.train)
-    failures = [outcome for outcome in outcomes if not outcome.is_right]
+def hard_negatives(search: InstructionSearch, prompt: str) -> list[Outcome]:
+    """Training rows that the prompt fails on: some at a time, in random order, until there are enough.
+
+    Where it fails on none, those that it gets right.
+    """
+    rows, seen, failures = search.sample(search.train, len(search.train)), [], []
+    for start in range(0, len(rows), SCANNED):
+        seen += search.outcomes(prompt, rows[start : start + SCANNED])
+        failures = [outcome for outcome in seen if not outcome.is_right]
+        if len(failures) >= ENOUGH_FAILURES:
+            break
+    return failures or seen
+
+
+def refine(search: InstructionSearch, prompt: str, outcomes: list[Outcome]) -> str:
+    """One proposal: inspect a batch of these outcomes, then rewrite the prompt."""
     inspection = _INSPECT.format(
         count=BATCH,
         prompt=prompt,
         template=search.template(prompt),
-        examples=show_examples(search, search.sample(failures or outcomes, BATCH)),
+        examples=show_examples(search, search.sample(outcomes, BATCH)),
     )
     reasoning = search.ask(inspection, temperature=TEMPERATURE)
     request = _REFINE.format(inspection=inspection, reasoning=reasoning, prompt=prompt, longest=LONGEST_PROMPT)
@@ -113,12 +130,13 @@ def refine(search: InstructionSearch, prompt: str) -> str:
 
 
 def show_examples(search: InstructionSearch, outcomes: list[Outcome]) -> str:
-    """Rows with what the model answered and what is right."""
-    return "\n\n".join(
-        f"### Example {number}\nInput: {shown_input(each.row)}\n"
-        f"Output: {search.said(each)}\nLabel: {shown_label(each.row)}"
-        for number, each in enumerate(outcomes, start=1)
-    )
+    """Rows with what the model reasoned and answered, and what is right."""
+    shown: list[str] = []
+    for number, each in enumerate(outcomes, start=1):
+        lines = [f"### Example {number}", f"Input: {shown_input(each.row)}"]
+        lines += [f"Reasoning: {reasoned}"] if (reasoned := search.reasoned(each)) else []
+        shown.append("\n".join([*lines, f"Output: {search.said(each)}", f"Label: {shown_label(each.row)}"]))
+    return "\n\n".join(shown)
 
 
 class PE2(PaperPeer):

@@ -7,8 +7,9 @@ it is taken back. The roles of the variables are the example's.
 It departs where the comparison asks for it. The program is a `StringBasedFunction` of its instructions and inputs,
 in the place of one call of a language model, so that any DSPy program can be optimised; the evaluation is another one,
 around the task's metric. Gradients and improvements are the proposer's. An improvement without the tags that textgrad
-asks for leaves the prompt as it is; the package would end the run. Where the program fails on a row, textgrad is shown
-why, and the row scores 0.
+asks for leaves the prompt as it is; the package would end the run. Instructions and inputs are shown to the proposer
+in full, as those of a language model's call are, and not cut short as a function's are. Where the program fails on a
+row, textgrad is shown why, and the row scores 0.
 
 The seed decides the batches. textgrad keeps gradients in sets, whose order differs from run to run; here they are put
 in order, so that a run repeats as far as the two models do.
@@ -104,10 +105,12 @@ class _Descent:
         self._engine = _ProposerEngine(context.prompt_lm)
         named: list[tuple[str, Any]] = program.named_predictors()
         self._variables = {
-            name: library.Variable(
-                predictor.signature.instructions,
-                requires_grad=True,
-                role_description=_INSTRUCTION + (f" in the program's step `{name}`" if len(named) > 1 else ""),
+            name: _shown_in_full(
+                library.Variable(
+                    predictor.signature.instructions,
+                    requires_grad=True,
+                    role_description=_INSTRUCTION + (f" in the program's step `{name}`" if len(named) > 1 else ""),
+                )
             )
             for name, predictor in named
         }
@@ -158,7 +161,7 @@ class _Descent:
     def _loss(self, answered: _Answered) -> Any:
         """The row's part of the graph: instructions and inputs -> response -> evaluation."""
         function = self._library.autograd.string_based_ops.StringBasedFunction
-        fields = {name: self._constant(value, _INPUT) for name, value in answered.row.inputs().items()}
+        fields = {name: _shown_in_full(self._constant(value, _INPUT)) for name, value in answered.row.inputs().items()}
         prompts = {f"system_prompt_{name}": variable for name, variable in self._variables.items()}
         response = function(lambda **_: answered.text, _PROGRAM)(
             inputs={**prompts, **fields}, response_role_description=_RESPONSE
@@ -197,6 +200,12 @@ class _ProposerEngine:
 def _validate(program: dspy.Module, dev: Sequence[dspy.Example], context: Context) -> float:
     evaluate = dspy.Evaluate(devset=list(dev), metric=context.metric, display_progress=False)
     return evaluate(program).score
+
+
+def _shown_in_full(variable: Any) -> Any:
+    """The variable; a function's backward pass shows the first and last ten words of what went into it."""
+    variable.get_short_value = lambda *_args, **_kwargs: variable.get_value()
+    return variable
 
 
 def _place(variable: Any, gradient: Any) -> tuple[str, str]:

@@ -196,6 +196,11 @@ class InstructionSearch:
             return answer
         return f"(this step) {'; '.join(own)} (the whole program) {answer}"
 
+    def reasoned(self, outcome: Outcome) -> str:
+        """What the program wrote beside its answer, on one line; empty where that is nothing."""
+        labels = outcome.row.labels().keys()
+        return " ".join(fields({name: text for name, text in outcome.prediction.items() if name not in labels}).split())
+
     def template(self, instruction: str) -> str:
         """How the instruction is put together with an input."""
         inputs = "\n".join(f"{name}: <{name}>" for name in self._signature.input_fields)

@@ -202,10 +202,15 @@ class Lockstep:
             self._waiting.append(ticket)
             self._progress = time.monotonic()
             batch = self._taken()  # the last to arrive finds the batch full and leads it
-        while not batch and not ticket.done:
-            if not ticket.awake(timeout=min(1.0, self._patience)) or not ticket.done:
-                with self._changing:
-                    batch = [] if ticket.done else self._taken()
+        try:
+            while not batch and not ticket.done:
+                if not ticket.awake(timeout=min(1.0, self._patience)) or not ticket.done:
+                    with self._changing:
+                        batch = [] if ticket.done else self._taken()
+        except BaseException:  # an interrupt: nobody waits for this any more
+            with self._changing:
+                self._waiting = [each for each in self._waiting if each is not ticket]
+            raise
         if batch:
             self._lead(batch)
         return _outcome(ticket)

@@ -21,7 +21,7 @@ from typing import Any
 
 from dspy_greater.chat import content_text, render_chat
 from dspy_greater.errors import LayoutError
-from dspy_greater.piecewise import EncodedText, PiecewiseTokenizer
+from dspy_greater.piecewise import EncodedText, PiecewiseTokenizer, cuts
 
 __all__ = ["EncodedText", "PromptEncoder", "RenderedText"]
 
@@ -66,8 +66,7 @@ class PromptEncoder:
         alternatives = "|".join(re.escape(text) for text in self.special_texts)
         self._pattern = re.compile(alternatives) if alternatives else None
         self._plain_tokenizer: Any = None
-        special = {str(added[i]): i for i in self.special_ids}
-        self._pieces = PiecewiseTokenizer(functools.partial(_encode, tokenizer), special)
+        self._pieces = PiecewiseTokenizer(functools.partial(_encode, tokenizer), cuts(tokenizer))
         self._anchor: list[int] = list(tokenizer("a", add_special_tokens=False)["input_ids"])
         self._anchor_text = self._decode(self._anchor)
         self._lock = threading.Lock()

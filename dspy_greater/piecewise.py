@@ -1,7 +1,8 @@
 """Tokenising chat prompts piece by piece: what stands between two special tokens is tokenised once.
 
-A tokenizer cuts a text at its special tokens before anything else, and nothing merges across the cut. The prompts of a
-search differ in few pieces: the system message is the same for all rows, the user message for all instructions.
+A tokenizer cuts a text at its special tokens before anything else, and nothing merges across the cut (for which see
+`cuts`). The prompts of a search differ in few pieces: the system message is the same for all rows, the user message for
+all instructions.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-MOST_CHARACTERS = 2_000_000  # remembered; some 100 MB with their tokens
+MOST_TOKENS = 500_000  # remembered; some 130 bytes each
+_OF_A_PIECE = 8  # tokens that it weighs besides its own
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,31 @@ class _Piece:
     begin: int
 
 
+def cuts(tokenizer: Any) -> dict[str, int]:
+    """The special tokens at which a text is cut wherever they occur in it, and their ids.
+
+    Left out are those that count only as words of their own, those that are looked for in the normalised text, and
+    those inside other added tokens: what is cut there depends on what is around them.
+
+    >>> from dspy_greater.engine import Engine
+    >>> sorted(cuts(Engine.from_pretrained("pocket").tokenizer))[:2]
+    ['<bos>', '<eos>']
+    """
+    added: dict[int, Any] = tokenizer.added_tokens_decoder
+    normalises = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None) is not None
+    texts = [str(token) for token in added.values()]
+    return {
+        str(token): index
+        for index, token in added.items()
+        if token.special
+        and not token.single_word
+        and not (token.normalized and normalises)
+        and not any(str(token) in text and str(token) != text for text in texts)
+    }
+
+
 class PiecewiseTokenizer:
-    """The tokens of a text from those of its pieces, which are remembered.
+    """The tokens of a text from those of its pieces, which are remembered: the tokenizer may not change meanwhile.
 
     Args:
         encode: tokenises a whole text; the slow twin.
@@ -50,7 +76,7 @@ class PiecewiseTokenizer:
         longest_first = sorted(self._special, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self._known: dict[tuple[str, str, str], EncodedText | None] = {}
-        self._characters = 0
+        self._tokens = 0
 
     def encode(self, text: str) -> EncodedText:
         """The tokens of a text; where a piece does not stand alone, the whole text is tokenised."""
@@ -83,9 +109,10 @@ class PiecewiseTokenizer:
             return known[key]
         found = self._read(piece)
         with self._lock:
-            self._characters += len(piece.text)
-            if self._characters > MOST_CHARACTERS:
-                self._known, self._characters = {}, len(piece.text)
+            weight = _OF_A_PIECE + (len(found.token_ids) if found else 0)
+            self._tokens += weight
+            if self._tokens > MOST_TOKENS:
+                self._known, self._tokens = {}, weight
             self._known[key] = found
         return found
 

@@ -86,7 +86,10 @@ def run_pairs(
     refuse_dead: bool = True,
     deployed: bool = False,
 ) -> list[Rollout]:
-    """Run programs on rows, each (program, row) once; see `roll_out`. Without `refuse_dead` all may fail."""
+    """Run programs on rows, each (program, row) once; see `roll_out`. Without `refuse_dead` all may fail.
+
+    Recorded are the calls of predictors that a program has before its first run.
+    """
     programs = {id(program): program for program, _ in pairs}
     lms = [site.lm for program in programs.values() for site in predictors_of(program)]
     names = {id(program): predictor_names(program) for program in programs.values()}

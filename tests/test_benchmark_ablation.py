@@ -15,7 +15,7 @@ from dspy_greater.settings import Settings
 
 
 def cell(variant: str, seed: int, accuracy: float, task: str = "navigate") -> dict[str, Any]:
-    return {"task": task, "seed": seed, "variant": variant, "accuracy": accuracy, "steps": 10}
+    return {"task": task, "seed": seed, "variant": variant, "accuracy": accuracy, "steps": 10, "budget": 30_000}
 
 
 def rows_of(cells: list[dict[str, Any]]) -> dict[str, list[str]]:
@@ -49,6 +49,7 @@ def test_every_variant_and_sweep_is_made_of_settings_that_exist() -> None:
 
 def test_the_table_is_of_the_cells_that_were_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cells = [cell("whole", 0, 0.9), cell("whole", 1, 0.8), cell("paper", 0, 0.7), cell("whole", 0, 0.5, "web_of_lies")]
+    cells.append({**cell("whole", 1, 0.1), "budget": 20_000})
     (tmp_path / "cells.jsonl").write_text("".join(json.dumps(each) + "\n" for each in cells))
     asked = ["--tasks", "navigate", "--seeds", "1", "--variants", "whole"]
     assert main(["--data-dir", str(tmp_path), "--out", str(tmp_path), *asked]) == 0

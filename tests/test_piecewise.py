@@ -9,12 +9,12 @@ import pytest
 from chat_families import KINDS, SPECIAL, TEMPLATES, family_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from dspy_greater import piecewise
 from dspy_greater.chat import render_chat
-from dspy_greater.piecewise import EncodedText, PiecewiseTokenizer
+from dspy_greater.piecewise import EncodedText, PiecewiseTokenizer, cuts
 
 thorough = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=tuple(HealthCheck))
 WORDS = st.sampled_from(
@@ -33,7 +33,30 @@ def special_of(tokenizer: Any) -> dict[str, int]:
 
 
 def pieces_of(tokenizer: Any) -> PiecewiseTokenizer:
-    return PiecewiseTokenizer(functools.partial(jointly, tokenizer), special_of(tokenizer))
+    return PiecewiseTokenizer(functools.partial(jointly, tokenizer), cuts(tokenizer))
+
+
+@functools.cache
+def shared_pieces(kind: str) -> PiecewiseTokenizer:
+    """One for all texts of a kind, so that pieces meet again."""
+    return pieces_of(family_tokenizer(kind))
+
+
+@functools.cache
+def difficult_tokenizer(normalizer: str) -> Any:
+    """With a normalizer, and added tokens that are looked for in the normalised text, as words, or over others."""
+    tokenizer: Any = family_tokenizer("unigram")
+    core = type(tokenizer._tokenizer).from_str(tokenizer._tokenizer.to_str())
+    core.normalizer = {
+        "prepend": normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]),
+        "lowercase": normalizers.Lowercase(),
+        "nfkc": normalizers.NFKC(),
+    }[normalizer]
+    found = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|pad|>")
+    special = [AddedToken("<N>", special=True, normalized=True), AddedToken("<W>", special=True, single_word=True)]
+    found.add_special_tokens({"additional_special_tokens": special})
+    found.add_tokens([AddedToken(">\n<|eot|>\n", normalized=False), AddedToken("question<", normalized=False)])
+    return found
 
 
 @functools.cache
@@ -54,8 +77,21 @@ def blank_eating_tokenizer() -> PreTrainedTokenizerFast:
 @given(data=st.data())
 def test_any_text_is_tokenised_as_in_one_go(kind: str, data: st.DataObject) -> None:
     tokenizer = family_tokenizer(kind)
-    pieces, text = pieces_of(tokenizer), data.draw(texts)
+    pieces, text = shared_pieces(kind), data.draw(texts)
     assert pieces.encode(text) == jointly(tokenizer, text) == pieces.encode(text)
+
+
+@pytest.mark.parametrize("normalizer", ["prepend", "lowercase", "nfkc"])
+@thorough
+@given(parts=st.lists(st.one_of(WORDS, st.sampled_from(["<N>", "<W>", "<|eot|>", "<|turn|>", "<", ">"])), max_size=20))
+def test_normalizers_and_added_tokens_that_overlap_change_nothing(normalizer: str, parts: list[str]) -> None:
+    tokenizer, text = difficult_tokenizer(normalizer), "".join(parts)
+    assert pieces_of(tokenizer).encode(text) == jointly(tokenizer, text)
+
+
+def test_texts_are_cut_only_where_what_is_around_does_not_matter() -> None:
+    found = cuts(difficult_tokenizer("prepend"))
+    assert "<|turn|>" in found and not {"<N>", "<W>", "<|eot|>"} & set(found)
 
 
 @thorough
@@ -99,10 +135,11 @@ def test_where_a_special_text_is_no_token_the_whole_text_is_tokenised() -> None:
 
 
 def test_what_is_remembered_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(piecewise, "MOST_CHARACTERS", 100)
+    monkeypatch.setattr(piecewise, "MOST_TOKENS", 200)
     tokenizer = family_tokenizer("merging")
     pieces = pieces_of(tokenizer)
     for number in range(50):
         text = f"<|turn|>row number {number}<|eot|>"
         assert pieces.encode(text) == jointly(tokenizer, text)
-        assert sum(len(key[1]) for key in pieces._known) <= 100
+        assert sum(len(found.token_ids) for found in pieces._known.values() if found) <= 200
+        assert len(pieces._known) <= 200 / piecewise._OF_A_PIECE

@@ -44,12 +44,12 @@ def main(argv: Sequence[str]) -> int:
     lm = local_lm(arguments.model)
     asked = list(product(map(int, arguments.seeds.split(",")), arguments.tasks.split(","), names))
     for seed, task, name in asked:
-        if (seed, task, name) not in map(_key, _read(path)):
+        if (seed, task, name) not in map(_key, _read(path, arguments.generated_tokens)):
             cell = _cell(task, seed, name, lm, arguments)
             with path.open("a") as lines:
                 lines.write(json.dumps(cell) + "\n")
             sys.stderr.write(f"{task}, seed {seed}, {name}: {cell.get('accuracy', cell.get('error'))}\n")
-    text = table([cell for cell in _read(path) if _key(cell) in asked])
+    text = table([cell for cell in _read(path, arguments.generated_tokens) if _key(cell) in asked])
     (arguments.out / "table.md").write_text(text + "\n")
     sys.stdout.write(text + "\n")
     return 0
@@ -131,5 +131,7 @@ def _key(cell: dict[str, Any]) -> tuple[int, str, str]:
     return cell["seed"], cell["task"], cell["variant"]
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+def _read(path: Path, budget: int) -> list[dict[str, Any]]:
+    """The finished cells of this budget."""
+    cells = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [cell for cell in cells if cell["budget"] == budget]

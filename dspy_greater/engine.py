@@ -24,8 +24,6 @@ from .prefix import PrefixStore, frozen, is_out_of_memory
 from .sampling import Generation, GenerationRequest, Row, row_seed
 from .written import WrittenStates
 
-_BUSY_ROWS_OF_CPU = 20
-
 
 class EngineMemoryError(GreaterError, MemoryError):
     """One row alone does not fit into memory."""
@@ -175,15 +173,6 @@ class Engine:
     def max_batch_rows(self) -> int:
         """The most rows decoded together; halved for good when memory runs out."""
         return self._batch_rows
-
-    @property
-    def busy_rows(self) -> int:
-        """Rows that keep the device busy: with more of them at a time a row costs hardly less.
-
-        A few on a CPU (a row of the pocket model takes 40 ms with 17 at a time and 30 ms with 50), all that are
-        decoded together elsewhere.
-        """
-        return min(_BUSY_ROWS_OF_CPU, self._batch_rows) if self.device.type == "cpu" else self._batch_rows
 
     @property
     def counters(self) -> Counters:

@@ -144,11 +144,11 @@ def engines_behind(program: Any) -> list[Engine]:
 def runs_at_once(program: Any, threads: int) -> int:
     """How many runs of the program it takes to keep its language model busy.
 
-    `Engine.busy_rows` of an in-process model; where there is none, or several, two runs for each thread,
+    One decode batch of an in-process model; where there is none, or several, two runs for each thread,
     so that few threads wait for the last.
     """
     engines = engines_behind(program)
-    return engines[0].busy_rows if len(engines) == 1 else 2 * threads
+    return engines[0].max_batch_rows if len(engines) == 1 else 2 * threads
 
 
 def asked_of_servers(program: Any, rollouts: Iterable[Rollout]) -> Iterator[str]:

@@ -253,8 +253,3 @@ def test_random_parameters_are_refused(tmp_path: Any) -> None:
     save_file(weights, f"{path}/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(WeightsError, match=r"lack 1 parameters .*model\.norm\.weight"):
         Engine.from_pretrained(path)
-
-
-def test_no_more_rows_keep_a_device_busy_than_are_decoded_together() -> None:
-    assert build(max_batch_rows=3).busy_rows == 3
-    assert build().busy_rows <= build().max_batch_rows

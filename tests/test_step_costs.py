@@ -47,7 +47,7 @@ class Killed(BaseException):
 class Fickle(ScriptedEngine):
     """Answers rightly as often as the words of an instruction happen to be worth, on rows of its own choice."""
 
-    max_batch_rows = busy_rows = 24
+    max_batch_rows = 24
 
     def __init__(self, salt: int = 0) -> None:
         def write(prompt: str) -> str:

@@ -89,7 +89,7 @@ def compiled(engine: Any = None, **settings: Any) -> Any:
 class Fickle(ScriptedEngine):
     """Answers rightly as often as an instruction happens to be worth, in small batches, so that some are given up."""
 
-    max_batch_rows = busy_rows = 24
+    max_batch_rows = 24
 
     def __init__(self, write: Any = None) -> None:
         def fickle(prompt: str) -> str:

@@ -22,6 +22,7 @@ from .draft import Drafts
 from .errors import ContextLengthError, GreaterError, LayoutError, SettingsError, WeightsError
 from .prefix import PrefixStore, frozen, is_out_of_memory
 from .sampling import Generation, GenerationRequest, Row, row_seed
+from .scoped import Scoped
 from .written import WrittenStates
 
 
@@ -72,9 +73,9 @@ class Engine:
         self._owned = False
         self._lock, self._tally_lock, self._depth = threading.RLock(), threading.Lock(), 0
         self._counters = Counters()
-        self.prefixes = PrefixStore(model, self.tally, self._lock)
+        self.prefixes = PrefixStore(model, self.tally)
         self.written = WrittenStates(self._lock)
-        self._drafting: list[Drafts] = []
+        self._drafting = Scoped[Drafts]()
         self.stop_token_ids = _stop_ids(model, tokenizer)
         # How to load the same weights in another process; None for weights that were handed in.
         self.origin: dict[str, str | None] | None = None
@@ -201,37 +202,29 @@ class Engine:
             finally:
                 self._depth -= 1
 
-    def shared_prefixes(self) -> AbstractContextManager[None]:
+    def shared_prefixes(self) -> AbstractContextManager[object]:
         """Inside, what prompts have in common is read once for gradients, scores and texts together.
 
-        One prefix is kept, the longest that was read, until the outermost block ends; all threads share it.
-        Outside, every call reads for itself.
+        One prefix is kept, the longest that was read, until the outermost block ends; threads that carry the block's
+        context share it. Outside, every call reads for itself.
         """
         return self.prefixes.open()
 
-    def kept_rows(self) -> AbstractContextManager[None]:
+    def kept_rows(self) -> AbstractContextManager[object]:
         """Inside, the states of rows that were written are kept for `scoring.score` to go on from.
 
         At most 2 GiB of them; on CUDA a tenth of the device's memory where that is more.
         """
         return self.written.open()
 
-    @contextmanager
-    def drafting(self, written: Iterable[tuple[Sequence[int], Sequence[int]]]) -> Iterator[None]:
+    def drafting(self, written: Iterable[tuple[Sequence[int], Sequence[int]]]) -> AbstractContextManager[object]:
         """Inside, rows are expected to write what was `written` after prompts like theirs (`draft`); only faster."""
-        own = Drafts(written)
-        with self._lock:
-            self._drafting.append(own)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._drafting.remove(own)
+        return self._drafting.holding(Drafts(written))
 
     @property
     def drafts(self) -> Drafts:
         """Those of the innermost block."""
-        return self._drafting[-1] if self._drafting else Drafts()
+        return self._drafting.value or Drafts()
 
     def room(self, prompt_length: int) -> int | None:
         """How many tokens can be written after a prompt of this many; None when there is no limit.

@@ -43,7 +43,7 @@ def cuts(tokenizer: Any) -> dict[str, int]:
 
     >>> from dspy_greater.engine import Engine
     >>> sorted(cuts(Engine.from_pretrained("pocket").tokenizer))[:2]
-    ['<bos>', '<eos>']
+    ['<|assistant|>', '<|end|>']
     """
     added: dict[int, Any] = tokenizer.added_tokens_decoder
     normalises = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None) is not None

@@ -22,7 +22,7 @@ from torch.nn import Module
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .open_blocks import OpenBlocks
+from .scoped import Scoped
 
 LEAST_SHARED = 16  # fewer tokens are not worth a forward of their own,
 LEAST_SAVED = 256  # unless it saves all rows together this many
@@ -59,6 +59,11 @@ class Prefix:
         return cache
 
 
+@dataclass(eq=False)
+class _Kept:
+    prefix: Prefix | None = None
+
+
 class PrefixStore:
     """Reads prefixes with a model; between `open` and the end of the block it keeps the longest one.
 
@@ -68,7 +73,6 @@ class PrefixStore:
     Args:
         model: a causal language model in the manner of `transformers`.
         tally: is told of what is computed, as `Engine.tally`.
-        lock: guards what is kept; the engine's own.
 
     >>> from dspy_greater.engine import Engine
     >>> engine = Engine.from_pretrained("pocket")
@@ -79,24 +83,25 @@ class PrefixStore:
     (40, 30, 40, None)
     """
 
-    def __init__(self, model: Any, tally: Tally, lock: Any = None) -> None:
+    def __init__(self, model: Any, tally: Tally) -> None:
         self._model, self._tally = model, tally
-        self._kept: Prefix | None = None
-        self._blocks = OpenBlocks(self.drop, lock)
+        self._keeping = Scoped[_Kept]()
         self._shows_hidden = _output_layer(model) is not None
 
-    def open(self) -> AbstractContextManager[None]:
-        """Keep what is read until the outermost of the open blocks ends; other threads may read meanwhile."""
-        return self._blocks.open()
+    def open(self) -> AbstractContextManager[object]:
+        """Keep what is read until the outermost of the open blocks ends, for the threads that carry its context."""
+        return self._keeping.open(_Kept)
 
     @property
     def kept(self) -> Prefix | None:
         """What is kept at the moment."""
-        return self._kept
+        keeping = self._keeping.value
+        return keeping.prefix if keeping else None
 
     def drop(self) -> None:
-        """Give the memory back; what is needed again is read again."""
-        self._kept = None
+        """Give the memory back, whoever keeps it; what is needed again is read again."""
+        for each in self._keeping.everywhere:
+            each.prefix = None
 
     @cached_property
     def reach(self) -> float:
@@ -136,16 +141,18 @@ class PrefixStore:
             return None
         if found is None or (with_hidden and found.hidden is None):
             return None
-        if self._blocks and (self._kept is None or len(found) >= len(self._kept)):
-            self._kept = found
+        keeping = self._keeping.value
+        if keeping and (keeping.prefix is None or len(found) >= len(keeping.prefix)):
+            keeping.prefix = found
         return found
 
     def _kept_part(self, tokens: tuple[int, ...], with_hidden: bool) -> Prefix | None:
         """What is kept of the tokens, if it is enough to be worth sharing."""
-        if self._kept is None or (with_hidden and self._kept.hidden is None):
+        kept = self.kept
+        if kept is None or (with_hidden and kept.hidden is None):
             return None
-        known = shared_length([tokens, self._kept.token_ids])
-        return self._kept.first(known) if known >= LEAST_SHARED else None
+        known = shared_length([tokens, kept.token_ids])
+        return kept.first(known) if known >= LEAST_SHARED else None
 
     def _continued(self, start: Prefix | None, tokens: tuple[int, ...]) -> Prefix | None:
         """Read what `start` lacks of the tokens; None when the model left them out of the cache."""

@@ -13,7 +13,7 @@ import bisect
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .open_blocks import OpenBlocks
 from .prefix import shared_length
+from .scoped import Scoped
 
 MOST_BYTES = 2 << 30  # of states; the oldest go first
 _SHARE_OF_DEVICE = 0.1  # of an accelerator's memory
@@ -95,6 +95,21 @@ class Continuation:
     known: int  # tokens that they have in common
 
 
+@dataclass(eq=False)
+class _Kept:
+    """What one block keeps."""
+
+    rows: list[WrittenRows] = field(default_factory=list[WrittenRows])
+    order: list[tuple[tuple[int, ...], int, int]] | None = None  # tokens, which rows, which of them; sorted
+
+    @property
+    def bytes(self) -> int:
+        return sum(each.bytes for each in self.rows)
+
+    def clear(self) -> None:
+        self.rows, self.order = [], None
+
+
 class WrittenStates:
     """Keeps the states of finished rows between `open` and the end of the outermost such block.
 
@@ -111,60 +126,61 @@ class WrittenStates:
 
     def __init__(self, lock: Any = None) -> None:
         self._lock = lock or threading.RLock()
-        self._blocks = OpenBlocks(self.drop, self._lock)
-        self._kept: list[WrittenRows] = []
-        self._sorted: list[tuple[tuple[int, ...], int, int]] | None = None  # tokens, which rows, which of them
+        self._keeping = Scoped[_Kept]()
 
-    def open(self) -> AbstractContextManager[None]:
-        """Keep what is written until the outermost of the open blocks ends."""
-        return self._blocks.open()
+    def open(self) -> AbstractContextManager[object]:
+        """Keep what is written until the outermost of the open blocks ends, for the threads that carry its context."""
+        return self._keeping.open(_Kept)
 
     @property
     def wanted(self) -> bool:
         """Whether anything would be kept."""
-        return bool(self._blocks)
+        return self._keeping.value is not None
 
     @property
     def bytes(self) -> int:
-        """What is kept at the moment."""
-        return sum(each.bytes for each in self._kept)
+        """What is kept at the moment, by whomever."""
+        return sum(each.bytes for each in self._keeping.everywhere)
 
     def drop(self) -> None:
-        """Give the memory back; what is needed again is read again."""
+        """Give the memory back, whoever keeps it; what is needed again is read again."""
         with self._lock:
-            self._kept, self._sorted = [], None
+            for each in self._keeping.everywhere:
+                each.clear()
 
     def make_room(self, size: int, device: torch.device) -> bool:
-        """Let the oldest go where `size` bytes more would be too many; False: they are too many by themselves."""
-        limit = _most_bytes(device)
+        """Let the caller's oldest go where `size` bytes more would be too many; False: they are by themselves."""
+        limit, kept = _most_bytes(device), self._keeping.value
         with self._lock:
-            while self._kept and self.bytes + size > limit:
-                self._kept.pop(0)
-                self._sorted = None
+            while kept and kept.rows and kept.bytes + size > limit:
+                kept.rows.pop(0)
+                kept.order = None
         return size <= limit
 
     def keep(self, rows: WrittenRows) -> None:
         """Keep these rows; for the room see `make_room`."""
+        kept = self._keeping.value
         with self._lock:
-            if self.wanted:
-                self._kept.append(rows)
-                self._sorted = None
+            if kept:
+                kept.rows.append(rows)
+                kept.order = None
 
     def find(self, sequence: Sequence[int], *, least: int, most: int) -> Continuation | None:
         """The kept row that begins most like the sequence, if at least `least` tokens; `most` of them count."""
-        if not self._kept:
+        kept = self._keeping.value
+        if not kept or not kept.rows:
             return None
-        if self._sorted is None:
-            self._sorted = sorted(
-                (tokens, at, row) for at, each in enumerate(self._kept) for row, tokens in enumerate(each.token_ids)
+        if kept.order is None:
+            kept.order = sorted(
+                (tokens, at, row) for at, each in enumerate(kept.rows) for row, tokens in enumerate(each.token_ids)
             )
         wanted = tuple(sequence)
-        place = bisect.bisect_left(self._sorted, (wanted, 0, 0))
+        place = bisect.bisect_left(kept.order, (wanted, 0, 0))
         # Whatever has the longest beginning in common with it stands next to it in sorted order.
-        near = self._sorted[max(0, place - 1) : place + 1]
+        near = kept.order[max(0, place - 1) : place + 1]
         found = [(min(most, shared_length([wanted, tokens])), at, row) for tokens, at, row in near]
         known, at, row = max(found, key=lambda each: each[0])
-        return Continuation(self._kept[at], row, known) if known >= least else None
+        return Continuation(kept.rows[at], row, known) if known >= least else None
 
 
 def _most_bytes(device: torch.device) -> float:

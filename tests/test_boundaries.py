@@ -35,7 +35,7 @@ TORCH_FAMILY = {"torch", "transformers", "tokenizers", "safetensors", "accelerat
 # Runs on machines that have these packages and no others.
 TOKEN_CORE = (
     "engine",
-    "open_blocks",
+    "scoped",
     "prefix",
     "output_layer",
     "sampling",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -195,12 +197,21 @@ def test_rows_that_were_interrupted_and_fresh_ones_share_a_batch() -> None:
     assert [tuple(row.written) for row in batch] == [each.token_ids for each in expected]
 
 
-def test_two_blocks_of_drafts_may_end_in_any_order() -> None:
-    engine = build()
-    first, second = engine.drafting([((1, 2), (3,))]), engine.drafting([((4, 5), (6,))])
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert engine.drafts.guess((4, 5)) == (6,)
-    second.__exit__(None, None, None)
+def test_two_searches_have_drafts_of_their_own_whichever_ends_first() -> None:
+    engine, other_inside, first_ended = build(), threading.Event(), threading.Event()
+
+    def other() -> list[tuple[int, ...]]:
+        with engine.drafting([((4, 5), (6,))]):
+            before = engine.drafts.guess((4, 5))
+            other_inside.set()
+            first_ended.wait(30)
+            return [before, engine.drafts.guess((4, 5)), engine.drafts.guess((1, 2))]
+
+    with ThreadPoolExecutor(1) as pool:
+        with engine.drafting([((1, 2), (3,))]):
+            found = pool.submit(other)
+            other_inside.wait(30)
+            assert (engine.drafts.guess((1, 2)), engine.drafts.guess((4, 5))) == ((3,), (3,))
+        first_ended.set()
+        assert found.result(30) == [(6,), (6,), (6,)]
     assert len(engine.drafts) == 0

@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -296,7 +298,7 @@ def test_nothing_is_kept_after_the_outermost_block_or_without_one() -> None:
     assert engine.prefixes.kept is None
 
 
-def test_threads_share_what_is_kept() -> None:
+def test_threads_that_carry_the_blocks_context_share_what_is_kept_and_others_do_not() -> None:
     engine, examples = build(), rows()
     expected = engine.generate(prompts_of(examples), max_new_tokens=5, stop_token_ids=[])
     found: list[Any] = [None] * 4
@@ -304,8 +306,9 @@ def test_threads_share_what_is_kept() -> None:
     def write(index: int) -> None:
         found[index] = engine.generate([prompts_of(examples)[index]], max_new_tokens=5, stop_token_ids=[])[0]
 
-    def work() -> None:
-        threads = [threading.Thread(target=write, args=[index]) for index in range(4)]
+    def work(carry: bool) -> None:
+        targets = [partial(copy_context().run, write) if carry else write for _ in range(4)]
+        threads = [threading.Thread(target=target, args=[index]) for index, target in enumerate(targets)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -313,10 +316,12 @@ def test_threads_share_what_is_kept() -> None:
 
     with engine.shared_prefixes():
         teacher_forced_losses(engine, examples)
-        spent = spent_on(engine, work)
-        assert engine.prefixes.kept is not None
+        spent = spent_on(engine, lambda: work(True))
+        assert engine.prefixes.kept is not None and found == expected
+        assert spent.prefilled_tokens == sum(map(len, prompts_of(examples))) - 4 * COMMON
+        elsewhere = spent_on(engine, lambda: work(False))
     assert found == expected
-    assert spent.prefilled_tokens == sum(map(len, prompts_of(examples))) - 4 * COMMON
+    assert elsewhere.prefilled_tokens == sum(map(len, prompts_of(examples)))
     assert engine.prefixes.kept is None
 
 

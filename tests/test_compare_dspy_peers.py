@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -61,7 +62,7 @@ HAS_ESTIMATOR = "estimator" in {knob.name for knob in fields(Settings)}
 needs_estimator = pytest.mark.skipif(not HAS_ESTIMATOR, reason="GReaTerTeleprompter has no `estimator` here")
 
 
-class Scripted:
+class Scripted(ABC):
     """DSPy's engine contract over a method that writes; `asked` keeps every request."""
 
     supports_function_calling = False
@@ -91,10 +92,10 @@ class Scripted:
         return lm15.Response(id=None, model="scripted", message=message, finish_reason="stop", usage=usage)
 
     def close(self) -> None:
-        pass
+        self.closed = True
 
-    def write(self, asked: Asked, temperature: float) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def write(self, asked: Asked, temperature: float) -> str: ...
 
 
 class Obedient(Scripted):

@@ -17,7 +17,7 @@ from .cells import CellKey
 from .phrasebook import PHRASEBOOK
 
 # Charged tokens. On the pocket model `small` is what GReaTer's auto="light" takes with its validation (400,000 to
-# 520,000 were measured), and some 50 seconds of one core.
+# 520,000 were measured, with three candidates a step), and some 50 seconds of one core.
 BUDGETS = {"small": 500_000, "medium": 2_000_000, "large": 8_000_000}
 
 

@@ -24,7 +24,7 @@ from .sampling import Row, choose
 from .states import InPlaceLayer, Move, join
 from .written import Places, WrittenRows, WrittenStates, slot_mask
 
-_COMPACT_BELOW = 0.75  # finished rows leave once they are a quarter of the batch
+_COMPACT_BELOW = 0.9  # finished rows leave once they are a tenth of the batch
 
 
 @torch.no_grad()
@@ -96,7 +96,7 @@ class _Batch:
             for j, row in enumerate(each.rows)
             if self.rows[row].finish_reason is None
         ]
-        going.sort(key=lambda each: each[2])
+        going.sort(key=lambda each: (each[0], read[each[0]].rejected[each[1]], each[1]))  # neighbours move together
         slots = max((read[part].length - read[part].rejected[j] for part, j, _ in going), default=0)
         places = [(read[part].places[j], read[part].length - read[part].rejected[j]) for part, j, _ in going]
         self._places = [Places(slots - filled, each.shared, each.between) for each, filled in places]
@@ -154,19 +154,21 @@ class _Batch:
         return bool(keep)
 
     def _keep(self, rows: Sequence[int]) -> None:
-        """Let the others go, and with them the slots that only they had used."""
-        indices, first = torch.tensor(rows), min(self._places[row].first for row in rows)
+        """Let the others go, and with them the slots that only they had used; the last rows take their places."""
+        first, last = min(self._places[row].first for row in rows), iter(rows[::-1])
+        staying = {row for row in rows if row < len(rows)}
+        order = [row if row in staying else next(last) for row in range(len(rows))]
         if all(isinstance(layer, InPlaceLayer) for layer in self.cache.layers):
             for layer in self.cache.layers:
-                layer.select(indices, first)  # pyright: ignore[reportAttributeAccessIssue]
+                layer.keep(order, first)  # pyright: ignore[reportAttributeAccessIssue]
         else:
             first = 0
-            self.cache.batch_select_indices(indices)
-        self._mask, self._positions = self._mask[indices, first:], self._positions[indices]
+            self.cache.batch_select_indices(torch.tensor(order))
+        self._mask, self._positions = self._mask[order, first:], self._positions[order]
         self._length -= first
-        self.rows = [self.rows[row] for row in rows]
-        self._known = [self._known[row] for row in rows]
-        self._places = [replace(self._places[row], first=self._places[row].first - first) for row in rows]
+        self.rows = [self.rows[row] for row in order]
+        self._known = [self._known[row] for row in order]
+        self._places = [replace(self._places[row], first=self._places[row].first - first) for row in order]
 
     def _hand_over(
         self,

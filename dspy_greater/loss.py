@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from dspy_greater.engine import Engine, EngineMemoryError
 from dspy_greater.errors import LayoutError, SettingsError
-from dspy_greater.output_layer import output_layer_sees_only
+from dspy_greater.output_layer import computed_only_at
 from dspy_greater.prefix import Prefix, is_out_of_memory, shared_length
 
 RowT = TypeVar("RowT")
@@ -258,7 +258,7 @@ def logits_at(
     The logits that hidden states `before` [U, d] lead to come first. At least float32.
     """
     device = engine.model.get_input_embeddings().weight.device
-    with output_layer_sees_only(engine.model, places, token_ids.shape, before) as narrowed:
+    with computed_only_at(engine.model, places, token_ids.shape, before) as narrowed:
         logits: Tensor = engine.model(
             input_ids=token_ids.to(device),
             position_ids=position_ids.to(device),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .output_layer import output_layer_sees_only
+from .output_layer import computed_only_at
 from .prefix import LEAST_SAVED, PrefixStore, Tally, shared_length
 from .sampling import Row, choose
 from .states import new_cache
@@ -100,7 +100,7 @@ def _read(
     row = torch.arange(len(own)).repeat_interleave(torch.tensor(ends))  # [R]
     column = torch.cat([torch.arange(width - end, width) for end in ends])  # [R]
     last_only = max(ends) == 1 and "logits_to_keep" in inspect.signature(model.forward).parameters
-    with output_layer_sees_only(model, (row, column), ids.shape) as narrowed:
+    with computed_only_at(model, (row, column), ids.shape) as narrowed:
         logits: Tensor = model(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),

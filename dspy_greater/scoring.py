@@ -10,7 +10,6 @@ Shapes: n rows of one batch, T tokens that are read in the longest, R predicted 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 
@@ -30,7 +29,7 @@ from .loss import (
     teacher_forced_losses,
 )
 from .prefix import Beginning, shared_length
-from .written import Continuation
+from .written import Continuation, continued
 
 Beginnings = dict[tuple[int, ...], float]  # tokens up to the instruction's end -> mean NLL of the instruction
 Known = tuple[SupervisedTokens, Continuation]
@@ -88,28 +87,33 @@ def _kept(engine: Engine, each: SupervisedTokens) -> Continuation | None:
 
 
 def _answers(engine: Engine, known: Sequence[Known], answer_temperature: float, max_batch_tokens: int) -> list[float]:
-    """L_CE of each row, from where its states end; rows whose states lie in one batch are read together."""
-    together: dict[int, list[int]] = defaultdict(list)
-    for row, (_, found) in enumerate(known):
-        together[id(found.rows)].append(row)
-    answers: dict[int, float] = {}
-    for rows in together.values():
-        lengths = [len(known[row][0].token_ids) - known[row][1].known for row in rows]
-        work = partial(_continued, engine, answer_temperature)
-        found = in_batches(work, [known[row] for row in rows], lengths, max_batch_tokens, relieve=engine.prefixes.drop)
-        answers.update(zip(rows, found, strict=True))
-    return [answers[row] for row in range(len(known))]
+    """L_CE of each row, from where its states end; no more rows at once than are decoded at once."""
+    answers: list[float] = []
+    for start in range(0, len(known), engine.max_batch_rows):
+        rows = known[start : start + engine.max_batch_rows]
+        lengths = [len(each.token_ids) - found.known for each, found in rows]
+        work = partial(_neighbours_together, engine, answer_temperature)
+        answers += in_batches(work, rows, lengths, max_batch_tokens, relieve=engine.prefixes.drop)
+    return answers
+
+
+def _neighbours_together(engine: Engine, answer_temperature: float, batch: Sequence[Known]) -> list[float]:
+    """`_continued`, with rows that were kept side by side side by side, so that they are copied in one piece."""
+    written: dict[int, int] = {}
+    places = [(written.setdefault(id(found.rows), len(written)), found.row) for _, found in batch]
+    order = sorted(range(len(batch)), key=places.__getitem__)
+    answers = dict(zip(order, _continued(engine, answer_temperature, [batch[row] for row in order]), strict=True))
+    return [answers[row] for row in range(len(batch))]
 
 
 def _continued(engine: Engine, answer_temperature: float, batch: Sequence[Known]) -> list[float]:
-    """L_CE of n rows of one `WrittenRows`; one forward pass over what follows their states."""
-    states, rows = batch[0][1].rows, [found.row for _, found in batch]
+    """L_CE of n rows whose states were kept; one forward pass over what follows them."""
     known = [found.known for _, found in batch]
     rest = [tuple(each.token_ids[found.known :]) for each, found in batch]
     token_ids, steps = right_padded(rest)  # [n, T]
     length = torch.tensor([len(each) for each in rest])[:, None]
     real = steps < length
-    mask = torch.cat([states.mask(rows, known), real.long()], 1)  # [n, S + T]
+    cache, held = continued(engine.model, [found for _, found in batch], token_ids.shape[1])  # held: [n, S]
     asked = [(row, at) for row, (each, _) in enumerate(batch) for at in range(each.answer.start, each.answer.stop)]
     row, at = torch.tensor(asked).unbind(1)  # [R]
     logits = logits_at(
@@ -118,8 +122,8 @@ def _continued(engine: Engine, answer_temperature: float, batch: Sequence[Known]
         torch.tensor(known)[:, None] + torch.minimum(steps, length - 1),
         (row, at - 1 - torch.tensor(known)[row]),
         real=int(real.sum()),
-        attention_mask=mask.to(engine.device),
-        past_key_values=states.cache(engine.model, rows),
+        attention_mask=torch.cat([held, real.long()], 1).to(engine.device),
+        past_key_values=cache,
     )  # [R, V]
     targets = torch.tensor([batch[row][0].token_ids[at] for row, at in asked], device=logits.device)
     nll = cross_entropy(logits / answer_temperature, targets, reduction="none")  # [R]

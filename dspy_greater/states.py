@@ -57,10 +57,11 @@ class InPlaceLayer(DynamicLayer):
             layer._grown(None, one.values[:1].expand(rows, -1, -1, -1), 0, slots),
         )
         for part, leaving, numbers, behind in moves:
+            old, new = _as_slice(leaving), _as_slice(numbers)
             for buffer, states in zip(layer._buffers, (parts[part].keys, parts[part].values), strict=True):
                 kept = states.shape[-2] - behind
-                buffer[numbers, :, : slots - kept] = 0  # masked, and nan times zero would be nan
-                buffer[numbers, :, slots - kept : slots] = states[leaving, :, :kept]
+                buffer[new, :, : slots - kept] = 0  # masked, and nan times zero would be nan
+                buffer[new, :, slots - kept : slots] = states[old, :, :kept]
         layer.keys, layer.values = layer._buffers[0][:, :, :slots], layer._buffers[1][:, :, :slots]
         return layer
 
@@ -72,11 +73,20 @@ class InPlaceLayer(DynamicLayer):
             buffer[:, :, :start] = old
         return buffer
 
-    def select(self, rows: Tensor, first: int) -> None:
-        """Keep these rows, without the slots before `first`."""
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = self.keys[rows, :, first:], self.values[rows, :, first:]
-        self._buffers = None
+    def keep(self, order: Sequence[int], first: int) -> None:
+        """Hold the rows of `order` alone, without the slots before `first`; rows move only where they have to."""
+        if self.keys is None or self.values is None:
+            return
+        moved = [(place, row) for place, row in enumerate(order) if place != row]
+        if self._buffers is None or any(row < len(order) for _, row in moved):
+            self.keys, self.values = (held[list(order), :, first:] for held in (self.keys, self.values))
+            self._buffers = None
+            return
+        stop, places, rows = self.get_seq_length(), [place for place, _ in moved], [row for _, row in moved]
+        for buffer in self._buffers if moved else ():
+            buffer[places, :, first:stop] = buffer[rows, :, first:stop]
+        self._buffers = (self._buffers[0][: len(order), :, first:], self._buffers[1][: len(order), :, first:])
+        self.keys, self.values = (buffer[:, :, : stop - first] for buffer in self._buffers)
 
 
 def new_cache(model: Any, limit: int) -> DynamicCache:
@@ -95,3 +105,9 @@ def join(model: Any, limit: int, caches: Sequence[DynamicCache], moves: Sequence
         for each in caches:
             each.layers[index] = DynamicLayer()
     return joined
+
+
+def _as_slice(rows: Sequence[int]) -> slice | list[int]:
+    """Neighbours as a slice, which is not copied twice."""
+    first = rows[0]
+    return slice(first, first + len(rows)) if list(rows) == list(range(first, first + len(rows))) else list(rows)

@@ -13,7 +13,7 @@ import bisect
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .prefix import shared_length
 from .scoped import Scoped
+from .states import Move, join
 
 MOST_BYTES = 2 << 30  # of states; the oldest go first
 _SHARE_OF_DEVICE = 0.1  # of an accelerator's memory
@@ -69,18 +70,11 @@ class WrittenRows:
         """What the states take."""
         return sum(each.numel() * each.element_size() for layer in self.layers for each in layer)
 
-    def mask(self, rows: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """[len(rows), S]: 1 where a slot holds one of the first `lengths[j]` tokens of row `rows[j]`."""
-        return slot_mask([self.places[row] for row in rows], lengths, self.slots)
-
-    def cache(self, model: Any, rows: Sequence[int]) -> DynamicCache:
-        """A new cache that holds the states of these rows; a forward pass appends copies to it."""
+    def cache(self, model: Any) -> DynamicCache:
+        """A new cache that holds the states as they are, without copying them."""
         cache, layers = DynamicCache(config=model.config), [DynamicLayer() for _ in self.layers]
         cache.layers[:] = layers
-        everything = list(rows) == list(range(len(self.token_ids)))
-        for layer, held in zip(layers, self.layers, strict=True):
-            index = torch.tensor(rows, device=held[0].device)
-            keys, values = held if everything else (each[index] for each in held)
+        for layer, (keys, values) in zip(layers, self.layers, strict=True):
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values
         return cache
@@ -93,6 +87,23 @@ class Continuation:
     rows: WrittenRows
     row: int
     known: int  # tokens that they have in common
+
+
+def continued(model: Any, found: Sequence[Continuation], room: int) -> tuple[DynamicCache, Tensor]:
+    """A copy of the states of n rows in one cache with `room` tokens to spare, and [n, S]: 1 where they are known.
+
+    The rows may have been written in different batches: each ends at the last of S slots.
+    """
+    apart = list({id(each.rows): each.rows for each in found}.values())
+    slots = max(each.slots for each in apart)
+    moves: list[Move] = []
+    for part, rows in enumerate(apart):
+        mine = [number for number, each in enumerate(found) if each.rows is rows]
+        moves.append((part, [found[number].row for number in mine], mine, 0))
+    cache = join(model, slots + room, [each.cache(model) for each in apart], moves, slots)
+    held = [(each.rows.places[each.row], slots - each.rows.slots) for each in found]
+    places = [replace(place, first=place.first + pads) for place, pads in held]
+    return cache, slot_mask(places, [each.known for each in found], slots)
 
 
 @dataclass(eq=False)

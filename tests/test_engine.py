@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
 from dspy_greater import sampling as decode_module
 from dspy_greater.engine import Counters, Engine, EngineMemoryError, GenerationRequest
 from dspy_greater.errors import ContextLengthError, LayoutError, WeightsError
+from dspy_greater.states import InPlaceLayer
 from dspy_greater.weights import shared_engine
 
 KINDS = ["llama", "qwen2", "gemma2"]
@@ -121,6 +124,33 @@ def test_finished_rows_leave_the_batch() -> None:
     engine.complete(rows)
     assert engine.counters.padded_tokens == 0
     assert engine.counters.lm_head_rows == 8 * 2 + 2 * 12
+
+
+@given(
+    rows=st.integers(1, 7),
+    keep=st.sets(st.integers(0, 6), min_size=1),
+    first=st.integers(0, 3),
+    buffered=st.booleans(),
+)
+def test_rows_that_stay_keep_their_states_wherever_they_move(
+    rows: int, keep: set[int], first: int, buffered: bool
+) -> None:
+    keep = {row % rows for row in keep}
+    states = torch.arange(rows * 2 * 5 * 3, dtype=torch.float32).reshape(rows, 2, 5, 3)
+    layer = InPlaceLayer(limit=9)
+    if buffered:
+        layer.update(states.clone(), -states)
+    else:
+        layer.lazy_initialization(states, states)
+        layer.keys, layer.values = states.clone(), -states
+    order = sorted(keep, key=lambda row: (row >= len(keep), row))
+    holes = iter([row for row in order if row >= len(keep)])
+    order = [row if row in keep else next(holes) for row in range(len(keep))]
+    layer.keep(order, first)
+    new = torch.full((len(keep), 2, 1, 3), 7.0)
+    keys, values = layer.update(new, new)
+    assert torch.equal(keys, torch.cat([states[order, :, first:], new], 2))
+    assert torch.equal(values, torch.cat([-states[order, :, first:], new], 2))
 
 
 def test_out_of_memory_halves_the_batch_keeps_what_was_written_and_remembers(monkeypatch: Any) -> None:

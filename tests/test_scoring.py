@@ -101,6 +101,33 @@ def test_losses_from_kept_states_are_those_of_reading_everything_again(kind: Any
     assert 0 < costs.prefilled_tokens <= most
 
 
+def test_rows_that_left_their_batches_at_different_times_are_read_together() -> None:
+    engine, asked = build(max_batch_rows=5), prompts()
+    with engine.shared_prefixes(), engine.kept_rows():
+        rows = write(engine, asked, lengths_of(asked))
+        kept = [engine.written.find(row.token_ids, least=1, most=1000) for row in rows]
+        assert len({id(each.rows) for each in kept if each}) > 3
+        _, costs = spent(engine, rows)
+        assert costs.forwards == 3 + 1  # answers of 12 rows, 5 at a time; fluency
+        engine._batch_rows = 64
+        found, costs = spent(engine, rows)
+    assert costs.forwards == 2
+    assert_same(found, teacher_forced_losses(engine, rows))
+
+
+def test_a_window_that_holds_each_row_is_enough_for_rows_that_are_read_together() -> None:
+    asked = [((1, *range(20, 20 + length)), Span(1, 4)) for length in (30, 60)]
+    engine = build("gemma2", sliding_window=90)
+    with engine.kept_rows():
+        early, late = (write(engine, [each], [length])[0] for each, length in zip(asked, (4, 24), strict=True))
+        # The short row's answer is long: behind the other's 84 slots it ends beyond the window.
+        gold = Span(early.answer.start, early.answer.start + 40)
+        early = Finished((*early.token_ids[: gold.start], *range(100, 140)), early.instruction, gold)
+        found, costs = spent(engine, [early, late])
+    assert costs.forwards == 1 + 1  # and fluency
+    assert_same(found, teacher_forced_losses(engine, [early, late]))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_that_are_read_in_parts_write_what_they_write_alone(kind: Any) -> None:
     engine, asked = build(kind), prompts(instructions=3, rows=40)

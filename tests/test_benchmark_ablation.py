@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
+import dspy
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from benchmarks.ablation import command, reasonings
 from benchmarks.ablation.command import main
+from benchmarks.ablation.reasonings import Answered, is_right, through_reasoning
 from benchmarks.ablation.table import table
 from benchmarks.ablation.variants import SWEEPS, VARIANTS
+from dspy_greater.pocket.tasks import generate, work_out
 from dspy_greater.settings import Settings
 
 
@@ -55,3 +62,57 @@ def test_the_table_is_of_the_cells_that_were_asked_for(tmp_path: Path, capsys: p
     assert main(["--data-dir", str(tmp_path), "--out", str(tmp_path), *asked]) == 0
     (line,) = capsys.readouterr().out.splitlines()[2:]
     assert line.startswith("| whole | 80.0 (80.0 to 80.0) | 80.0 |")
+
+
+# ---- reasonings
+
+QUESTION = "not ( True and False ) is"
+
+
+@pytest.mark.parametrize("style", ["full", "sketch"])
+def test_a_working_of_the_question_is_a_right_reasoning(style: str) -> None:
+    working = getattr(work_out("boolean_expressions", QUESTION), style)
+    assert is_right("boolean_expressions", QUESTION, f" {working}\n")
+    assert not is_right("boolean_expressions", QUESTION, working.replace("False", "True"))
+    assert not is_right("boolean_expressions", QUESTION, None)
+
+
+counts = st.fixed_dictionaries({(a, b): st.integers(1, 9) for a in (True, False) for b in (True, False)})
+
+
+@given(before=counts, after=counts)
+def test_the_gain_is_what_went_through_reasoning_and_what_changed_at_equal_reasoning(
+    before: dict[Any, int], after: dict[Any, int]
+) -> None:
+    one, two = Answered(before), Answered(after)
+    share = (one.reasoned + two.reasoned) / 2
+    rest = sum(
+        weight * ((two.after(kind) or 0.0) - (one.after(kind) or 0.0))
+        for kind, weight in ((True, share), (False, 1 - share))
+    )
+    assert through_reasoning(one, two) + rest == pytest.approx(two.accuracy - one.accuracy)
+
+
+def test_answers_that_get_better_without_better_reasoning_are_no_gain_through_it() -> None:
+    before = Answered({(True, True): 2, (True, False): 2, (False, True): 1, (False, False): 5})
+    after = Answered({(True, True): 4, (False, True): 6})
+    assert through_reasoning(before, after) == 0.0 and after.accuracy == 1.0
+    table = reasonings.table({"navigate": (before, after)})
+    assert table.splitlines()[2] == "| navigate | 40 → 40 | 75 | 58 | +70 | +0 |"
+
+
+def test_the_found_instruction_reasons_right_where_the_seed_guesses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(0)
+    questions = [generate("web_of_lies", rng) for _ in range(6)]
+    rows = [dspy.Example(question=each, answer=work_out("web_of_lies", each).answer) for each in questions]
+    monkeypatch.setattr(command, "_rows", lambda *_: ([], [], [row.with_inputs("question") for row in rows]))
+    text = "Check the statements one by one and mark each person as honest or a liar."
+    found = {**cell("whole", 0, 1.0, "web_of_lies"), "instruction": text}
+    (tmp_path / "cells.jsonl").write_text(json.dumps(found) + "\n")
+    asked = ["--tasks", "web_of_lies", "--seeds", "0", "--variants", "whole", "--reasonings"]
+    assert main(["--data-dir", str(tmp_path), "--out", str(tmp_path), *asked]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("| web_of_lies | 0 → 100 | 100 |")
+    assert (tmp_path / "table.md").read_text().endswith(line + "\n")

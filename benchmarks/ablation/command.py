@@ -2,7 +2,8 @@
 
 Every variant searches on the same rows from the same instruction until it has generated so many tokens; the
 instruction that it returns answers rows that no search saw. Finished cells are written at once; called again, the rest
-is done, and the table is of the asked seeds, tasks and variants. `--sweeps` adds single knobs.
+is done, and the table is of the asked seeds, tasks and variants. `--sweeps` adds single knobs, `--reasonings` a table
+of what was reasoned before the answers.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dspy_greater import GReaTerTeleprompter, local_lm
 from dspy_greater.pocket.tasks import TASKS
 from dspy_greater.program import with_instruction
 
+from . import reasonings
 from .table import table
 from .variants import SWEEPS, VARIANTS
 
@@ -49,7 +51,10 @@ def main(argv: Sequence[str]) -> int:
             with path.open("a") as lines:
                 lines.write(json.dumps(cell) + "\n")
             sys.stderr.write(f"{task}, seed {seed}, {name}: {cell.get('accuracy', cell.get('error'))}\n")
-    text = table([cell for cell in _read(path, arguments.generated_tokens) if _key(cell) in asked])
+    cells = [cell for cell in _read(path, arguments.generated_tokens) if _key(cell) in asked]
+    text = table(cells)
+    if arguments.reasonings:
+        text += "\n\n" + _reasonings([cell for cell in cells if cell["variant"] == names[0]], lm, arguments.data_dir)
     (arguments.out / "table.md").write_text(text + "\n")
     sys.stdout.write(text + "\n")
     return 0
@@ -63,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--variants", help=f"of {', '.join(VARIANTS)}; or sweeps: {', '.join(SWEEPS)}")
     parser.add_argument("--sweeps", action="store_true", help="all variants and all sweeps")
+    parser.add_argument(
+        "--reasonings", action="store_true", help="how far right reasoning explains the first variant's gain"
+    )
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--generated-tokens", type=int, default=30_000, help="of one search, the seed's rows included")
     parser.add_argument("--model", default="pocket")
@@ -108,6 +116,22 @@ def _searched(task: str, seed: int, name: str, arguments: argparse.Namespace) ->
         "cross_entropy": {"seed": found.seed.cross_entropy, "best": found.finalists[0].cross_entropy},
         "spent": found.spent_by_phase["search"],
     }
+
+
+def _reasonings(cells: Sequence[dict[str, Any]], lm: Any, data_dir: Path) -> str:
+    """The test rows once more, under the seed and under the found instruction of every search."""
+    pairs: dict[str, tuple[reasonings.Answered, reasonings.Answered]] = {}
+    for cell in (cell for cell in cells if "instruction" in cell):
+        task, student = cell["task"], dspy.ChainOfThought("question -> answer")
+        *_, test = _rows(task, cell["seed"], data_dir)
+        texts = ({**VARIANTS, **SWEEPS}[cell["variant"]].instruction, cell["instruction"])
+        with dspy.context(lm=lm):
+            before, after = (
+                reasonings.answered(with_instruction(student, "predict", text), task, test) for text in texts
+            )
+        known = pairs.get(task)
+        pairs[task] = (known[0] + before, known[1] + after) if known else (before, after)
+    return reasonings.table(pairs)
 
 
 def _correct(program: Any, rows: Sequence[Any]) -> list[int]:

@@ -21,10 +21,11 @@ from transformers import DynamicCache
 from .prefill import Prefilled, parts_of, prefill
 from .prefix import PrefixStore, Tally
 from .sampling import Row, choose
-from .states import InPlaceLayer, Move, join
+from .states import InPlaceLayer, Move, bytes_of, join, storage
 from .written import Places, WrittenRows, WrittenStates, slot_mask
 
 _COMPACT_BELOW = 0.9  # finished rows leave once they are a tenth of the batch
+_MOST_SPARE = 1.3  # times what kept states need may stay in memory with them
 
 
 @torch.no_grad()
@@ -186,17 +187,19 @@ class _Batch:
         filled = all(getattr(layer, "keys", None) is not None and layer.keys.shape[-2] == slots for layer in held)
         if not filled or self._capacity > self._reach:
             return
-        bytes_of_row = sum(each.numel() // len(each) * each.element_size() for x in held for each in (x.keys, x.values))
+        bytes_of_row = sum(bytes_of(each[:1]) for layer in held for each in (layer.keys, layer.values))
         if not self._written.make_room(bytes_of_row * len(finished), held[0].keys.device):
             return
-        index, everyone = torch.tensor(finished), len(finished) == len(rows)
+        index = torch.tensor(finished)
+        # As they are, where that keeps little else in memory.
+        whole = len(finished) == len(rows) and storage(held[0].keys) <= _MOST_SPARE * bytes_of(held[0].keys)
         self._written.keep(
             WrittenRows(
                 # The last token that a row wrote may not have been read.
                 token_ids=tuple(rows[i].context[: max(known[i], len(rows[i].context) - 1)] for i in finished),
                 places=tuple(places[i] for i in finished),
                 layers=tuple(
-                    (each.keys, each.values) if everyone else (each.keys[index], each.values[index]) for each in held
+                    (each.keys, each.values) if whole else (each.keys[index], each.values[index]) for each in held
                 ),
             )
         )

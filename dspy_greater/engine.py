@@ -20,6 +20,7 @@ from .counters import Counters
 from .decode import decode
 from .draft import Drafts
 from .errors import ContextLengthError, GreaterError, LayoutError, SettingsError, WeightsError
+from .output_layer import verified
 from .prefix import PrefixStore, frozen, is_out_of_memory
 from .sampling import Generation, GenerationRequest, Row, row_seed
 from .scoped import Scoped
@@ -77,6 +78,7 @@ class Engine:
         self.written = WrittenStates(self._lock)
         self._drafting = Scoped[Drafts]()
         self.stop_token_ids = _stop_ids(model, tokenizer)
+        verified(model)
         # How to load the same weights in another process; None for weights that were handed in.
         self.origin: dict[str, str | None] | None = None
 

@@ -11,12 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.nn import Linear, Module, ModuleList
 
-Places = tuple[Tensor, Tensor]  # rows and columns, [R] each
+from .prefix import frozen
+
+Places = tuple[Tensor, ...]  # rows and columns, [R] each
+_ROUNDING = 0.02  # of the largest logit, in half precision; what is wrong is wrong by much more
 
 
 @contextmanager
@@ -64,31 +68,55 @@ def output_layer_sees_only(
 def last_network_sees_only(model: Any, places: Places, shape: torch.Size) -> Iterator[None]:
     """Inside, the last decoder layer's feed-forward network is applied to `places` of [N, T, d], and is 0 elsewhere.
 
-    A model in which no such network is found runs unchanged, and so does one that feeds it something else.
+    A model that was not `verified` runs unchanged, and so does one that feeds its network something else.
     """
-    network = last_network(model)
+    network = _verified.get(model)
     wanted = torch.zeros(shape, dtype=torch.bool)
     wanted[places] = True
     if network is None or bool(wanted.all()):
         yield
         return
-    distinct = wanted.nonzero().unbind(1)  # a place that is asked for twice is computed once, and so is its gradient
+    # A place that is asked for twice is computed once, and so is its gradient.
+    with _applied_at(network, wanted.nonzero().unbind(1), shape):
+        yield
+
+
+def verified(model: Any) -> bool:
+    """Whether the last decoder layer's feed-forward network is one that treats every place alike and alone.
+
+    Looked for once in each model: only linear layers may hold weights in it, and a short pass has to give the same
+    logits when the network sees some places only. A network that divides places among experts, that looks at several
+    of them, that is used by several layers, or that other layers come after, is left as it is.
+    """
+    if model not in _verified:
+        network = _last_network(model)
+        _verified[model] = network if network is not None and _logits_stay(model, network) else None
+    return _verified[model] is not None
+
+
+_verified: WeakKeyDictionary[Any, Module | None] = WeakKeyDictionary()
+
+
+@contextmanager
+def _applied_at(network: Module, places: Places, shape: torch.Size) -> Iterator[None]:
     narrowed: list[bool] = []
 
-    def keep_places(_network: Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if len(inputs) != 1 or inputs[0].shape[:-1] != shape:
+    def keep_places(_network: Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any] | None:
+        if named or len(inputs) != 1 or inputs[0].shape[:-1] != shape:
             return None
         narrowed.append(True)
-        return (inputs[0][distinct][None],)  # [1, R, d]
+        return (inputs[0][places][None],), named  # [1, R, d]
 
     def put_back(_network: Module, _inputs: Any, output: Tensor) -> Tensor | None:
         if not narrowed:
             return None
         narrowed.clear()
-        everywhere = output.new_zeros(*shape, output.shape[-1])  # [N, T, d]
-        return everywhere.index_put(distinct, output[0])
+        return output.new_zeros(*shape, output.shape[-1]).index_put(places, output[0])  # [N, T, d]
 
-    hooks = [network.register_forward_pre_hook(keep_places), network.register_forward_hook(put_back)]
+    hooks = [
+        network.register_forward_pre_hook(keep_places, with_kwargs=True),
+        network.register_forward_hook(put_back),
+    ]
     try:
         yield
     finally:
@@ -96,12 +124,7 @@ def last_network_sees_only(model: Any, places: Places, shape: torch.Size) -> Ite
             hook.remove()
 
 
-def last_network(model: Any) -> Module | None:
-    """The feed-forward network of the last decoder layer, if it is one that treats every place alike and alone.
-
-    Only linear layers may hold weights in it: a router that divides places among experts, or anything that sees
-    several places, is left as it is.
-    """
+def _last_network(model: Any) -> Module | None:
     find = getattr(model, "get_decoder", None)
     decoder = find() if find else None
     layers = getattr(decoder, "layers", None)
@@ -112,4 +135,24 @@ def last_network(model: Any) -> Module | None:
         return None
     own = {id(each) for each in network.parameters()}
     linear = {id(each) for part in network.children() if isinstance(part, Linear) for each in part.parameters()}
-    return network if own and own == linear else None
+    on_meta = any(each.is_meta for each in model.parameters())
+    return network if own and own == linear and not on_meta else None
+
+
+def _logits_stay(model: Any, network: Module) -> bool:
+    """Whether a pass over 2 x 6 tokens has the logits of two places whether or not the network sees the others."""
+    weight = model.get_input_embeddings().weight
+    token_ids = (torch.arange(12) % weight.shape[0]).reshape(2, 6).to(weight.device)
+    places = (torch.tensor([0, 1]), torch.tensor([2, 5]))
+
+    def logits() -> Tensor:
+        return model(input_ids=token_ids, use_cache=False).logits[places]
+
+    try:
+        with frozen(model), torch.no_grad():
+            everywhere = logits()
+            with _applied_at(network, places, token_ids.shape):
+                some = logits()
+    except Exception:  # whatever it is that the model needs besides, it is then left as it is
+        return False
+    return bool(((some - everywhere).abs() <= _ROUNDING * everywhere.abs().max()).all())

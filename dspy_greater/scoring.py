@@ -33,6 +33,7 @@ from .written import Continuation, continued
 
 Beginnings = dict[tuple[int, ...], float]  # tokens up to the instruction's end -> mean NLL of the instruction
 Known = tuple[SupervisedTokens, Continuation]
+_MOST_PADS = 1.5  # times the slots of kept states may be filled when they are put into one cache
 
 
 def score(
@@ -87,14 +88,32 @@ def _kept(engine: Engine, each: SupervisedTokens) -> Continuation | None:
 
 
 def _answers(engine: Engine, known: Sequence[Known], answer_temperature: float, max_batch_tokens: int) -> list[float]:
-    """L_CE of each row, from where its states end; no more rows at once than are decoded at once."""
-    answers: list[float] = []
-    for start in range(0, len(known), engine.max_batch_rows):
-        rows = known[start : start + engine.max_batch_rows]
-        lengths = [len(each.token_ids) - found.known for each, found in rows]
+    """L_CE of each row, from where its states end."""
+    answers: dict[int, float] = {}
+    for rows in _alike([found.rows.slots for _, found in known], engine.max_batch_rows):
+        lengths = [len(each.token_ids) - found.known for each, found in (known[row] for row in rows)]
         work = partial(_neighbours_together, engine, answer_temperature)
-        answers += in_batches(work, rows, lengths, max_batch_tokens, relieve=engine.prefixes.drop)
-    return answers
+        read = in_batches(work, [known[row] for row in rows], lengths, max_batch_tokens, relieve=engine.prefixes.drop)
+        answers.update(zip(rows, read, strict=True))
+    return [answers[row] for row in range(len(known))]
+
+
+def _alike(slots: Sequence[int], most: int) -> list[list[int]]:
+    """Rows whose states go into one cache: at most as many as are decoded at once, and little of it pads.
+
+    >>> _alike([10, 400, 12, 11], most=2)
+    [[0, 3], [2], [1]]
+    """
+    groups: list[list[int]] = []
+    for row in sorted(range(len(slots)), key=slots.__getitem__):
+        group = groups[-1] if groups else []
+        if 0 < len(group) < most and slots[row] * (len(group) + 1) <= _MOST_PADS * sum(
+            slots[each] for each in [*group, row]
+        ):
+            group.append(row)
+        else:
+            groups.append([row])
+    return groups
 
 
 def _neighbours_together(engine: Engine, answer_temperature: float, batch: Sequence[Known]) -> list[float]:

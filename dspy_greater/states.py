@@ -74,11 +74,19 @@ class InPlaceLayer(DynamicLayer):
         return buffer
 
     def keep(self, order: Sequence[int], first: int) -> None:
-        """Hold the rows of `order` alone, without the slots before `first`; rows move only where they have to."""
+        """Hold the rows of `order` alone, without the slots before `first`; rows move only where they have to.
+
+        Once what is left is less than half of the buffer it is copied, so that the rest of the memory is free.
+        """
         if self.keys is None or self.values is None:
             return
         moved = [(place, row) for place, row in enumerate(order) if place != row]
-        if self._buffers is None or any(row < len(order) for _, row in moved):
+        in_place = self._buffers is not None and all(row >= len(order) for _, row in moved)
+        if (
+            self._buffers is None
+            or not in_place
+            or 2 * bytes_of(self._buffers[0][: len(order)]) < storage(self._buffers[0])
+        ):
             self.keys, self.values = (held[list(order), :, first:] for held in (self.keys, self.values))
             self._buffers = None
             return
@@ -105,6 +113,16 @@ def join(model: Any, limit: int, caches: Sequence[DynamicCache], moves: Sequence
         for each in caches:
             each.layers[index] = DynamicLayer()
     return joined
+
+
+def bytes_of(states: Tensor) -> int:
+    """What the numbers of a tensor take."""
+    return states.numel() * states.element_size()
+
+
+def storage(states: Tensor) -> int:
+    """What a tensor keeps in memory, with all that it is a view of."""
+    return states.untyped_storage().nbytes()
 
 
 def _as_slice(rows: Sequence[int]) -> slice | list[int]:

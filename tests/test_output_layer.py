@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from dspy_greater.output_layer import computed_only_at, last_network, last_network_sees_only
+from dspy_greater.output_layer import computed_only_at, last_network_sees_only, verified
 from tests.tiny_models import tiny_model
 
 KINDS = ["llama", "qwen2", "gemma2"]
@@ -43,6 +43,7 @@ def logits_and_gradient(model: Any, places: tuple[Tensor, Tensor], *, narrowed: 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_and_gradients_are_those_of_computing_every_place(kind: Any) -> None:
     model = tiny_model(kind, VOCABULARY, torch.float64)
+    assert verified(model)
     found, expected = (logits_and_gradient(model, PLACES, narrowed=each) for each in (True, False))
     assert expected[1].abs().max() > 1e-6
     for one, other in zip(found, expected, strict=True):
@@ -52,7 +53,7 @@ def test_logits_and_gradients_are_those_of_computing_every_place(kind: Any) -> N
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe"])
 def test_experts_see_every_place(kind: str) -> None:
     model = with_experts(kind)
-    assert last_network(model) is None
+    assert not verified(model)
     found, expected = (logits_and_gradient(model, PLACES, narrowed=each) for each in (True, False))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
@@ -61,6 +62,7 @@ def test_experts_see_every_place(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_last_network_computes_each_place_that_counts_once_and_no_other(kind: Any) -> None:
     model = tiny_model(kind, VOCABULARY, torch.float32)
+    assert verified(model)
     seen: list[int] = []
     networks = [layer.mlp for layer in model.model.layers]
     hooks = [
@@ -72,8 +74,75 @@ def test_the_last_network_computes_each_place_that_counts_once_and_no_other(kind
         hook.remove()
 
 
+class Shifted(nn.Module):
+    """Linear layers only, and yet every place sees the one before it."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.up_proj, self.down_proj = inner.up_proj, inner.down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.up_proj(x + nn.functional.pad(x, (0, 0, 1, -1))))
+
+
+class Scaled(Shifted):
+    """Takes a second argument for every place."""
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        return self.down_proj(self.up_proj(x)) * (1.0 if scale is None else scale)
+
+
+def unusual(kind: str) -> Any:
+    model = tiny_model("llama", VOCABULARY, torch.float64)
+    layers = model.model.layers
+    if kind == "network used twice":
+        layers[0].mlp = layers[-1].mlp
+    elif kind == "layer used twice":
+        layers[0] = layers[-1]
+    else:
+        layers[-1].mlp = Shifted(layers[-1].mlp)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["network used twice", "layer used twice", "network that looks at other places"])
+def test_a_network_that_is_not_the_last_or_not_for_each_place_alone_sees_every_place(kind: str) -> None:
+    model = unusual(kind)
+    assert not verified(model)
+    found, expected = (logits_and_gradient(model, PLACES, narrowed=each) for each in (True, False))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_a_network_that_is_given_more_than_hidden_states_sees_every_place() -> None:
+    model = tiny_model("llama", VOCABULARY, torch.float64)
+    model.model.layers[-1].mlp = Scaled(model.model.layers[-1].mlp)
+    assert verified(model)
+    network, seen = model.model.layers[-1].mlp, []
+    network.up_proj.register_forward_hook(lambda _module, _inputs, out: seen.append(out.shape))
+    hidden = torch.randn(*IDS.shape, model.config.hidden_size, dtype=torch.float64)
+    with last_network_sees_only(model, PLACES, IDS.shape):
+        network(hidden, scale=torch.ones(*IDS.shape, 1))
+    assert seen == [(*IDS.shape, model.config.intermediate_size)]
+
+
+def test_looking_at_a_model_leaves_it_as_it_was() -> None:
+    model, state = tiny_model("llama", VOCABULARY, torch.float32).train(), torch.get_rng_state()
+    assert verified(model)
+    assert model.training and all(each.requires_grad and each.grad is None for each in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_a_model_that_cannot_be_looked_at_runs_unchanged() -> None:
+    model = tiny_model("llama", VOCABULARY, torch.float32)
+    forward, model.forward = model.forward, lambda **_: (_ for _ in ()).throw(TypeError("needs an image"))
+    assert not verified(model)
+    model.forward = forward
+
+
 def test_the_cache_gets_the_states_of_every_place() -> None:
     model = tiny_model("llama", VOCABULARY, torch.float64)
+    assert verified(model)
     with torch.no_grad():
         expected = model(input_ids=IDS, use_cache=True).past_key_values
         with computed_only_at(model, PLACES, IDS.shape):
@@ -85,6 +154,7 @@ def test_the_cache_gets_the_states_of_every_place() -> None:
 
 def test_a_pass_over_other_tokens_inside_is_not_narrowed() -> None:
     model, other = tiny_model("llama", VOCABULARY, torch.float64), IDS[:2, :5]
+    assert verified(model)
     with torch.no_grad(), last_network_sees_only(model, PLACES, IDS.shape):
         found = model(input_ids=other, use_cache=False).logits
     torch.testing.assert_close(found, model(input_ids=other, use_cache=False).logits)
@@ -101,6 +171,7 @@ def test_a_model_without_decoder_layers_runs_unchanged() -> None:
 
 def test_no_hook_stays_behind_when_the_pass_fails() -> None:
     model = tiny_model("llama", VOCABULARY, torch.float32)
+    assert verified(model)
     with pytest.raises(RuntimeError), computed_only_at(model, PLACES, IDS.shape):
         raise RuntimeError("out of memory")
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())

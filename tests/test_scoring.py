@@ -16,8 +16,9 @@ from dspy_greater.engine import Counters, Engine, EngineMemoryError, GenerationR
 from dspy_greater.loss import teacher_forced_losses
 from dspy_greater.prefill import LEAST_SAVED, Part, parts_of
 from dspy_greater.prefix import shared_length
-from dspy_greater.scoring import score
-from dspy_greater.written import Places, WrittenStates, slot_mask
+from dspy_greater.scoring import _alike, score
+from dspy_greater.states import InPlaceLayer, storage
+from dspy_greater.written import Places, WrittenRows, WrittenStates, slot_mask
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 KINDS = ["llama", "qwen2", "gemma2"]
@@ -73,6 +74,11 @@ def write(engine: Engine, asked: Sequence[tuple[tuple[int, ...], Span]], lengths
     return finished(asked, [each.token_ids for each in engine.complete(requests)])
 
 
+def kept_rows_of(engine: Engine) -> list[WrittenRows]:
+    """Everything that is kept at the moment."""
+    return [rows for each in engine.written._keeping.everywhere for rows in each.rows]
+
+
 def lengths_of(asked: Sequence[Any], most: int = 12) -> list[int]:
     rng = random.Random(1)
     return [rng.randrange(1, most) for _ in asked]
@@ -113,6 +119,46 @@ def test_rows_that_left_their_batches_at_different_times_are_read_together() -> 
         found, costs = spent(engine, rows)
     assert costs.forwards == 2
     assert_same(found, teacher_forced_losses(engine, rows))
+
+
+def test_a_long_row_does_not_make_the_others_long() -> None:
+    engine, asked = build(), prompts(rows=12)
+    longest = max(asked, key=lambda each: len(each[0]))
+    with engine.kept_rows():
+        rows = write(engine, asked, [4] * len(asked)) + write(engine, [longest], [200])
+        found, costs = spent(engine, rows)
+    assert 2 + 1 <= costs.forwards <= 3 + 1  # and fluency
+    assert_same(found, teacher_forced_losses(engine, rows))
+
+
+@given(st.lists(st.integers(1, 300), max_size=30), st.integers(1, 12))
+def test_rows_that_share_a_cache_are_alike_and_few(slots: list[int], most: int) -> None:
+    groups = _alike(slots, most)
+    assert sorted(row for group in groups for row in group) == list(range(len(slots)))
+    for group in groups:
+        mine = [slots[row] for row in group]
+        assert len(group) <= most and len(mine) * max(mine) <= 1.5 * sum(mine)
+
+
+def test_what_is_kept_takes_hardly_more_memory_than_it_says() -> None:
+    engine, asked = build(), prompts(rows=24)
+    with engine.kept_rows():
+        write(engine, asked, [1 + row % 25 for row in range(len(asked))])
+        held = {
+            each.untyped_storage().data_ptr(): each.untyped_storage().nbytes()
+            for rows in kept_rows_of(engine)
+            for layer in rows.layers
+            for each in layer
+        }
+        assert engine.written.bytes <= sum(held.values()) <= 1.3 * engine.written.bytes
+
+
+def test_a_row_that_is_left_alone_does_not_hold_the_memory_of_its_batch() -> None:
+    layer = InPlaceLayer(limit=80)
+    layer.update(*torch.randn(2, 64, 2, 40, 8).unbind())
+    for left in (48, 31, 12, 1):
+        layer.keep(range(left), 0)
+        assert layer.keys is not None and storage(layer.keys) <= 2 * left * (64 * 2 * 80 * 8 * 4) / 64
 
 
 def test_a_window_that_holds_each_row_is_enough_for_rows_that_are_read_together() -> None:

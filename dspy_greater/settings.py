@@ -78,6 +78,7 @@ class Settings:
     samples: int = 0  # K: sampled reasonings per row under the seed, for variety; each costs N runs once
     sampling_temperature: float = 1.0  # at which these are drawn
     acceptance_noise: float = 0.5  # standard errors by which a candidate has to be better
+    explore_every: int = 2  # while forecasts do not come true, one step in so many tries edits by chance; 0: none
     acceptance: Acceptance = "metric"  # "loss": cross-entropy decides, the metric only where it is equal
     max_failed_steps: int = 5  # steps in a row without one finite loss before the search gives up
     max_generated_tokens: int | None = None  # of the whole search, without the validation; see above
@@ -212,6 +213,7 @@ _AT_LEAST = {
     "threads": 1,
     "replayed": 1,
     "rescored": 0,
+    "explore_every": 0,
     "samples": 0,
     "max_failed_steps": 1,
 }

@@ -6,13 +6,15 @@ Each stage is dearer and more faithful than the one before, and fewer candidates
     whole_gradient    slope of the expected loss over reasonings at hand      one forward and backward pass
     rescore           the same change, exact in the edit                      one forward pass for each candidate
     evaluate          reasonings of their own                                 generation
+
+While forecasts do not come true, some steps leave gradient and forecast out and try edits by chance.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import cast
 
@@ -27,9 +29,11 @@ from .select import realised_change, select
 from .settings import Settings, Term
 from .whole_gradient import CandidateSlopes, whole_gradient
 
-_TRUSTED = 0.3  # rank correlation from which forecasts decide how many candidates are tried
+_TRUSTED = 0.3  # rank correlation from which forecasts are believed
 _ALIKE = 1e-9  # mistakes that differ by no more than rounding errors
-_ENOUGH = 9  # candidates that were tried before fidelity says anything
+_ENOUGH = 9  # candidates that were tried before fidelity says that forecasts come true,
+_ENOUGH_TO_DOUBT = 6  # and of the last few, before it says that they do not
+_LAST = 12
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ def take_whole_step(
 ) -> StepTaken:
     """One step from `state`; see the module."""
     before, current = objective.spent(), state.current
+    settings = _by_chance(settings) if _explores(state, settings) else settings
     random = step_random(random_seed, predictor, state.step)
     edits = propose_edits(objective, state, settings, random_seed=random_seed, predictor=predictor)
     reasonings = objective.replay(current, random, settings.replayed)
@@ -73,6 +78,28 @@ def take_whole_step(
         reason=selection.reason,
         spent=objective.spent(before),
     )
+
+
+def _explores(state: SearchState, settings: Settings) -> bool:
+    """Whether this step tries edits by chance, since what was forecast of the last ones did not come true.
+
+    Where no single edit does much, forecasts tell noise and pass over what chance would find. The steps between
+    go on forecasting, so that trust can be regained.
+    """
+    if not settings.explore_every or settings.ranking == "random":
+        return False
+    last = _came_true(state)[-_LAST:]
+    doubted = len(last) >= _ENOUGH_TO_DOUBT and not spearman(*zip(*last, strict=True)) >= _TRUSTED
+    return doubted and state.step % settings.explore_every == settings.explore_every - 1
+
+
+def _by_chance(settings: Settings) -> Settings:
+    return replace(settings, estimator="random", rescored=0)
+
+
+def _came_true(state: SearchState) -> list[tuple[float, tuple[float, float]]]:
+    """What was predicted and what came, of the candidates that ran to the end."""
+    return [pair for pair in state.predictions if all(map(math.isfinite, (pair[0], *pair[1])))]
 
 
 Verdicts = dict[str, _Verdict]  # by the candidate's text
@@ -174,7 +201,7 @@ def _most_promising(verdicts: Verdicts, state: SearchState, settings: Settings) 
     """At most μ candidates; only those that promise an improvement, once forecasts have proven themselves."""
     # A stable sort: without forecasts the order of the shortlist counts, by slope or random.
     ranked = sorted(verdicts.values(), key=_by_forecast)[: settings.most_tried]
-    came_true = [pair for pair in state.predictions if all(map(math.isfinite, (pair[0], *pair[1])))]
+    came_true = _came_true(state)
     trusted = len(came_true) >= _ENOUGH and spearman(*zip(*came_true, strict=True)) >= _TRUSTED
     promising = [each for each in ranked if each.forecast is not None and each.forecast.change < 0]
     return (promising or ranked[:1]) if trusted else ranked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -212,6 +213,35 @@ def test_once_forecasts_have_proven_themselves_only_what_promises_something_is_t
         assert min(each.forecast for each in passed) in [each.forecast for each in tried(step)]
 
 
+def test_while_forecasts_do_not_come_true_every_other_step_tries_an_edit_by_chance() -> None:
+    def by_chance(predictions: Any, step: int, **knobs: Any) -> bool:
+        objective, state, settings = searching(selections=1, **knobs)
+        taken = step_of(objective, replace(state, predictions=predictions, step=step), settings)
+        assert len(tried(taken)) == 1
+        told = [each.gradient is not None or each.forecast is not None for each in taken.candidates]
+        assert any(told) or taken.spent["backward_tokens"] == 0
+        return not any(told)
+
+    wrong, right = proven(6, sign=-1.0), proven(6)
+    assert [by_chance(wrong, step) for step in range(4)] == [False, True, False, True]
+    assert not by_chance(wrong[:5], 1)  # too few to tell
+    assert not by_chance(right, 1)
+    assert not by_chance((*proven(30, sign=-1.0), *proven(12)), 1)  # trust is regained
+    assert by_chance((*proven(30), *proven(12, sign=-1.0)), 1)  # and lost again
+    assert not by_chance(wrong, 1, explore_every=0)
+    assert [by_chance(wrong, step, explore_every=3) for step in range(3)] == [False, False, True]
+
+
+def test_chance_differs_from_step_to_step_and_with_the_seed() -> None:
+    picked: list[str] = []
+    for step, seed in itertools.product((1, 3, 5, 7), (0, 1)):
+        objective, state, settings = searching(selections=1)
+        doubted = replace(state, predictions=proven(6, sign=-1.0), step=step)
+        taken = take_whole_step(objective, doubted, settings, predictor="predict", random_seed=seed)
+        picked += [each.text + each.edit for each in tried(taken)]
+    assert len(picked) == 8 and len(set(picked)) > 3
+
+
 def test_nothing_that_was_tried_is_tried_again() -> None:
     objective, state, settings = searching()
     seen: list[str] = []
@@ -354,6 +384,8 @@ def fickle() -> Any:
 @pytest.mark.filterwarnings("ignore:.*validation rows are also training rows")
 def test_what_was_given_up_takes_no_part_in_fidelity(fickle: Any) -> None:
     evaluated = [each for step in fickle.steps for each in tried(step)]
+    assert any(each.forecast is None for each in evaluated)  # picked by chance, so nothing was predicted
+    evaluated = [each for each in evaluated if each.forecast is not None]
     complete = [each for each in evaluated if each.evaluation.complete]
     assert 3 <= len(complete) < len(evaluated)
     found = spearman([each.forecast for each in complete], [each.realised for each in complete])

@@ -31,6 +31,9 @@ VARIANTS: Mapping[str, Variant] = {
     "paper-random": Variant(
         "the paper's proposals, tried in random order", {"variant": "paper", "estimator": "random"}
     ),
+    "without-chance": Variant(
+        "the default, but forecasts decide even where they do not come true", {"explore_every": 0}
+    ),
     "loss": Variant("the default, but cross-entropy decides what is accepted", {"acceptance": "loss"}),
 }
 

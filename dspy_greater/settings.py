@@ -78,7 +78,7 @@ class Settings:
     samples: int = 0  # K: sampled reasonings per row under the seed, for variety; each costs N runs once
     sampling_temperature: float = 1.0  # at which these are drawn
     acceptance_noise: float = 0.5  # standard errors by which a candidate has to be better
-    explore_every: int = 2  # while forecasts do not come true, one step in so many tries edits by chance; 0: none
+    explore_every: int = 2  # while forecasts do not come true, one step in about so many tries edits by chance; 0: none
     acceptance: Acceptance = "metric"  # "loss": cross-entropy decides, the metric only where it is equal
     max_failed_steps: int = 5  # steps in a row without one finite loss before the search gives up
     max_generated_tokens: int | None = None  # of the whole search, without the validation; see above
@@ -108,6 +108,8 @@ class Settings:
             raise SettingsError(
                 f"best_score={self.best_score!r}: give a finite number, the most that the metric gives a row."
             )
+        if self.explore_every == 1:
+            raise SettingsError("explore_every=1: no step would forecast again; give 2 or more, or 0 for none.")
         for name in ("answer_temperature", "sampling_temperature"):
             if getattr(self, name) == 0:
                 raise SettingsError(f"{name}=0: logits are divided by it; give a positive number.")

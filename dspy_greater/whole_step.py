@@ -50,8 +50,8 @@ def take_whole_step(
 ) -> StepTaken:
     """One step from `state`; see the module."""
     before, current = objective.spent(), state.current
-    settings = _by_chance(settings) if _explores(state, settings) else settings
     random = step_random(random_seed, predictor, state.step)
+    settings = _by_chance(settings) if _explores(state, settings, random) else settings
     edits = propose_edits(objective, state, settings, random_seed=random_seed, predictor=predictor)
     reasonings = objective.replay(current, random, settings.replayed)
 
@@ -80,17 +80,18 @@ def take_whole_step(
     )
 
 
-def _explores(state: SearchState, settings: Settings) -> bool:
+def _explores(state: SearchState, settings: Settings, random: Random) -> bool:
     """Whether this step tries edits by chance, since what was forecast of the last ones did not come true.
 
-    Where no single edit does much, forecasts tell noise and pass over what chance would find. The steps between
-    go on forecasting, so that trust can be regained.
+    Where no single edit does much, forecasts tell noise and pass over what chance would find. The other steps
+    go on forecasting, so that trust can be regained. Which these are is drawn: in a fixed order both kinds would
+    keep to positions of their own.
     """
     if not settings.explore_every or settings.ranking == "random":
         return False
     last = _came_true(state)[-_LAST:]
     doubted = len(last) >= _ENOUGH_TO_DOUBT and not spearman(*zip(*last, strict=True)) >= _TRUSTED
-    return doubted and state.step % settings.explore_every == settings.explore_every - 1
+    return doubted and random.random() * settings.explore_every < 1
 
 
 def _by_chance(settings: Settings) -> Settings:
@@ -204,7 +205,7 @@ def _most_promising(verdicts: Verdicts, state: SearchState, settings: Settings) 
     came_true = _came_true(state)
     trusted = len(came_true) >= _ENOUGH and spearman(*zip(*came_true, strict=True)) >= _TRUSTED
     promising = [each for each in ranked if each.forecast is not None and each.forecast.change < 0]
-    return (promising or ranked[:1]) if trusted else ranked
+    return (promising or ranked[:1]) if trusted and settings.ranking != "random" else ranked
 
 
 def _told(

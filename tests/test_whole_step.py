@@ -213,7 +213,7 @@ def test_once_forecasts_have_proven_themselves_only_what_promises_something_is_t
         assert min(each.forecast for each in passed) in [each.forecast for each in tried(step)]
 
 
-def test_while_forecasts_do_not_come_true_every_other_step_tries_an_edit_by_chance() -> None:
+def test_while_forecasts_do_not_come_true_some_steps_try_an_edit_by_chance() -> None:
     def by_chance(predictions: Any, step: int, **knobs: Any) -> bool:
         objective, state, settings = searching(selections=1, **knobs)
         taken = step_of(objective, replace(state, predictions=predictions, step=step), settings)
@@ -223,23 +223,43 @@ def test_while_forecasts_do_not_come_true_every_other_step_tries_an_edit_by_chan
         return not any(told)
 
     wrong, right = proven(6, sign=-1.0), proven(6)
-    assert [by_chance(wrong, step) for step in range(4)] == [False, True, False, True]
-    assert not by_chance(wrong[:5], 1)  # too few to tell
-    assert not by_chance(right, 1)
-    assert not by_chance((*proven(30, sign=-1.0), *proven(12)), 1)  # trust is regained
-    assert by_chance((*proven(30), *proven(12, sign=-1.0)), 1)  # and lost again
-    assert not by_chance(wrong, 1, explore_every=0)
-    assert [by_chance(wrong, step, explore_every=3) for step in range(3)] == [False, False, True]
+    drawn = [step_random(0, "predict", step).random() for step in range(8)]
+    chance = [step for step in range(8) if drawn[step] < 0.5]
+    assert 2 < len(chance) < 6
+    assert [step for step in range(8) if by_chance(wrong, step)] == chance
+    first = chance[0]
+    assert not by_chance(wrong[:5], first)  # too few to tell
+    assert not by_chance(right, first)
+    assert not by_chance((*proven(30, sign=-1.0), *proven(12)), first)  # trust is regained
+    assert by_chance((*proven(30), *proven(12, sign=-1.0)), first)  # and lost again
+    assert by_chance(tuple((float(n), (0.0, 0.0)) for n in range(6)), first)  # nothing changed at all
+    assert not by_chance(wrong, first, explore_every=0)
+    assert [step for step in range(8) if by_chance(wrong, step, explore_every=4)] == [
+        step for step in chance if drawn[step] < 0.25
+    ]
+
+
+def test_chance_tries_as_many_as_were_asked_for() -> None:
+    objective, state, settings = searching(selections=3)
+    predictions = (*proven(48), *proven(12, sign=-1.0))  # trusted over all, and doubted of late
+    step = next(step for step in range(9) if step_random(0, "predict", step).random() < 0.5)
+    assert len(tried(step_of(objective, replace(state, predictions=predictions, step=step), settings))) == 3
+
+
+def test_both_kinds_of_steps_visit_every_position() -> None:
+    by_chance = {step % 4 for step in range(40) if step_random(0, "predict", step).random() < 0.5}
+    forecasting = {step % 4 for step in range(40) if step_random(0, "predict", step).random() >= 0.5}
+    assert by_chance == forecasting == {0, 1, 2, 3}
 
 
 def test_chance_differs_from_step_to_step_and_with_the_seed() -> None:
     picked: list[str] = []
-    for step, seed in itertools.product((1, 3, 5, 7), (0, 1)):
+    for step, seed in itertools.product(range(8), (0, 1)):
         objective, state, settings = searching(selections=1)
         doubted = replace(state, predictions=proven(6, sign=-1.0), step=step)
         taken = take_whole_step(objective, doubted, settings, predictor="predict", random_seed=seed)
-        picked += [each.text + each.edit for each in tried(taken)]
-    assert len(picked) == 8 and len(set(picked)) > 3
+        picked += [each.text + each.edit for each in tried(taken) if each.forecast is None]
+    assert len(picked) > 4 and len(set(picked)) > 3
 
 
 def test_nothing_that_was_tried_is_tried_again() -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def last_network_sees_only(model: Any, places: Places, shape: torch.Size) -> Ite
 
     A model that was not `verified` runs unchanged, and so does one that feeds its network something else.
     """
-    network = _verified.get(model)
+    network = _network_of(model)
     wanted = torch.zeros(shape, dtype=torch.bool)
     wanted[places] = True
     if network is None or bool(wanted.all()):
@@ -86,20 +87,31 @@ def verified(model: Any) -> bool:
 
     Looked for once in each model: only linear layers may hold weights in it, and a short pass has to give the same
     logits when the network sees some places only. A network that divides places among experts, that looks at several
-    of them, that is used by several layers, or that other layers come after, is left as it is.
+    of them, that is used by several layers, or that other layers come after, is left as it is. Where the model gets
+    other layers later nothing is narrowed; what is changed inside the network has to treat places alone, too.
     """
-    if model not in _verified:
-        network = _last_network(model)
-        _verified[model] = network if network is not None and _logits_stay(model, network) else None
-    return _verified[model] is not None
+    with _LOOKING:
+        if model not in _verified:
+            network = _last_network(model)
+            _verified[model] = ref(network) if network is not None and _logits_stay(model, network) else None
+    return _network_of(model) is not None
 
 
-_verified: WeakKeyDictionary[Any, Module | None] = WeakKeyDictionary()
+_LOOKING = Lock()
+_verified: WeakKeyDictionary[Any, ref[Module] | None] = WeakKeyDictionary()
+
+
+def _network_of(model: Any) -> Module | None:
+    """What was verified, if the model still has it in its last layer."""
+    found = _verified.get(model)
+    network = found() if found else None
+    return network if network is not None and network is _network_of_last_layer(model) else None
 
 
 @contextmanager
-def _applied_at(network: Module, places: Places, shape: torch.Size) -> Iterator[None]:
-    narrowed: list[bool] = []
+def _applied_at(network: Module, places: Places, shape: torch.Size) -> Iterator[list[bool]]:
+    """Inside, `network` maps [N, T, d] at `places` alone. Yields a list with one entry for each time that it did."""
+    narrowed: list[bool] = []  # True until the output is put back
 
     def keep_places(_network: Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any] | None:
         if named or len(inputs) != 1 or inputs[0].shape[:-1] != shape:
@@ -108,9 +120,9 @@ def _applied_at(network: Module, places: Places, shape: torch.Size) -> Iterator[
         return (inputs[0][places][None],), named  # [1, R, d]
 
     def put_back(_network: Module, _inputs: Any, output: Tensor) -> Tensor | None:
-        if not narrowed:
+        if not narrowed or not narrowed[-1]:
             return None
-        narrowed.clear()
+        narrowed[-1] = False
         return output.new_zeros(*shape, output.shape[-1]).index_put(places, output[0])  # [N, T, d]
 
     hooks = [
@@ -118,19 +130,20 @@ def _applied_at(network: Module, places: Places, shape: torch.Size) -> Iterator[
         network.register_forward_hook(put_back),
     ]
     try:
-        yield
+        yield narrowed
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _last_network(model: Any) -> Module | None:
+def _network_of_last_layer(model: Any) -> Any:
     find = getattr(model, "get_decoder", None)
-    decoder = find() if find else None
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, ModuleList) or not len(layers):
-        return None
-    network = getattr(layers[-1], "mlp", None)
+    layers = getattr(find() if find else None, "layers", None)
+    return getattr(layers[-1], "mlp", None) if isinstance(layers, ModuleList) and len(layers) else None
+
+
+def _last_network(model: Any) -> Module | None:
+    network = _network_of_last_layer(model)
     if not isinstance(network, Module):
         return None
     own = {id(each) for each in network.parameters()}
@@ -151,8 +164,9 @@ def _logits_stay(model: Any, network: Module) -> bool:
     try:
         with frozen(model), torch.no_grad():
             everywhere = logits()
-            with _applied_at(network, places, token_ids.shape):
+            with _applied_at(network, places, token_ids.shape) as narrowed:
                 some = logits()
     except Exception:  # whatever it is that the model needs besides, it is then left as it is
         return False
-    return bool(((some - everywhere).abs() <= _ROUNDING * everywhere.abs().max()).all())
+    alike = ((some - everywhere).abs() <= _ROUNDING * everywhere.abs().max()).all()
+    return len(narrowed) == 1 and bool(alike)

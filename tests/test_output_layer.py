@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -85,11 +87,40 @@ class Shifted(nn.Module):
         return self.down_proj(self.up_proj(x + nn.functional.pad(x, (0, 0, 1, -1))))
 
 
+class TimeMajor(nn.Module):
+    """A layer whose network gets places before rows."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.mlp, self.layer = layer.mlp, layer
+        layer.mlp = Turned(layer.mlp)
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return self.layer(*inputs, **named)
+
+
+class Turned(nn.Module):
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x.transpose(0, 1)).transpose(0, 1)
+
+
 class Scaled(Shifted):
     """Takes a second argument for every place."""
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         return self.down_proj(self.up_proj(x)) * (1.0 if scale is None else scale)
+
+
+UNUSUAL = [
+    "network used twice",
+    "layer used twice",
+    "network that looks at other places",
+    "network that gets places before rows",
+]
 
 
 def unusual(kind: str) -> Any:
@@ -99,12 +130,14 @@ def unusual(kind: str) -> Any:
         layers[0].mlp = layers[-1].mlp
     elif kind == "layer used twice":
         layers[0] = layers[-1]
+    elif kind == "network that gets places before rows":
+        layers[-1] = TimeMajor(layers[-1])
     else:
         layers[-1].mlp = Shifted(layers[-1].mlp)
     return model
 
 
-@pytest.mark.parametrize("kind", ["network used twice", "layer used twice", "network that looks at other places"])
+@pytest.mark.parametrize("kind", UNUSUAL)
 def test_a_network_that_is_not_the_last_or_not_for_each_place_alone_sees_every_place(kind: str) -> None:
     model = unusual(kind)
     assert not verified(model)
@@ -123,6 +156,34 @@ def test_a_network_that_is_given_more_than_hidden_states_sees_every_place() -> N
     with last_network_sees_only(model, PLACES, IDS.shape):
         network(hidden, scale=torch.ones(*IDS.shape, 1))
     assert seen == [(*IDS.shape, model.config.intermediate_size)]
+
+
+@pytest.mark.parametrize("change", ["swapped", "appended", "replaced"])
+def test_a_model_that_gets_other_layers_later_sees_every_place(change: str) -> None:
+    model = tiny_model("llama", VOCABULARY, torch.float64)
+    assert verified(model)
+    layers, more = model.model.layers, tiny_model("llama", VOCABULARY, torch.float64).model.layers[0]
+    if change == "swapped":
+        layers[0], layers[-1] = layers[-1], layers[0]
+    elif change == "appended":
+        more.self_attn.layer_idx = len(layers)
+        layers.append(more)
+    else:
+        layers[-1].mlp = Shifted(layers[-1].mlp)
+    assert not verified(model)
+    found, expected = (logits_and_gradient(model, PLACES, narrowed=each) for each in (True, False))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_a_model_that_was_looked_at_can_be_freed() -> None:
+    model = tiny_model("llama", VOCABULARY, torch.float32)
+    assert verified(model)
+    network, gone = model.model.layers[-1].mlp, weakref.ref(model)
+    network.owner = [model]  # as a hook's closure may have it
+    del model, network
+    gc.collect()
+    assert gone() is None
 
 
 def test_looking_at_a_model_leaves_it_as_it_was() -> None:

@@ -173,3 +173,9 @@ def test_the_best_score_has_to_be_a_finite_number_and_may_be_any(value: object) 
     assert [Settings.of(None, best_score=best).best_score for best in (0, -1.5, 100)] == [0, -1.5, 100]
     with pytest.raises(SettingsError, match="best_score=.*: give a finite number, the most that the metric gives a"):
         Settings.of(None, best_score=value)
+
+
+def test_a_search_that_would_never_forecast_again_is_refused() -> None:
+    with pytest.raises(SettingsError, match="explore_every=1: no step would forecast again; give 2 or more, or 0"):
+        Settings(explore_every=1)
+    assert [Settings(explore_every=each).explore_every for each in (0, 2)] == [0, 2]

@@ -1,10 +1,11 @@
 """How far does right reasoning explain the gain? Answers under seed and found instruction, by what was reasoned before.
 
-A reasoning is right when it is one of the two workings of its question that the pocket model was taught, word for
-word: a stricter test than a right answer, which a guess passes half of the time. With s the share of right reasonings
-and a₁, a₀ the accuracy after right and after other ones, accuracy is s a₁ + (1 - s) a₀. Its gain splits into a part
-through right reasoning, the change of s times the mean of a₁ - a₀ before and after, and the rest, the changes of a₁ and
-a₀ at the mean of s. Where there was none of one kind before or after, the other time's accuracy stands for both.
+A reasoning is right when it is one of the two workings of its question that the pocket model was taught, in full or in
+short, word for word: a stricter test than a right answer, which a guess passes half of the time where there are two.
+With s the share of right reasonings and a₁, a₀ the accuracy after right and after other ones, accuracy is
+s a₁ + (1 - s) a₀. Its gain splits into a part through right reasoning, the change of s times the mean of a₁ - a₀ before
+and after, and the rest, the changes of a₁ and a₀ at the mean of s. Where there was none of one kind before or after,
+the other time's accuracy stands for both. The table shows a₁ and a₀ of both times together.
 """
 
 from __future__ import annotations

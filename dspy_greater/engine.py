@@ -78,7 +78,7 @@ class Engine:
         self.written = WrittenStates(self._lock)
         self._drafting = Scoped[Drafts]()
         self.stop_token_ids = _stop_ids(model, tokenizer)
-        verified(model)
+        verified(model)  # once, before anyone hooks into a pass
         # How to load the same weights in another process; None for weights that were handed in.
         self.origin: dict[str, str | None] | None = None
 

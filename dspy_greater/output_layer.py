@@ -71,7 +71,7 @@ def last_network_sees_only(model: Any, places: Places, shape: torch.Size) -> Ite
 
     A model that was not `verified` runs unchanged, and so does one that feeds its network something else.
     """
-    network = _network_of(model)
+    network = _verified_network(model)
     wanted = torch.zeros(shape, dtype=torch.bool)
     wanted[places] = True
     if network is None or bool(wanted.all()):
@@ -92,16 +92,16 @@ def verified(model: Any) -> bool:
     """
     with _LOOKING:
         if model not in _verified:
-            network = _last_network(model)
+            network = _candidate(model)
             _verified[model] = ref(network) if network is not None and _logits_stay(model, network) else None
-    return _network_of(model) is not None
+    return _verified_network(model) is not None
 
 
 _LOOKING = Lock()
 _verified: WeakKeyDictionary[Any, ref[Module] | None] = WeakKeyDictionary()
 
 
-def _network_of(model: Any) -> Module | None:
+def _verified_network(model: Any) -> Module | None:
     """What was verified, if the model still has it in its last layer."""
     found = _verified.get(model)
     network = found() if found else None
@@ -142,7 +142,7 @@ def _network_of_last_layer(model: Any) -> Any:
     return getattr(layers[-1], "mlp", None) if isinstance(layers, ModuleList) and len(layers) else None
 
 
-def _last_network(model: Any) -> Module | None:
+def _candidate(model: Any) -> Module | None:
     network = _network_of_last_layer(model)
     if not isinstance(network, Module):
         return None

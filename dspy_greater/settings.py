@@ -13,7 +13,8 @@ pass over the rows of the candidates that were not given up, and one over at mos
 
 That is `variant="paper"`. The default variant makes up to two forward and backward passes over `replayed` sequences
 instead, for replacements and insertions, and up to `rescored` + 1 forward passes over them; appending costs no run.
-Once its forecasts have proven themselves it tries fewer than μ candidates.
+Once its forecasts have proven themselves it tries fewer than μ candidates; while they do not come true,
+about one step in `explore_every` makes neither forecasts nor gradients.
 
 `max_generated_tokens` bounds the search: the seed's evaluation and the steps, of all predictors together. The
 search stops after the first step that reaches it, and predictors whose turn has not come keep their

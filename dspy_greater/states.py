@@ -74,19 +74,15 @@ class InPlaceLayer(DynamicLayer):
         return buffer
 
     def keep(self, order: Sequence[int], first: int) -> None:
-        """Hold the rows of `order` alone, without the slots before `first`; rows move only where they have to.
+        """Hold the rows of `order` alone, without the slots before `first`.
 
+        A row that changes its place comes from behind those that are left, so it takes that of one that is gone.
         Once what is left is less than half of the buffer it is copied, so that the rest of the memory is free.
         """
         if self.keys is None or self.values is None:
             return
         moved = [(place, row) for place, row in enumerate(order) if place != row]
-        in_place = self._buffers is not None and all(row >= len(order) for _, row in moved)
-        if (
-            self._buffers is None
-            or not in_place
-            or 2 * bytes_of(self._buffers[0][: len(order)]) < storage(self._buffers[0])
-        ):
+        if self._buffers is None or 2 * bytes_of(self._buffers[0][: len(order)]) < storage(self._buffers[0]):
             self.keys, self.values = (held[list(order), :, first:] for held in (self.keys, self.values))
             self._buffers = None
             return

@@ -28,7 +28,7 @@ from dspy_greater.program import with_instruction
 
 from . import reasonings
 from .table import table
-from .variants import SWEEPS, VARIANTS
+from .variants import SWEEPS, VARIANTS, Variant
 
 _STEPS = 150  # where nothing new can be generated, the budget alone would not end a search
 _TRAIN, _VALIDATION, _TEST = 50, 50, 100
@@ -37,7 +37,7 @@ _TRAIN, _VALIDATION, _TEST = 50, 50, 100
 def main(argv: Sequence[str]) -> int:
     """Run the cells that are missing and print the table."""
     arguments = _parser().parse_args(argv)
-    known = {**VARIANTS, **SWEEPS}
+    known = _variants()
     names = arguments.variants.split(",") if arguments.variants else [*VARIANTS, *(SWEEPS if arguments.sweeps else [])]
     if strangers := [name for name in names if name not in known]:
         sys.exit(f"There is no variant {', '.join(strangers)}. There are: {', '.join(known)}.")
@@ -91,7 +91,7 @@ def _cell(task: str, seed: int, name: str, lm: Any, arguments: argparse.Namespac
 
 
 def _searched(task: str, seed: int, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    variant = {**VARIANTS, **SWEEPS}[name]
+    variant = _variants()[name]
     train, validation, test = _rows(task, seed, arguments.data_dir)
     student = with_instruction(dspy.ChainOfThought("question -> answer"), "predict", variant.instruction)
     optimizer = GReaTerTeleprompter(
@@ -124,21 +124,25 @@ def _reasonings(cells: Sequence[dict[str, Any]], lm: Any, data_dir: Path) -> str
     for cell in (cell for cell in cells if "instruction" in cell):
         task, student = cell["task"], dspy.ChainOfThought("question -> answer")
         *_, test = _rows(task, cell["seed"], data_dir)
-        texts = ({**VARIANTS, **SWEEPS}[cell["variant"]].instruction, cell["instruction"])
+        texts = (_variants()[cell["variant"]].instruction, cell["instruction"])
         with dspy.context(lm=lm):
-            before, after = (
-                reasonings.answered(with_instruction(student, "predict", text), task, test) for text in texts
-            )
+            found = [_answers(with_instruction(student, "predict", text), test) for text in texts]
+        before, after = (reasonings.answered(task, each) for each in found)
         known = pairs.get(task)
         pairs[task] = (known[0] + before, known[1] + after) if known else (before, after)
     return reasonings.table(pairs)
 
 
 def _correct(program: Any, rows: Sequence[Any]) -> list[int]:
+    return [int(score) for _, _, score in _answers(program, rows)]
+
+
+def _answers(program: Any, rows: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
+    """(row, prediction, score) of every row."""
     evaluate = dspy.Evaluate(
         devset=list(rows), metric=exact_match, num_threads=len(rows), display_progress=False, max_errors=len(rows)
     )
-    return [int(score) for _, _, score in evaluate(program).results]
+    return evaluate(program).results
 
 
 def _rows(task: str, seed: int, data_dir: Path) -> tuple[list[Any], list[Any], list[Any]]:
@@ -149,6 +153,10 @@ def _rows(task: str, seed: int, data_dir: Path) -> tuple[list[Any], list[Any], l
     rows = [dspy.Example(question=row["input"], answer=row["target"]).with_inputs("question") for row in raw]
     rows = Random(f"ablation/{task}/{seed}").sample(rows, _TRAIN + _VALIDATION + _TEST)
     return rows[:_TRAIN], rows[_TRAIN : _TRAIN + _VALIDATION], rows[_TRAIN + _VALIDATION :]
+
+
+def _variants() -> dict[str, Variant]:
+    return {**VARIANTS, **SWEEPS}
 
 
 def _key(cell: dict[str, Any]) -> tuple[int, str, str]:

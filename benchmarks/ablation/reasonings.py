@@ -15,9 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import dspy
-
-from benchmarks.fidelity.command import exact_match
 from dspy_greater.pocket.tasks import work_out
 
 
@@ -49,12 +46,8 @@ class Answered:
         return sum(rows for key, rows in self.count.items() if holds(*key)) / sum(self.count.values())
 
 
-def answered(program: Any, task: str, rows: Sequence[Any]) -> Answered:
-    """Run the program on the rows of a task that the pocket model knows how to work out."""
-    evaluate = dspy.Evaluate(
-        devset=list(rows), metric=exact_match, num_threads=len(rows), display_progress=False, max_errors=len(rows)
-    )
-    found = evaluate(program).results
+def answered(task: str, found: Sequence[tuple[Any, Any, Any]]) -> Answered:
+    """Of (row, prediction, score), the rows being of a task that the pocket model knows how to work out."""
     return Answered(Counter((is_right(task, row.question, said.get("reasoning")), bool(ok)) for row, said, ok in found))
 
 

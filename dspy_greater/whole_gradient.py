@@ -128,8 +128,8 @@ def _weighted(
     found: list[_Weighted] = []
     for each, advantage in zip(reasonings, against, strict=True):
         share = each.share / total
-        written = 0.0 if term == "pathwise" else share * advantage
         for sequence in each.sequences:
+            written = 0.0 if term == "pathwise" or not len(sequence.written) else share * advantage
             answer = 0.0 if term == "score" or sequence.answer is None else answer_weight * share
             if written or answer:
                 found.append(_Weighted(sequence, written, answer))

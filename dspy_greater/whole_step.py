@@ -145,10 +145,11 @@ def _slopes(
 
 
 def _term(reasonings: Sequence[Reasoning], settings: Settings) -> Term:
-    """Where all reasonings turned out alike none tells what would be better: gold answers have to, if there are any."""
+    """Where all reasonings turned out alike, or none was written, gold answers have to tell what would be better."""
     mistakes = [each.mistake for each in reasonings]
     alike = max(mistakes) - min(mistakes) <= _ALIKE
-    return "whole" if alike and settings.ranking == "score" else cast(Term, settings.ranking)
+    written = any(len(sequence.written) for each in reasonings for sequence in each.sequences)
+    return "whole" if settings.ranking == "score" and (alike or not written) else cast(Term, settings.ranking)
 
 
 def _shortlist(verdicts: Verdicts, settings: Settings, random: Random) -> list[_Verdict]:

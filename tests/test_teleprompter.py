@@ -545,3 +545,14 @@ def test_a_bare_predict_without_reasoning_is_optimised_too() -> None:
     better = optimizer(selections=30).compile(program, TRAIN, valset=VALIDATION)
     assert (better.detailed_results.seed_score, better.score) == (0.0, 1.0)
     assert better.detailed_results.predictors[0].name == "self"
+
+
+def test_where_nothing_is_reasoned_and_some_answers_are_right_the_gold_answers_tell_candidates_apart() -> None:
+    engine = ScriptedEngine(lambda prompt: obedient_script(prompt).split("\n\n", 1)[1], model=planted_engine().model)
+    program = dspy.Predict(dspy.Signature("question -> answer", "Add it now."))
+    program.set_lm(local_lm(engine, cache=False))
+    better = optimizer(steps=4, train_rows=8, explore_every=0).compile(program, planted_rows(8), valset=VALIDATION)
+    steps = better.detailed_results.steps
+    assert {row.score for row in better.detailed_results.predictors[0].seed.rows} == {0.0, 1.0}
+    slopes = [each.gradient for step in steps for each in step.candidates if each.edit == "replace"]
+    assert slopes and all(slope is not None and math.isfinite(slope) for slope in slopes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -202,6 +203,27 @@ def test_runs_that_are_all_equally_wrong_say_nothing_by_the_score_term() -> None
     found = whole_gradient(engine_for(tiny_model()), runs, position=POSITION, candidates=CANDIDATES, term="score")
     assert all(math.isnan(slope) for slope in found.slopes)
     assert found.most_negative(3) == ()
+
+
+def test_where_nothing_was_written_the_score_term_says_nothing_and_the_answer_all() -> None:
+    spoken = reasonings()
+    silent = [
+        Reasoning(each.example, each.mistake, each.share, tuple(without_reasoning(one) for one in each.sequences))
+        for each in spoken
+    ]
+
+    def slopes(runs: list[Reasoning], term: Term) -> tuple[float, ...]:
+        return whole_gradient(
+            engine_for(tiny_model()), runs, position=POSITION, candidates=CANDIDATES, term=term
+        ).slopes
+
+    assert all(math.isnan(slope) for slope in slopes(silent, "score"))
+    assert slopes(silent, "whole") == pytest.approx(slopes(silent, "pathwise"))
+    assert all(math.isfinite(slope) for slope in slopes([*spoken[:1], *silent[1:]], "score"))
+
+
+def without_reasoning(sequence: ReasonedSequence) -> ReasonedSequence:
+    return replace(sequence, written=Span(sequence.written.start, sequence.written.start))
 
 
 def test_a_sequence_without_a_finite_gradient_takes_no_part() -> None:

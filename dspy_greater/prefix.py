@@ -54,7 +54,7 @@ class Prefix:
 
     def cache(self, model: Any, rows: int) -> DynamicCache:
         """A new cache that holds the states for N = `rows` rows; a forward pass appends copies to it."""
-        cache = _plain_cache(model)
+        cache = plain_cache(model)
         self.fill(cache.layers, rows)  # pyright: ignore[reportArgumentType]
         return cache
 
@@ -157,7 +157,7 @@ class PrefixStore:
     def _continued(self, start: Prefix | None, tokens: tuple[int, ...]) -> Prefix | None:
         """Read what `start` lacks of the tokens; None when the model left them out of the cache."""
         known = len(start) if start else 0
-        cache = start.cache(self._model, 1) if start else _plain_cache(self._model)
+        cache = start.cache(self._model, 1) if start else plain_cache(self._model)
         device = self._model.get_input_embeddings().weight.device
         # Tensors made in inference mode could not serve a gradient later.
         with torch.inference_mode(False), torch.no_grad(), self._last_place_only(len(tokens) - known) as seen:
@@ -169,7 +169,7 @@ class PrefixStore:
                 **self._fewest_logits(),
             )
         self._tally(forwards=1, prefilled_tokens=len(tokens) - known, lm_head_rows=output.logits.shape[1])
-        layers = tuple(_held(layer) for layer in cache.layers)
+        layers = tuple(held_states(layer) for layer in cache.layers)
         if any(keys.shape[-2] != len(tokens) for keys, _ in layers):
             self.reach = 0
             return None
@@ -284,13 +284,13 @@ def _output_layer(model: Any) -> Module | None:
     return find() if find else None
 
 
-def _held(layer: Any) -> tuple[Tensor, Tensor]:
+def held_states(layer: Any) -> tuple[Tensor, Tensor]:
     """The keys and values of a layer, without any token in them where the model never filled it."""
     nothing = torch.empty(1, 1, 0, 1)
     return (nothing, nothing) if layer.keys is None else (layer.keys, layer.values)
 
 
-def _plain_cache(model: Any) -> DynamicCache:
+def plain_cache(model: Any) -> DynamicCache:
     """An empty cache that keeps everything; within the reach of a sliding window it is the same as one that slides."""
     cache = DynamicCache(config=model.config)
     cache.layers[:] = [DynamicLayer() for _ in cache.layers]

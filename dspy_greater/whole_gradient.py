@@ -21,11 +21,13 @@ Shapes: M sequences, d embedding, C candidates, R predicted tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.functional import cross_entropy
 
 from dspy_greater.engine import Engine
@@ -35,6 +37,7 @@ from dspy_greater.loss import in_batches, logits_before
 from dspy_greater.prefix import Beginning, Prefix, shared_length
 from dspy_greater.reasoning import ReasonedSequence, Reasoning, advantages
 from dspy_greater.settings import Baseline, Point, Term
+from dspy_greater.shared_segment import SharedSegment, read_segment, worth_sharing
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ def _differentiate(
     answer_temperature: float,
     max_batch_tokens: int,
 ) -> list[Tensor]:
-    """∂S/∂(ε·E) for each sequence, M times [d]; one forward and one backward pass over what they do not share."""
+    """∂S/∂(ε·E) in parts, each [d]: one forward and one backward pass over what the sequences do not share."""
     if not weighted:
         return []
     sequences = [each.sequence for each in weighted]
@@ -155,25 +158,83 @@ def _differentiate(
     longest = max(len(each.token_ids) for each in sequences)
     tokens = sequences[0].token_ids[:alike]
     beginning = Beginning(engine.prefixes, tokens, rows=len(sequences), longest=longest)
-    layer = engine.model.get_input_embeddings()
-
-    def of_batch(batch: Sequence[_Weighted]) -> list[Tensor]:
-        places = [each.sequence.instruction.start + position for each in batch]  # [M]
-        current = torch.tensor([each.sequence.token_ids[at] for each, at in zip(batch, places, strict=True)])
-        leaf = _leaf(layer(current.to(layer.weight.device)).detach(), centroid, point)  # [M, d]
-        shared = beginning.length()
-        with torch.enable_grad(), embedded_at(layer, [at - shared for at in places], leaf):
-            loss = _surrogate(engine, batch, beginning.read(), answer_temperature)
-            (gradient,) = torch.autograd.grad(loss, leaf)  # [M, d]
-        engine.tally(backward_tokens=sum(len(each.sequence.token_ids) - shared for each in batch))
-        return list(gradient.to(loss.dtype))
+    leaf = partial(_leaf, engine.model.get_input_embeddings(), position=position, centroid=centroid, point=point)
+    segment = _segment(engine, sequences, position, leaf, beginning)
+    if segment is None:
+        work = partial(_of_each, engine, beginning, leaf, position=position, answer_temperature=answer_temperature)
+    else:
+        work = partial(_of_segment, engine, segment, answer_temperature=answer_temperature)
 
     lengths = [len(each.token_ids) for each in sequences]
-    return in_batches(of_batch, weighted, lengths, max_batch_tokens, beginning.length(), beginning.forget)
+    found = in_batches(work, weighted, lengths, max_batch_tokens, beginning.length(), beginning.forget)
+    together = segment.pull_back() if segment else None
+    return [each for each in (*found, together) if each is not None]
 
 
-def _leaf(current: Tensor, centroid: Tensor, point: Point) -> Tensor:
+def _of_each(
+    engine: Engine,
+    beginning: Beginning,
+    leaf: Callable[[Sequence[ReasonedSequence]], Tensor],
+    batch: Sequence[_Weighted],
+    *,
+    position: int,
+    answer_temperature: float,
+) -> list[Tensor]:
+    """∂S/∂(ε·E) for each sequence of a batch, [d]."""
+    sequences = [each.sequence for each in batch]
+    shared, embedding = beginning.length(), leaf(sequences)  # [M, d]
+    places = [each.instruction.start + position - shared for each in sequences]  # [M]
+    with torch.enable_grad(), embedded_at(engine.model.get_input_embeddings(), places, embedding):
+        loss = _surrogate(engine, batch, beginning.read(), answer_temperature)
+        (gradient,) = torch.autograd.grad(loss, embedding)  # [M, d]
+    engine.tally(backward_tokens=sum(len(each.token_ids) - shared for each in sequences))
+    return list(gradient.to(loss.dtype))
+
+
+def _segment(
+    engine: Engine,
+    sequences: Sequence[ReasonedSequence],
+    position: int,
+    leaf: Callable[[Sequence[ReasonedSequence]], Tensor],
+    beginning: Beginning,
+) -> SharedSegment | None:
+    """What all sequences have in common from the position on, if reading it once is worth it."""
+    place = sequences[0].instruction.start + position
+    asked = min(
+        each.written.start for each in sequences
+    )  # predicted by the token before it, which rows read themselves
+    alike = shared_length([each.token_ids[: asked - 1] for each in sequences])
+    own = alike - beginning.length()
+    longest = max(len(each.token_ids) for each in sequences)
+    if place >= alike or not worth_sharing(engine, own, rows=len(sequences), longest=longest):
+        return None
+    if any(each.instruction.start + position != place for each in sequences):
+        return None
+    tokens, embedding = sequences[0].token_ids[:alike], leaf(sequences[:1])  # [1, d]
+    segment = read_segment(engine, tokens, beginning.read(), place=place, leaf=embedding)
+    if segment is not None:
+        engine.tally(backward_tokens=own)
+    return segment
+
+
+def _of_segment(
+    engine: Engine, segment: SharedSegment, batch: Sequence[_Weighted], *, answer_temperature: float
+) -> list[None]:
+    """Let the segment know what the sequences of a batch ask of it."""
+    prefix, copies = segment.copies(len(batch))
+    with torch.enable_grad():
+        loss = _surrogate(engine, batch, prefix, answer_temperature)
+        segment.collect(torch.autograd.grad(loss, copies))
+    engine.tally(backward_tokens=sum(len(each.sequence.token_ids) - len(prefix) for each in batch))
+    return [None] * len(batch)
+
+
+def _leaf(
+    layer: Module, sequences: Sequence[ReasonedSequence], *, position: int, centroid: Tensor, point: Point
+) -> Tensor:
     """Where the linear model is taken, [M, d]."""
+    tokens = torch.tensor([each.token_ids[each.instruction.start + position] for each in sequences])  # [M]
+    current = layer(tokens.to(centroid.device)).detach()  # [M, d]
     if point == "current":
         at = current
     else:

@@ -50,6 +50,7 @@ TOKEN_CORE = (
     "loss",
     "scoring",
     "gradient",
+    "shared_segment",
     "whole_gradient",
     "rescore",
     "pocket",

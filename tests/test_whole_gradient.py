@@ -16,6 +16,7 @@ from dspy_greater.engine import Engine
 from dspy_greater.errors import LayoutError, SettingsError
 from dspy_greater.reasoning import ReasonedSequence, Reasoning, advantages
 from dspy_greater.settings import Point, Term
+from dspy_greater.shared_segment import read_segment
 from dspy_greater.spans import Span
 from dspy_greater.whole_gradient import CandidateSlopes, whole_gradient
 from tests.test_gradient import InDouble
@@ -30,17 +31,20 @@ def engine_for(model: Any) -> Engine:
     return Engine(model, tiny_tokenizer(), name="tiny")
 
 
-def reasonings(*, alike: int = 0) -> list[Reasoning]:
-    """Seven runs on four examples, some without a gold answer, one with two calls; `alike` tokens before all."""
+def reasonings(*, alike: int = 0, behind: int = 0) -> list[Reasoning]:
+    """Seven runs on four examples, some without a gold answer, one with two calls.
+
+    All have `alike` tokens before the instruction and `behind` after it in common.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def some(length: int) -> list[int]:
         return torch.randint(5, 512, (length,), generator=generator).tolist()
 
-    before, instruction = [1, *some(alike)], some(4)
+    before, instruction, demonstrations = [1, *some(alike)], some(4), some(behind)
 
     def sequence(index: int, gold: bool) -> ReasonedSequence:
-        head = before + instruction + some(2 + index % 3)
+        head = before + instruction + demonstrations + some(2 + index % 3)
         written, answer = some(3 + 2 * (index % 4)), some(1 + index % 2) if gold else []
         start, stop = len(head), len(head) + len(written)
         ids = (*head, *written, *answer)
@@ -122,6 +126,103 @@ def test_a_beginning_that_is_shared_and_read_once_changes_nothing(kind: Any) -> 
     assert found.slopes == pytest.approx(expected, rel=1e-5)
     tokens = sum(len(call.token_ids) for run in runs for call in run.sequences)
     assert engine.counters.prefilled_tokens < tokens - 6 * 30
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("term", ["pathwise", "score", "whole"])
+@pytest.mark.parametrize("alike", [0, 30])
+def test_what_follows_the_instruction_in_every_row_is_differentiated_once(kind: Any, term: Term, alike: int) -> None:
+    model, runs = tiny_model(kind, dtype=torch.float64), reasonings(alike=alike, behind=50)
+    engine = engine_for(model)
+    with InDouble():
+        found = whole_gradient(engine, runs, position=POSITION, candidates=CANDIDATES, term=term, point="current")
+        expected = obvious_slopes(model, runs, term, "current")
+    assert found.slopes == pytest.approx(expected, rel=1e-5)
+    of_each = 1 + 3 + 2 + 3 + 9 + 2  # one token is left to the rows, and what they do not share
+    rows = len([call for run in runs for call in run.sequences])
+    if max(len(call.token_ids) for run in runs for call in run.sequences) > engine.prefixes.reach:
+        return  # a window that slides: states cannot be handed on
+    assert engine.counters.backward_tokens <= 4 + 50 + alike * (alike < 16) + rows * of_each
+
+
+@pytest.mark.parametrize("point", ["current", "midpoint", "centroid"])
+@pytest.mark.parametrize("max_batch_tokens", [8_192, 150, 1])
+def test_a_shared_segment_gives_what_reading_every_row_on_its_own_gives(
+    point: Point, max_batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, runs = tiny_model(dtype=torch.float64), reasonings(behind=50)
+
+    def slopes() -> tuple[float, ...]:
+        with InDouble():
+            return whole_gradient(
+                engine_for(model),
+                runs,
+                position=POSITION,
+                candidates=CANDIDATES,
+                point=point,
+                max_batch_tokens=max_batch_tokens,
+            ).slopes
+
+    at_once = slopes()
+    monkeypatch.setattr("dspy_greater.whole_gradient.worth_sharing", lambda *_, **__: False)
+    assert at_once == pytest.approx(slopes(), rel=1e-10)
+
+
+def test_without_memory_for_the_segment_every_row_is_read_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = reasonings(behind=50)
+    expected = whole_gradient(engine_for(tiny_model()), runs, position=POSITION, candidates=CANDIDATES)
+    engine = engine_for(tiny_model())
+    forward = engine.model.forward
+
+    def forgetful(*args: Any, **kwargs: Any) -> Any:
+        if len(kwargs["input_ids"]) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(engine.model, "forward", forgetful)
+    found = whole_gradient(engine, runs, position=POSITION, candidates=CANDIDATES)
+    assert found.slopes == pytest.approx(expected.slopes, rel=1e-4, abs=1e-6)
+
+
+def test_a_batch_that_runs_out_of_memory_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = reasonings(behind=50)
+    expected = whole_gradient(engine_for(tiny_model()), runs, position=POSITION, candidates=CANDIDATES)
+    engine = engine_for(tiny_model())
+    forward, failed = engine.model.forward, []
+
+    def short_of_memory(*args: Any, **kwargs: Any) -> Any:
+        if len(kwargs["input_ids"]) > 3:
+            failed.append(len(kwargs["input_ids"]))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(engine.model, "forward", short_of_memory)
+    found = whole_gradient(engine, runs, position=POSITION, candidates=CANDIDATES)
+    assert failed
+    assert found.slopes == pytest.approx(expected.slopes, rel=1e-4, abs=1e-6)
+
+
+def test_a_row_that_is_not_finite_takes_no_part_in_a_shared_segment() -> None:
+    engine, tokens, place = engine_for(tiny_model()), (1, 5, 6, 7, 8), 2
+    layer = engine.model.get_input_embeddings()
+
+    def pulled_back(rows: list[int], *, spoil: float | None = None) -> Tensor | None:
+        leaf = layer(torch.tensor([tokens[place]])).detach().requires_grad_()
+        with engine.exclusive():
+            segment = read_segment(engine, tokens, None, place=place, leaf=leaf)
+            assert segment is not None
+            _, copies = segment.copies(3)
+            asked = [torch.arange(each.numel(), dtype=each.dtype).reshape(each.shape).sin() for each in copies]
+            if spoil is not None:
+                asked[1][1, 0, 2, 3] = spoil
+            segment.collect([each[rows] for each in asked])
+            return segment.pull_back()
+
+    expected = pulled_back([0, 2])
+    assert expected is not None and bool((expected != 0).any())
+    for spoil in (math.nan, math.inf):
+        torch.testing.assert_close(pulled_back([0, 1, 2], spoil=spoil), expected)
+    assert pulled_back([1], spoil=math.nan) is None
 
 
 def all_reasonings(model: Any, embedding: Tensor | None, wrong: set[tuple[int, int]]) -> list[Reasoning]:

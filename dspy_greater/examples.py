@@ -26,13 +26,22 @@ class Examples:
         field: its output field with gold values; None where there is none.
         rows: the training rows.
         context_length: the most tokens of a sequence, None for no limit.
+        header_counts: where the adapter found no answer, the model is asked for the field's header as well as for
+            the gold value.
     """
 
     def __init__(
-        self, layout: Layout, site: PredictorSite, field: str | None, rows: Sequence[Any], context_length: int | None
+        self,
+        layout: Layout,
+        site: PredictorSite,
+        field: str | None,
+        rows: Sequence[Any],
+        context_length: int | None,
+        *,
+        header_counts: bool = False,
     ) -> None:
         self._layout, self._site, self._field = layout, site, field
-        self._rows, self._limit = tuple(rows), context_length
+        self._rows, self._limit, self._header_counts = tuple(rows), context_length, header_counts
         self._openings = openings(site)
         self._tails: dict[str, int] = {}  # inputs of a call -> tokens of its prompt behind the instruction
 
@@ -49,6 +58,7 @@ class Examples:
         earlier = names[: names.index(self._field)] if self._field else ()
         written = {name: plain(call.outputs.get(name, "")) for name in earlier}
         preamble, body = split_completion(self._openings, call.completion or "")
+        unparsed = call.error is not None and call.completion is not None
         if call.error is not None and earlier and not any(written.values()):
             written[earlier[0]] = body  # what did not parse is still what the model reasoned
         inputs = {name: plain(value) for name, value in call.inputs.items()}
@@ -58,7 +68,7 @@ class Examples:
             for each in calls
             if each.completion is not None  # None: the language model could not be called
         )
-        return RowOutcome(index, rollout.score, inputs, written, math.nan, rollout.error, preamble, told)
+        return RowOutcome(index, rollout.score, inputs, written, math.nan, rollout.error, preamble, told, unparsed)
 
     def supervised(
         self, instruction: str, row: RowOutcome, *, reasoned: bool = True, cut: bool = True
@@ -70,12 +80,14 @@ class Examples:
         """
         if not row.inputs or self._field is None:
             return None
-        gold = self._rows[row.row].labels()[self._field]
+        gold, from_header = self._rows[row.row].labels()[self._field], self._header_counts and row.unparsed
         written, preamble = dict(row.written), row.preamble
         if not reasoned:
             written, preamble = dict.fromkeys(written, ""), ""
         for _ in range(_MOST_CUTS):
-            found = self._layout.supervised(instruction, row.inputs, written, self._field, gold, preamble=preamble)
+            found = self._layout.supervised(
+                instruction, row.inputs, written, self._field, gold, preamble=preamble, from_header=from_header
+            )
             surplus = len(found.token_ids) - self._limit if cut and self._limit is not None else 0
             if surplus <= 0:
                 return found
@@ -128,7 +140,8 @@ class Examples:
 
 def written_key(row: RowOutcome) -> str:
     """Two runs on a row with the same key were given and wrote the same."""
-    return repr((row.inputs, row.written, row.preamble, [(call.inputs, call.completion) for call in row.calls]))
+    calls = [(call.inputs, call.completion) for call in row.calls]
+    return repr((row.inputs, row.written, row.preamble, calls, row.unparsed))
 
 
 def openings(site: PredictorSite) -> tuple[str, ...]:

@@ -94,11 +94,13 @@ class Layout:
         gold: object,
         *,
         preamble: str = "",
+        from_header: bool = False,
     ) -> Supervised:
         """The prompt followed by the assistant's text up to the end of the gold value of `field`.
 
         `written` maps the output fields before `field` to what the model wrote for them; `preamble` is
-        what it wrote before its first field (a native `<think>` block), counted as reasoning.
+        what it wrote before its first field (a native `<think>` block), counted as reasoning. With `from_header` the
+        answer begins where the field's header does.
 
         Raises `LayoutError` or `DataError`, see `assistant_text`.
         """
@@ -116,7 +118,8 @@ class Layout:
         reasoning_stop = next((i for i in range(first, len(starts)) if starts[i] >= header), len(starts))
         answer = next(i for i, stop in enumerate(stops) if stop > gold_start)
         reasoning = Span(first, min(reasoning_stop, answer)) if header > begin else Span(first, first)
-        return Supervised(encoded.token_ids, span, reasoning, Span(answer, len(starts)))
+        begins = min(reasoning_stop, answer) if from_header else answer
+        return Supervised(encoded.token_ids, span, reasoning, Span(begins, len(starts)))
 
     def written(
         self, instruction: str, inputs: Mapping[str, Any], completion: str, *, limit: int | None = None

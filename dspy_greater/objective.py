@@ -80,7 +80,15 @@ class Objective:
         self.layout = Layout(
             engine.tokenizer, site.adapter, site.signature, demos=site.demos, extractor=extractor, fixed=fixed
         )
-        self.examples = Examples(self.layout, site, field, rows, engine.context_length)
+        self.examples = Examples(
+            self.layout,
+            site,
+            field,
+            rows,
+            engine.context_length,
+            # An extractor asks for the answer itself.
+            header_counts=settings.variant == "whole" and extractor is None,
+        )
         self._program, self._site, self._field = program, site, field
         self._rows, self._metric, self._settings = tuple(rows), metric, settings
         self._known: dict[str, Evaluation] = {}

@@ -185,5 +185,6 @@ def _refuse_unused_predictor(seed: Evaluation, name: str) -> None:
     if not any(row.inputs for row in seed.rows):
         raise UnusedPredictorError(
             f"Predictor `{name}` was not called on any of the {len(seed.rows)} training rows; on the first, "
-            f"{seed.rows[0].error}. Try program(**trainset[0].inputs()) and mend it."
+            f"{seed.rows[0].error}. A module that runs copies of a program (BestOfN, Refine) hides its predictors: "
+            "compile the inner program and wrap the result. Otherwise try program(**trainset[0].inputs()) and mend it."
         )

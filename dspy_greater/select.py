@@ -33,7 +33,8 @@ def evaluation(
     """Sum up an instruction's rows: (mistake rate + weight x fluency, cross-entropy), lower is better.
 
     With a `doubt_weight` α the first number is smooth: each row adds α (1 - e^(-L_CE)), the chance that an answer
-    which is drawn by its tokens' mean likelihood is not the gold one. With `loss_first` the two numbers change places.
+    which is drawn by its tokens' mean likelihood is not the gold one, and α more where the adapter found no answer.
+    With `loss_first` the two numbers change places.
 
     Rows whose loss is not finite do not count in the cross-entropy; with none left the
     objective is infinite, because a minimum over NaN would pick it.
@@ -44,8 +45,8 @@ def evaluation(
         (0.06, 0.5)
     """
     score = sum(row.score for row in rows) / len(rows)
-    finite = [row.cross_entropy for row in rows if math.isfinite(row.cross_entropy)]
-    cross_entropy = sum(finite) / len(finite) if finite else math.nan
+    finite = [row for row in rows if math.isfinite(row.cross_entropy)]
+    cross_entropy = sum(row.cross_entropy for row in finite) / len(finite) if finite else math.nan
     unsure = doubt_weight * sum(map(_doubt, finite)) / max(1, len(finite))
     mistakes = 1.0 - score + unsure + score_fluency_weight * fluency_nll
     objective = (cross_entropy, mistakes) if loss_first else (mistakes, cross_entropy)
@@ -195,15 +196,16 @@ def select(
     )
 
 
-def _doubt(cross_entropy: float) -> float:
-    return 1.0 - math.exp(-max(0.0, cross_entropy))
+def _doubt(row: RowOutcome) -> float:
+    """Between 0 and 1; where no answer was found another 1, so that a wrong answer is a step forward."""
+    return float(row.unparsed) + 1.0 - math.exp(-max(0.0, row.cross_entropy))
 
 
 def _cost(row: RowOutcome, doubt_weight: float, loss_first: bool) -> float:
     """A row's share of the objective; a loss that is not finite is no evidence for either side."""
     if loss_first:
         return row.cross_entropy
-    return 1.0 - row.score + (doubt_weight * _doubt(row.cross_entropy) if math.isfinite(row.cross_entropy) else 0.0)
+    return 1.0 - row.score + (doubt_weight * _doubt(row) if math.isfinite(row.cross_entropy) else 0.0)
 
 
 def _paired(one: Evaluation, other: Evaluation) -> list[tuple[RowOutcome, RowOutcome]]:

@@ -31,8 +31,8 @@ class Prompt:
 class Supervised:
     """A prompt with reasoning, the answer's header and the gold value: x, p, r, p_extract and y.
 
-    `answer` covers the gold value only and ends the sequence; `reasoning` is what the assistant writes
-    before the header of the supervised field, and may be empty.
+    `answer` ends the sequence and covers the gold value, with the header of its field only where that was asked for;
+    `reasoning` is what the assistant writes before the header of the supervised field, and may be empty.
     """
 
     token_ids: tuple[int, ...]

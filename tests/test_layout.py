@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import itertools
 import os
@@ -304,6 +305,21 @@ def test_the_answer_span_is_the_gold_value(kind: Any, gold: Any, expected: dict[
     else:
         assert text.lstrip()[0] in "[{<"
         assert text[-1] in "]}>"
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("fields", ["question -> reasoning, answer", "question -> answer"])
+def test_with_its_header_the_answer_begins_where_the_reasoning_ends(fields: str, adapter: str) -> None:
+    layout = Layout(family_tokenizer("byte-level"), ADAPTERS[adapter], dspy.Signature(fields, "Answer."))
+    written = {"reasoning": "so"} if "reasoning" in fields else {}
+    value, whole = (
+        layout.supervised("Answer.", ROW, written, "answer", "four", from_header=from_header)
+        for from_header in (False, True)
+    )
+    assert dataclasses.replace(whole, answer=value.answer) == value
+    assert whole.answer == Span(value.reasoning.stop, value.answer.stop)
+    assert decoded(layout, whole.token_ids, whole.answer).endswith(decoded(layout, value.token_ids, value.answer))
+    assert "answer" in decoded(layout, whole.token_ids, whole.answer)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -128,6 +128,43 @@ def test_a_row_that_did_not_parse_keeps_what_was_written_as_its_reasoning() -> N
     assert found.score == 0.0 and all(math.isfinite(row.cross_entropy) for row in found.rows)
 
 
+@pytest.mark.parametrize("variant", ["whole", "paper"])
+def test_where_no_answer_was_found_the_loss_is_of_its_header_too_but_not_in_the_papers_variant(variant: Any) -> None:
+    wordless = ROWS[0].question
+
+    def script(prompt: str) -> str:
+        return "It must be yes." if value_in(prompt) == wordless else chat_answer(reasoning="I look.", answer="yes")
+
+    objective = objective_of(program_on(ScriptedEngine(script)), settings=Settings(variant=variant))
+    found = seed_of(objective)
+    assert [row.unparsed for row in found.rows] == [True, False, False, False]
+    rows = objective.supervised(found)
+    gold = [found.answer.stop - found.answer.start for found in rows]
+    assert (gold[0] > gold[1] + 5) == (variant == "whole") and gold[1] == gold[2]
+    losses = teacher_forced_losses(objective.engine, rows)
+    assert [row.cross_entropy for row in found.rows] == pytest.approx(losses.cross_entropy, rel=1e-4)
+    replayed = {each.example: each.sequences[0].answer for each in objective.replay(found, random.Random(0), 24)}
+    assert replayed == dict(enumerate(each.answer for each in rows))
+
+
+def test_an_extractor_asks_for_the_answer_alone() -> None:
+    program = program_on(ScriptedEngine(lambda prompt: "It must be yes."))
+    [site] = predictors_of(program)
+    objective = Objective(
+        program=program,
+        site=site,
+        field="answer",
+        rows=ROWS,
+        metric=RowMetric(exact_match),
+        engine=site.lm.engine.engine,
+        settings=Settings(),
+        extractor=" So the answer is ",
+    )
+    found = seed_of(objective)
+    assert all(row.unparsed for row in found.rows)
+    assert {each.answer.stop - each.answer.start for each in objective.supervised(found)} == {1}
+
+
 def test_empty_reasoning_still_has_a_loss() -> None:
     objective = objective_of(program_on(ScriptedEngine(lambda prompt: chat_answer(reasoning="", answer="yes"))))
     found = seed_of(objective)

@@ -342,7 +342,9 @@ def test_a_predictor_without_gold_values_that_is_never_called_keeps_its_instruct
         better = compile_with(engine, program=Idle(engine, "first", "second"))
     assert [str(each.message) for each in told] == [
         f"Predictor `{name}` was not called on any of the 4 training rows; on the first, predictor `{name}` was not "
-        "called. Try program(**trainset[0].inputs()) and mend it. It keeps its instruction."
+        "called. A module that runs copies of a program (BestOfN, Refine) hides its predictors: compile the inner "
+        "program and wrap the result. Otherwise try program(**trainset[0].inputs()) and mend it. It keeps its "
+        "instruction."
         for name in ("first", "second")
     ]
     assert better.first.signature.instructions == better.second.signature.instructions == "Write a query."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -33,6 +34,17 @@ def test_the_objective_is_the_mistake_rate_plus_a_little_fluency_then_the_cross_
 
 def test_a_graded_metric_counts_as_graded_mistakes() -> None:
     assert evaluated(row(0.25), row(0.5), fluency=0.0).objective[0] == pytest.approx(0.625)
+
+
+def test_an_answer_that_was_not_found_is_worse_than_any_wrong_one() -> None:
+    def objective(*rows: RowOutcome) -> float:
+        return evaluation((1,), "Add.", rows, 0.0, score_fluency_weight=0.0, doubt_weight=0.3).objective[0]
+
+    lost = replace(row(0.0, 0.0), unparsed=True)
+    assert objective(row(0.0, 99.0)) == pytest.approx(1.3)
+    assert objective(lost) == pytest.approx(1.3)
+    assert objective(lost) < objective(replace(row(0.0, 0.1), unparsed=True)) < 1.6
+    assert objective(lost, row(1.0, 0.0)) == pytest.approx(0.65)
 
 
 def test_a_row_without_a_finite_loss_still_counts_as_a_mistake_but_not_in_the_cross_entropy() -> None:

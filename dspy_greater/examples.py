@@ -43,6 +43,7 @@ class Examples:
         self._layout, self._site, self._field = layout, site, field
         self._rows, self._limit, self._header_counts = tuple(rows), context_length, header_counts
         self._openings = openings(site)
+        self._headers = headers(site, field) if field else ()
         self._tails: dict[str, int] = {}  # inputs of a call -> tokens of its prompt behind the instruction
 
     def __len__(self) -> int:
@@ -58,9 +59,11 @@ class Examples:
         earlier = names[: names.index(self._field)] if self._field else ()
         written = {name: plain(call.outputs.get(name, "")) for name in earlier}
         preamble, body = split_completion(self._openings, call.completion or "")
-        unparsed = call.error is not None and call.completion is not None
+        reasoning, found_header = until(self._headers, body)
+        failed = call.error is not None and call.completion is not None
+        unparsed = failed and self._field is not None and self._field not in call.outputs and not found_header
         if call.error is not None and earlier and not any(written.values()):
-            written[earlier[0]] = body  # what did not parse is still what the model reasoned
+            written[earlier[0]] = reasoning  # what did not parse is still what the model reasoned
         inputs = {name: plain(value) for name, value in call.inputs.items()}
         calls = () if self._field else calls_of(rollout.trace, self._site.name)
         told = tuple(
@@ -150,6 +153,28 @@ def openings(site: PredictorSite) -> tuple[str, ...]:
     header = str(site.adapter.format_assistant_message_content(site.signature, values)).partition(_MARK)[0].strip()
     # Models space JSON in their own way.
     return tuple(filter(None, dict.fromkeys([header, *header.split()[:1]])))
+
+
+def headers(site: PredictorSite, field: str) -> tuple[str, ...]:
+    """How the header of an output field ends, as the predictor's adapter writes it."""
+    values = dict.fromkeys(site.output_fields, _MARK)
+    content = str(site.adapter.format_assistant_message_content(site.signature, values))
+    header = content.split(_MARK)[site.output_fields.index(field)].strip()
+    line = header.splitlines()[-1].strip() if header else ""
+    return tuple(filter(None, dict.fromkeys([line, line.partition(":")[0]])))  # JSON: whatever its spaces
+
+
+def until(endings: Sequence[str], text: str) -> tuple[str, bool]:
+    """The text before the first of the endings that occurs in it, and whether one does.
+
+    >>> until(("[[ ## answer ## ]]",), "I look. [[ ## answer ## ]] perhaps"), until(("<answer>",), "I look.")
+    (('I look.', True), ('I look.', False))
+    """
+    for ending in endings:
+        before, found, _ = text.partition(ending)
+        if found:
+            return before.rstrip(), True
+    return text, False
 
 
 def split_completion(openings: Sequence[str], completion: str) -> tuple[str, str]:

@@ -86,8 +86,7 @@ class Objective:
             field,
             rows,
             engine.context_length,
-            # An extractor asks for the answer itself.
-            header_counts=settings.variant == "whole" and extractor is None,
+            header_counts=settings.header_counts and extractor is None,  # an extractor asks for the answer itself
         )
         self._program, self._site, self._field = program, site, field
         self._rows, self._metric, self._settings = tuple(rows), metric, settings

@@ -141,6 +141,14 @@ class Settings:
         return self.variant == "whole" and self.acceptance == "loss"
 
     @property
+    def header_counts(self) -> bool:
+        """Whether the loss of a row in which no answer was found covers the header that is missing.
+
+        Means over header and value are no measure of answers alone, so not where cross-entropies decide.
+        """
+        return self.variant == "whole" and not self.loss_first
+
+    @property
     def most_tried(self) -> int:
         """μ. The paper has 3; a forecast that comes true needs one, which at equal cost is three times the steps."""
         return self.selections or (1 if self.variant == "whole" else 3)

@@ -63,12 +63,12 @@ class SharedSegment:
         self._asked = tuple(sums)  # all or nothing: a batch that runs out of memory is tried again
 
     def pull_back(self) -> Tensor | None:
-        """∂L/∂e, [d]; None when no row took part. It can be asked for once."""
+        """∂L/∂e, [d], at least float32; None when no row took part. It can be asked for once."""
         if self._asked is None:
             return None
         asked = [each.to(state.dtype) for each, state in zip(self._asked, self._states, strict=True)]
         (gradient,) = torch.autograd.grad(self._states, self._leaf, grad_outputs=asked)  # [1, d]
-        return gradient[0]
+        return gradient[0].to(torch.promote_types(gradient.dtype, torch.float32))
 
 
 def read_segment(

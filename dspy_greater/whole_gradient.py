@@ -30,11 +30,11 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import cross_entropy
 
-from dspy_greater.engine import Engine
+from dspy_greater.engine import Engine, EngineMemoryError
 from dspy_greater.errors import LayoutError, SettingsError
 from dspy_greater.gradient import embedded_at
 from dspy_greater.loss import in_batches, logits_before
-from dspy_greater.prefix import Beginning, Prefix, shared_length
+from dspy_greater.prefix import Beginning, Prefix, is_out_of_memory, shared_length
 from dspy_greater.reasoning import ReasonedSequence, Reasoning, advantages
 from dspy_greater.settings import Baseline, Point, Term
 from dspy_greater.shared_segment import SharedSegment, read_segment, worth_sharing
@@ -159,16 +159,43 @@ def _differentiate(
     tokens = sequences[0].token_ids[:alike]
     beginning = Beginning(engine.prefixes, tokens, rows=len(sequences), longest=longest)
     leaf = partial(_leaf, engine.model.get_input_embeddings(), position=position, centroid=centroid, point=point)
-    segment = _segment(engine, sequences, position, leaf, beginning)
-    if segment is None:
-        work = partial(_of_each, engine, beginning, leaf, position=position, answer_temperature=answer_temperature)
-    else:
-        work = partial(_of_segment, engine, segment, answer_temperature=answer_temperature)
-
     lengths = [len(each.token_ids) for each in sequences]
-    found = in_batches(work, weighted, lengths, max_batch_tokens, beginning.length(), beginning.forget)
-    together = segment.pull_back() if segment else None
-    return [each for each in (*found, together) if each is not None]
+    in_all = partial(in_batches, rows=weighted, lengths=lengths, max_batch_tokens=max_batch_tokens)
+    in_all = partial(in_all, shared=beginning.length(), relieve=beginning.forget)
+
+    together = _together(engine, sequences, position, leaf, beginning, in_all, answer_temperature)
+    if together is not None:
+        return together
+    work = partial(_of_each, engine, beginning, leaf, position=position, answer_temperature=answer_temperature)
+    return in_all(work)
+
+
+def _together(
+    engine: Engine,
+    sequences: Sequence[ReasonedSequence],
+    position: int,
+    leaf: Callable[[Sequence[ReasonedSequence]], Tensor],
+    beginning: Beginning,
+    in_all: Callable[..., object],
+    answer_temperature: float,
+) -> list[Tensor] | None:
+    """The sum over all sequences, through what they share; None where that cannot be had, and each has to be read.
+
+    It cannot without memory for it, or where half precision has no number for what all rows ask together.
+    """
+    try:
+        segment = _segment(engine, sequences, position, leaf, beginning)
+        if segment is None:
+            return None
+        in_all(partial(_of_segment, engine, segment, answer_temperature=answer_temperature))
+        found = segment.pull_back()
+    except (EngineMemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one
+        if not isinstance(error, EngineMemoryError) and not is_out_of_memory(error):
+            raise
+        return None
+    if found is None:
+        return []
+    return [found] if bool(found.isfinite().all()) else None
 
 
 def _of_each(

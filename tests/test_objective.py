@@ -27,7 +27,7 @@ from scripted_text import text_lm
 
 from dspy_greater import local_lm
 from dspy_greater.errors import ProgramError
-from dspy_greater.examples import openings, split_completion
+from dspy_greater.examples import headers, openings, split_completion, until
 from dspy_greater.layout import Layout
 from dspy_greater.loss import teacher_forced_losses
 from dspy_greater.metric import RowMetric
@@ -47,7 +47,7 @@ def objective_of(
     rows: Any = ROWS,
     *,
     metric: Any = exact_match,
-    field: str = "answer",
+    field: str | None = "answer",
     settings: Settings | None = None,
 ) -> Objective:
     [site] = predictors_of(program)
@@ -145,6 +145,47 @@ def test_where_no_answer_was_found_the_loss_is_of_its_header_too_but_not_in_the_
     assert [row.cross_entropy for row in found.rows] == pytest.approx(losses.cross_entropy, rel=1e-4)
     replayed = {each.example: each.sequences[0].answer for each in objective.replay(found, random.Random(0), 24)}
     assert replayed == dict(enumerate(each.answer for each in rows))
+
+
+@pytest.mark.parametrize(
+    "fields,completion",
+    [
+        ("question -> reasoning, answer: Literal['yes', 'no']", chat_answer(reasoning="I look.", answer="maybe")),
+        ("question -> reasoning, answer, sure: bool", chat_answer(reasoning="I look.", answer="yes")),
+        ("question -> reasoning, answer, sure: bool", "[[ ## reasoning ## ]]\nI look.\n\n[[ ## answer ## ]]\n"),
+    ],
+)
+def test_an_answer_that_was_found_but_cannot_be_used_is_a_mistake_and_no_more(fields: str, completion: str) -> None:
+    program = dspy.Predict(dspy.Signature(fields, SEED))
+    program.set_lm(local_lm(ScriptedEngine(lambda prompt: completion), cache=False))
+    objective = objective_of(program)
+    found = seed_of(objective)
+    assert all(row.error and "AdapterParseError" in row.error for row in found.rows)
+    assert not any(row.unparsed for row in found.rows)
+    assert {row.written["reasoning"] for row in found.rows} == {"I look."}
+    assert {each.answer.stop - each.answer.start for each in objective.supervised(found)} == {1}
+
+
+@pytest.mark.parametrize("adapter", [dspy.ChatAdapter(), dspy.JSONAdapter(), dspy.XMLAdapter()])
+@pytest.mark.parametrize("fields", ["question -> reasoning, answer", "question -> answer, why"])
+def test_the_header_of_a_field_is_found_in_what_the_adapter_writes(adapter: Any, fields: str) -> None:
+    program = dspy.Predict(dspy.Signature(fields, SEED))
+    program.set_lm(local_lm(ScriptedEngine(lambda prompt: ""), cache=False))
+    with dspy.context(adapter=adapter):
+        [site] = predictors_of(program)
+    names = [name.strip() for name in fields.partition("->")[2].split(",")]
+    content = adapter.format_assistant_message_content(site.signature, dict.fromkeys(names, "the value"))
+    before, found = until(headers(site, "answer"), content)
+    assert found and before.count("the value") == names.index("answer")
+    assert until(headers(site, "answer"), "The answer is yes.") == ("The answer is yes.", False)
+
+
+def test_where_losses_decide_or_nobody_knows_the_answer_no_header_counts() -> None:
+    program = program_on(ScriptedEngine(lambda prompt: "It must be yes."))
+    by_loss = objective_of(program, settings=Settings(acceptance="loss"))
+    assert {each.answer.stop - each.answer.start for each in by_loss.supervised(seed_of(by_loss))} == {1}
+    without_gold = objective_of(program, field=None)
+    assert not any(row.unparsed for row in seed_of(without_gold).rows)
 
 
 def test_an_extractor_asks_for_the_answer_alone() -> None:

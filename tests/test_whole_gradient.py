@@ -16,7 +16,7 @@ from dspy_greater.engine import Engine
 from dspy_greater.errors import LayoutError, SettingsError
 from dspy_greater.reasoning import ReasonedSequence, Reasoning, advantages
 from dspy_greater.settings import Point, Term
-from dspy_greater.shared_segment import read_segment
+from dspy_greater.shared_segment import _sum_of_rows, read_segment
 from dspy_greater.spans import Span
 from dspy_greater.whole_gradient import CandidateSlopes, whole_gradient
 from tests.test_gradient import InDouble
@@ -145,61 +145,98 @@ def test_what_follows_the_instruction_in_every_row_is_differentiated_once(kind: 
     assert engine.counters.backward_tokens <= 4 + 50 + alike * (alike < 16) + rows * of_each
 
 
+def slopes_of(
+    runs: list[Reasoning], *, dtype: torch.dtype = torch.float32, **settings: Any
+) -> tuple[tuple[float, ...], int]:
+    """The slopes, and how many tokens were differentiated for them."""
+    engine = engine_for(tiny_model(dtype=dtype))
+    found = whole_gradient(engine, runs, position=POSITION, candidates=CANDIDATES, **settings)
+    return found.slopes, engine.counters.backward_tokens
+
+
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dspy_greater.whole_gradient.worth_sharing", lambda *_, **__: False)
+
+
 @pytest.mark.parametrize("point", ["current", "midpoint", "centroid"])
 @pytest.mark.parametrize("max_batch_tokens", [8_192, 150, 1])
 def test_a_shared_segment_gives_what_reading_every_row_on_its_own_gives(
     point: Point, max_batch_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, runs = tiny_model(dtype=torch.float64), reasonings(behind=50)
-
-    def slopes() -> tuple[float, ...]:
-        with InDouble():
-            return whole_gradient(
-                engine_for(model),
-                runs,
-                position=POSITION,
-                candidates=CANDIDATES,
-                point=point,
-                max_batch_tokens=max_batch_tokens,
-            ).slopes
-
-    at_once = slopes()
-    monkeypatch.setattr("dspy_greater.whole_gradient.worth_sharing", lambda *_, **__: False)
-    assert at_once == pytest.approx(slopes(), rel=1e-10)
+    runs, settings = reasonings(behind=50), {"point": point, "max_batch_tokens": max_batch_tokens}
+    with InDouble():
+        together, few = slopes_of(runs, dtype=torch.float64, **settings)
+        one_by_one(monkeypatch)
+        apart, many = slopes_of(runs, dtype=torch.float64, **settings)
+    assert together == pytest.approx(apart, rel=1e-10)
+    assert few < many / 2
 
 
-def test_without_memory_for_the_segment_every_row_is_read_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_half_precision_too_candidates_that_differ_have_different_slopes(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = reasonings(behind=50)
-    expected = whole_gradient(engine_for(tiny_model()), runs, position=POSITION, candidates=CANDIDATES)
-    engine = engine_for(tiny_model())
-    forward = engine.model.forward
-
-    def forgetful(*args: Any, **kwargs: Any) -> Any:
-        if len(kwargs["input_ids"]) == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(engine.model, "forward", forgetful)
-    found = whole_gradient(engine, runs, position=POSITION, candidates=CANDIDATES)
-    assert found.slopes == pytest.approx(expected.slopes, rel=1e-4, abs=1e-6)
+    engine = engine_for(tiny_model(dtype=torch.bfloat16))
+    found = whole_gradient(engine, runs, position=POSITION, candidates=range(5, 205))
+    assert len(set(found.slopes)) > 198
+    together, _ = slopes_of(runs, dtype=torch.bfloat16)
+    one_by_one(monkeypatch)
+    apart, _ = slopes_of(runs, dtype=torch.bfloat16)
+    assert together == pytest.approx(apart, rel=0.1, abs=0.2 * max(map(abs, apart)))
 
 
-def test_a_batch_that_runs_out_of_memory_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["read_segment", "SharedSegment.pull_back"])
+@pytest.mark.parametrize("how", ["memory", "overflow"])
+def test_where_the_segment_cannot_be_had_every_row_is_read_on_its_own(
+    where: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs = reasonings(behind=50)
-    expected = whole_gradient(engine_for(tiny_model()), runs, position=POSITION, candidates=CANDIDATES)
-    engine = engine_for(tiny_model())
-    forward, failed = engine.model.forward, []
+    expected, _ = slopes_of(runs)
+    asked = []
 
-    def short_of_memory(*args: Any, **kwargs: Any) -> Any:
-        if len(kwargs["input_ids"]) > 3:
-            failed.append(len(kwargs["input_ids"]))
+    def fail(*_: Any, **__: Any) -> Tensor:
+        asked.append(where)
+        if how == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(*args, **kwargs)
+        return torch.full((32,), math.inf)
 
-    monkeypatch.setattr(engine.model, "forward", short_of_memory)
-    found = whole_gradient(engine, runs, position=POSITION, candidates=CANDIDATES)
-    assert failed
-    assert found.slopes == pytest.approx(expected.slopes, rel=1e-4, abs=1e-6)
+    if (where, how) == ("read_segment", "overflow"):
+        return  # nothing is summed there
+    monkeypatch.setattr(f"dspy_greater.whole_gradient.{where}", fail)
+    found, many = slopes_of(runs)
+    assert asked == [where]
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert many >= sum(len(call.token_ids) for run in runs for call in run.sequences) - 9 * len(runs)
+
+
+def test_a_segment_that_does_not_fit_into_memory_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_for(tiny_model())
+    leaf = engine.model.get_input_embeddings()(torch.tensor([5])).detach().requires_grad_()
+
+    def out_of_memory(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(engine.model, "forward", out_of_memory)
+    with engine.exclusive():
+        assert read_segment(engine, (1, 5, 6), None, place=1, leaf=leaf) is None
+
+
+@pytest.mark.parametrize("failing", [1, 3, 7])
+def test_a_batch_that_runs_out_of_memory_is_counted_once(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = reasonings(behind=50)
+    expected, few = slopes_of(runs)
+    sums, real = [], _sum_of_rows
+
+    def short_of_memory(gradient: Tensor) -> Tensor:
+        sums.append(len(gradient))
+        if len(sums) == failing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(gradient)
+
+    monkeypatch.setattr("dspy_greater.shared_segment._sum_of_rows", short_of_memory)
+    # Two batches, of which the one that fails is halved.
+    found, again = slopes_of(runs, max_batch_tokens=300)
+    assert len(sums) > failing and len(set(sums)) > 1
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert again < 2 * few
 
 
 def test_a_row_that_is_not_finite_takes_no_part_in_a_shared_segment() -> None:

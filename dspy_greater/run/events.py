@@ -30,7 +30,7 @@ class RowOutcome:
     error: str | None = None  # why the row failed, if it did
     preamble: str = ""  # what the model wrote before its first field: a native <think> block
     calls: tuple[CallOutcome, ...] = ()  # every call of the predictor, where there is no gold value
-    unparsed: bool = False  # the adapter found no answer in what the model wrote
+    unparsed: bool = False  # the model did not write the field that has a gold value
 
 
 @dataclass(frozen=True)

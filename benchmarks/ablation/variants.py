@@ -47,5 +47,11 @@ SWEEPS: Mapping[str, Variant] = {
     "lambda=0": Variant("the paper's variant without fluency in the loss", {"variant": "paper", "fluency_weight": 0.0}),
     "lambda=1": Variant("the paper's variant with more of it", {"variant": "paper", "fluency_weight": 1.0}),
     "misleading": Variant("from a misleading instruction (the paper's table 7)", {}, MISLEADING),
+    "misleading-random": Variant(
+        "the same, the default's edits in random order", {"estimator": "random", "rescored": 0}, MISLEADING
+    ),
     "misleading-paper": Variant("the same, the paper's variant", {"variant": "paper"}, MISLEADING),
+    "misleading-paper-random": Variant(
+        "the same, the paper's proposals in random order", {"variant": "paper", "estimator": "random"}, MISLEADING
+    ),
 }

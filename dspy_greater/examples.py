@@ -59,11 +59,13 @@ class Examples:
         earlier = names[: names.index(self._field)] if self._field else ()
         written = {name: plain(call.outputs.get(name, "")) for name in earlier}
         preamble, body = split_completion(self._openings, call.completion or "")
-        reasoning, found_header = until(self._headers, body)
+        reasoning, header, _ = partition(body, self._headers)
         failed = call.error is not None and call.completion is not None
-        unparsed = failed and self._field is not None and self._field not in call.outputs and not found_header
+        unparsed = failed and self._field is not None and self._field not in call.outputs and not header
         if call.error is not None and earlier and not any(written.values()):
-            written[earlier[0]] = reasoning  # what did not parse is still what the model reasoned
+            written[earlier[0]] = (
+                reasoning.rstrip() if header else body
+            )  # what did not parse is still what the model reasoned
         inputs = {name: plain(value) for name, value in call.inputs.items()}
         calls = () if self._field else calls_of(rollout.trace, self._site.name)
         told = tuple(
@@ -149,32 +151,15 @@ def written_key(row: RowOutcome) -> str:
 
 def openings(site: PredictorSite) -> tuple[str, ...]:
     """How the header of a predictor's first field begins, as its adapter writes it."""
-    values = dict.fromkeys(site.output_fields, _MARK)
-    header = str(site.adapter.format_assistant_message_content(site.signature, values)).partition(_MARK)[0].strip()
+    header = _header(site, 0)
     # Models space JSON in their own way.
     return tuple(filter(None, dict.fromkeys([header, *header.split()[:1]])))
 
 
 def headers(site: PredictorSite, field: str) -> tuple[str, ...]:
     """How the header of an output field ends, as the predictor's adapter writes it."""
-    values = dict.fromkeys(site.output_fields, _MARK)
-    content = str(site.adapter.format_assistant_message_content(site.signature, values))
-    header = content.split(_MARK)[site.output_fields.index(field)].strip()
-    line = header.splitlines()[-1].strip() if header else ""
-    return tuple(filter(None, dict.fromkeys([line, line.partition(":")[0]])))  # JSON: whatever its spaces
-
-
-def until(endings: Sequence[str], text: str) -> tuple[str, bool]:
-    """The text before the first of the endings that occurs in it, and whether one does.
-
-    >>> until(("[[ ## answer ## ]]",), "I look. [[ ## answer ## ]] perhaps"), until(("<answer>",), "I look.")
-    (('I look.', True), ('I look.', False))
-    """
-    for ending in endings:
-        before, found, _ = text.partition(ending)
-        if found:
-            return before.rstrip(), True
-    return text, False
+    line = _header(site, site.output_fields.index(field)).rpartition("\n")[2].strip()
+    return tuple(filter(None, dict.fromkeys([line, line.partition(":")[0]])))  # JSON, as above
 
 
 def split_completion(openings: Sequence[str], completion: str) -> tuple[str, str]:
@@ -182,8 +167,21 @@ def split_completion(openings: Sequence[str], completion: str) -> tuple[str, str
 
     A completion without that header is all body.
     """
-    for opening in openings:
-        before, found, after = completion.partition(opening)
-        if found:
-            return before, after.lstrip("\n")
-    return "", completion
+    before, found, after = partition(completion, openings)
+    return (before, after.lstrip("\n")) if found else ("", completion)
+
+
+def partition(text: str, separators: Sequence[str]) -> tuple[str, str, str]:
+    """`str.partition` at the first of the separators that occurs.
+
+    >>> partition("I look. <answer>yes", ["[[ ## answer ## ]]", "<answer>"]), partition("I look.", ["<answer>"])
+    (('I look. ', '<answer>', 'yes'), ('I look.', '', ''))
+    """
+    found = next((each for each in separators if each in text), None)
+    return text.partition(found) if found else (text, "", "")
+
+
+def _header(site: PredictorSite, place: int) -> str:
+    """What the adapter writes before the value of an output field and after the value before that."""
+    values = dict.fromkeys(site.output_fields, _MARK)
+    return str(site.adapter.format_assistant_message_content(site.signature, values)).split(_MARK)[place].strip()

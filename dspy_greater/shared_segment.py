@@ -20,7 +20,7 @@ from torch import Tensor
 from dspy_greater.engine import Engine
 from dspy_greater.gradient import embedded_at
 from dspy_greater.loss import logits_at, right_padded
-from dspy_greater.prefix import LEAST_SAVED, Prefix, held_states, is_out_of_memory, plain_cache
+from dspy_greater.prefix import LEAST_SAVED, Prefix, held_states, plain_cache
 
 
 class SharedSegment:
@@ -76,19 +76,14 @@ def read_segment(
 ) -> SharedSegment | None:
     """Read what follows the prefix, with `leaf` [1, d] as the embedding at `place`, behind the prefix.
 
-    None when the states of this model cannot be handed on, or memory ran out. Call it inside `engine.exclusive()`.
+    None when the states of this model cannot be handed on. Call it inside `engine.exclusive()`.
     """
     shared = len(prefix) if prefix else 0
     cache = prefix.cache(engine.model, 1) if prefix else plain_cache(engine.model)
     own, positions = right_padded([tuple(token_ids[shared:])])  # [1, S] each
     last = (torch.tensor([0]), torch.tensor([own.shape[1] - 1]))
-    try:
-        with torch.enable_grad(), embedded_at(engine.model.get_input_embeddings(), [place - shared], leaf):
-            logits_at(engine, own, positions + shared, last, real=own.shape[1], past_key_values=cache)
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not is_out_of_memory(error):
-            raise
-        return None
+    with torch.enable_grad(), embedded_at(engine.model.get_input_embeddings(), [place - shared], leaf):
+        logits_at(engine, own, positions + shared, last, real=own.shape[1], past_key_values=cache)
     states = [state for layer in cache.layers for state in held_states(layer)]
     if any(state.shape[-2] != len(token_ids) or not state.requires_grad for state in states):
         return None

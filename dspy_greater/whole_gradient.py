@@ -160,8 +160,8 @@ def _differentiate(
     beginning = Beginning(engine.prefixes, tokens, rows=len(sequences), longest=longest)
     leaf = partial(_leaf, engine.model.get_input_embeddings(), position=position, centroid=centroid, point=point)
     lengths = [len(each.token_ids) for each in sequences]
-    in_all = partial(in_batches, rows=weighted, lengths=lengths, max_batch_tokens=max_batch_tokens)
-    in_all = partial(in_all, shared=beginning.length(), relieve=beginning.forget)
+    bounds = {"max_batch_tokens": max_batch_tokens, "shared": beginning.length(), "relieve": beginning.forget}
+    in_all = partial(in_batches, rows=weighted, lengths=lengths, **bounds)
 
     together = _together(engine, sequences, position, leaf, beginning, in_all, answer_temperature)
     if together is not None:
@@ -227,10 +227,9 @@ def _segment(
 ) -> SharedSegment | None:
     """What all sequences have in common from the position on, if reading it once is worth it."""
     place = sequences[0].instruction.start + position
-    asked = min(
-        each.written.start for each in sequences
-    )  # predicted by the token before it, which rows read themselves
-    alike = shared_length([each.token_ids[: asked - 1] for each in sequences])
+    # What is asked for is predicted by the token before it, which rows read themselves.
+    most = min(each.written.start for each in sequences) - 1
+    alike = shared_length([each.token_ids[:most] for each in sequences])
     own = alike - beginning.length()
     longest = max(len(each.token_ids) for each in sequences)
     if place >= alike or not worth_sharing(engine, own, rows=len(sequences), longest=longest):

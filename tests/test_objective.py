@@ -7,7 +7,7 @@ import datetime
 import enum
 import math
 import random
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import dspy
 import pydantic
@@ -27,7 +27,7 @@ from scripted_text import text_lm
 
 from dspy_greater import local_lm
 from dspy_greater.errors import ProgramError
-from dspy_greater.examples import headers, openings, split_completion, until
+from dspy_greater.examples import headers, openings, partition, split_completion
 from dspy_greater.layout import Layout
 from dspy_greater.loss import teacher_forced_losses
 from dspy_greater.metric import RowMetric
@@ -40,6 +40,7 @@ from dspy_greater.select import evaluation, select
 from dspy_greater.settings import Settings
 
 ROWS = planted_rows(4)
+ObjectiveT = TypeVar("ObjectiveT", bound=Objective)
 
 
 def objective_of(
@@ -49,9 +50,11 @@ def objective_of(
     metric: Any = exact_match,
     field: str | None = "answer",
     settings: Settings | None = None,
-) -> Objective:
+    extractor: str | None = None,
+    kind: type[ObjectiveT] = Objective,
+) -> ObjectiveT:
     [site] = predictors_of(program)
-    return Objective(
+    return kind(
         program=program,
         site=site,
         field=field,
@@ -59,6 +62,7 @@ def objective_of(
         metric=RowMetric(metric),
         engine=site.lm.engine.engine,
         settings=settings or Settings(),
+        extractor=extractor,
     )
 
 
@@ -175,9 +179,9 @@ def test_the_header_of_a_field_is_found_in_what_the_adapter_writes(adapter: Any,
         [site] = predictors_of(program)
     names = [name.strip() for name in fields.partition("->")[2].split(",")]
     content = adapter.format_assistant_message_content(site.signature, dict.fromkeys(names, "the value"))
-    before, found = until(headers(site, "answer"), content)
+    before, found, _ = partition(content, headers(site, "answer"))
     assert found and before.count("the value") == names.index("answer")
-    assert until(headers(site, "answer"), "The answer is yes.") == ("The answer is yes.", False)
+    assert partition("The answer is yes.", headers(site, "answer")) == ("The answer is yes.", "", "")
 
 
 def test_where_losses_decide_or_nobody_knows_the_answer_no_header_counts() -> None:
@@ -190,17 +194,7 @@ def test_where_losses_decide_or_nobody_knows_the_answer_no_header_counts() -> No
 
 def test_an_extractor_asks_for_the_answer_alone() -> None:
     program = program_on(ScriptedEngine(lambda prompt: "It must be yes."))
-    [site] = predictors_of(program)
-    objective = Objective(
-        program=program,
-        site=site,
-        field="answer",
-        rows=ROWS,
-        metric=RowMetric(exact_match),
-        engine=site.lm.engine.engine,
-        settings=Settings(),
-        extractor=" So the answer is ",
-    )
+    objective = objective_of(program, extractor=" So the answer is ")
     found = seed_of(objective)
     assert all(row.unparsed for row in found.rows)
     assert {each.answer.stop - each.answer.start for each in objective.supervised(found)} == {1}
@@ -533,18 +527,8 @@ class Table(Objective):
 
 def searched(table: Any, steps: Any, *, giving_up: bool) -> tuple[list[Any], int]:
     """What a search over instructions of a table decides, step by step, and how many runs it takes."""
-    program = program_on(SmallBatches(obedient_script))
-    [site] = predictors_of(program)
     settings = Settings(finalists=2)
-    objective = Table(
-        program=program,
-        site=site,
-        field="answer",
-        rows=MANY,
-        metric=RowMetric(exact_match),
-        engine=site.lm.engine.engine,
-        settings=settings,
-    )
+    objective = objective_of(program_on(SmallBatches(obedient_script)), MANY, settings=settings, kind=Table)
     objective.table = table
     known = {text: Instruction((index,), text) for index, text in enumerate(table)}
     [seed] = objective.evaluate([known["0."]])

@@ -67,13 +67,12 @@ def minimise(
         step = known or _step(objective, state, settings, predictor=predictor, random_seed=random_seed)
         evaluated = [each.evaluation for each in step.candidates if each.evaluation is not None]
         objective.recall([*evaluated, step.chosen])
-        failed = bool(step.candidates) and all(each.complete and math.isinf(each.objective[0]) for each in evaluated)
         state = advance(
             state,
             step.chosen,
             evaluated,
             settings,
-            failed=failed,
+            failed=_failed(step, evaluated),
             editable=positions(step.chosen.token_ids),
             generated_tokens=step.spent.get("generated_tokens", 0),
             predictions=step.predictions,
@@ -108,20 +107,23 @@ def take_step(
 
     proposed = _propose(objective, state, settings, random_seed=random_seed, predictor=predictor)
     current = _with_placeholder(objective, state, proposed)  # p, one token longer if the sentence goes on
+    stands = current.token_ids[position] if position < len(current.token_ids) else -1  # p_i
     edits = {each.token_ids[position]: each for each in proposed if each.text != current.instruction}
     if settings.ranking == "random":
-        gradient, selected = None, _at_random(edits, settings, random_seed, predictor, state)
+        gradient, selected = None, _at_random([stands, *edits], settings, random_seed, predictor, state)
     else:
         gradient = _differentiate(objective, current, position, list(edits), settings)
         selected = gradient.most_negative(settings.most_tried) if gradient else ()
-    evaluated = objective.evaluate([edits[token] for token in selected], beat=state.to_beat(current, settings))
-    selection = select(current, evaluated)
+    stays = stands in selected  # if not, the best of the others follows, and none is given up early
+    beat = state.to_beat(current, settings) if stays else None
+    evaluated = objective.evaluate([edits[token] for token in selected if token in edits], beat=beat)
+    selection = select(current, evaluated, stays=stays)
 
     return StepTaken(
         predictor=predictor,
         step=state.step,
         position=position,
-        current_token=current.token_ids[position] if position < len(current.token_ids) else -1,
+        current_token=stands,
         candidates=_told(engine.tokenizer, position, proposed, gradient, current, evaluated),
         chosen=selection.chosen,
         reason=selection.reason,
@@ -185,9 +187,8 @@ def _differentiate(
 
 
 def _at_random(
-    edits: Iterable[int], settings: Settings, random_seed: int, predictor: str, state: SearchState
+    tokens: list[int], settings: Settings, random_seed: int, predictor: str, state: SearchState
 ) -> list[int]:
-    tokens = list(edits)
     return step_random(random_seed, predictor, state.step).sample(tokens, min(settings.most_tried, len(tokens)))
 
 
@@ -211,6 +212,16 @@ def _told(
         return Candidate(token, text([token]), log_probability, slopes.get(token), outcome, realised=told)
 
     return tuple(tell(candidate, log_probability) for candidate, log_probability in proposed.items())
+
+
+def _failed(step: StepTaken, evaluated: list[Evaluation]) -> bool:
+    """Whether a step that had candidates found no finite loss; one that kept p_i untried has none to show."""
+    if not step.candidates:
+        return False
+    if evaluated:
+        return all(each.complete and math.isinf(each.objective[0]) for each in evaluated)
+    slopes = [each.gradient for each in step.candidates if each.gradient is not None]
+    return math.isinf(step.chosen.objective[0]) or (bool(slopes) and not any(map(math.isfinite, slopes)))
 
 
 def _give_up_if_failing(state: SearchState, settings: Settings, predictor: str) -> None:

@@ -65,7 +65,7 @@ class TokenGradient:
     >>> found.total, found.total_current, found.predicted_change
     ((3.0, -1.0, 2.0), 2.0, (1.0, -3.0, 0.0))
     >>> found.most_negative(2)
-    (4, 3)
+    (4, 5)
     """
 
     position: int  # index in the instruction
@@ -92,14 +92,15 @@ class TokenGradient:
         return tuple(total - self.total_current for total in self.total)
 
     def most_negative(self, mu: int) -> tuple[int, ...]:
-        """Line 14 of Algorithm 1, top-μ(-∂L/∂ε): at most `mu` tokens, the best first, never the current one.
+        """Line 14 of Algorithm 1, top-μ(-∂L/∂ε): at most `mu` of candidates and current token, the best first.
 
-        A candidate whose gradient is nan is never picked, so fewer may come back, or none. Of equals, the one
-        that was proposed first comes first.
+        ε has a place for the current token, too: while fewer than μ candidates have a more negative
+        gradient, it is among them. A token whose gradient is nan is never picked, so fewer may come back, or none. Of
+        equals, the current token comes first, and then the one that was proposed first.
         """
-        changes = zip(self.predicted_change, self.candidates, strict=True)
-        eligible = [pair for pair in changes if math.isfinite(pair[0]) and pair[1] != self.current]
-        return tuple(token for _, token in sorted(eligible, key=lambda pair: pair[0])[:mu])
+        gradients = {self.current: self.total_current, **dict(zip(self.candidates, self.total, strict=True))}
+        eligible = [token for token, gradient in gradients.items() if math.isfinite(gradient)]
+        return tuple(sorted(eligible, key=gradients.__getitem__)[:mu])
 
     @property
     def _usable(self) -> list[bool]:

@@ -162,10 +162,13 @@ def select(
     noise: float = 0.0,
     doubt_weight: float = 0.0,
     loss_first: bool = False,
+    stays: bool = True,
 ) -> Selection:
     """Line 15: the best of the challengers and the current instruction; a tie keeps the current one.
 
-    With `noise`, a challenger counts only if it outdoes the current instruction by that many standard errors.
+    With `noise`, a challenger counts only if it outdoes the current instruction by that many standard errors. Unless
+    the current instruction `stays` in the contest, the best challenger with a finite objective is chosen, though it be
+    worse: line 14 may select others than the current token, and line 15 replaces it by one of the selected.
 
     Example:
         >>> row = RowOutcome(row=0, score=0.0, inputs={}, written={}, cross_entropy=0.5)
@@ -178,6 +181,9 @@ def select(
     if not usable:
         return Selection(current, f"kept the token: {_nothing_usable(len(challengers), early)}")
     rest = f"; {early} more given up early" if early else ""
+    if not stays:
+        best = min(usable, key=lambda each: each.objective)
+        return Selection(best, f"the best of {len(usable)} selected{rest}: {_change(current, best)}")
     better = [each for each in usable if each.objective < current.objective]
     if not better:
         return Selection(current, f"kept the token: the best of {len(usable)} did not lower the objective{rest}")
@@ -189,11 +195,12 @@ def select(
             current, f"kept the token: {len(better)} of {len(usable)} were better, but within the noise{rest}"
         )
     best = min(clear, key=lambda each: each.objective)
+    return Selection(best, _change(current, best))
+
+
+def _change(current: Evaluation, best: Evaluation) -> str:
     gain = current.objective[0] - best.objective[0]
-    return Selection(
-        best,
-        f"objective {current.objective[0]:.4f} -> {best.objective[0]:.4f} (gain {gain:.4f}), score {best.score:.3f}",
-    )
+    return f"objective {current.objective[0]:.4f} -> {best.objective[0]:.4f} (gain {gain:.4f}), score {best.score:.3f}"
 
 
 def _doubt(row: RowOutcome) -> float:

@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import dspy
@@ -29,7 +29,7 @@ from dspy_greater import GReaTerTeleprompter, algorithm
 from dspy_greater.chat import render_chat
 from dspy_greater.engine import Engine
 from dspy_greater.errors import LossError
-from dspy_greater.gradient import TokenGradient
+from dspy_greater.gradient import TokenGradient, gradient_over_reasoning
 from dspy_greater.loss import Losses
 from dspy_greater.pocket.tasks import generate, work_out
 from dspy_greater.run.events import Evaluation
@@ -88,7 +88,8 @@ def random_gradient(
     """The twin without a gradient: the same candidates in a random order."""
     rng = random.Random(f"{position}{candidates}{supervised[0].token_ids}")
     guess = tuple(rng.random() for _ in candidates)
-    return TokenGradient(position, -1, tuple(candidates), (guess,), (0.0,), Losses((0.0,), (0.0,)))
+    behind = 2.0  # the current token, so that each step tries one
+    return TokenGradient(position, -1, tuple(candidates), (guess,), (behind,), Losses((0.0,), (0.0,)))
 
 
 def test_at_equal_budget_the_gradient_beats_random_choices_among_the_same_proposals(
@@ -105,6 +106,45 @@ def test_at_equal_budget_the_gradient_beats_random_choices_among_the_same_propos
     guided_scores, blind_scores = [each.score for each in guided], [each.score for each in blind]
     assert all(better >= worse for better, worse in zip(guided_scores, blind_scores, strict=True))
     assert sum(guided_scores) > sum(blind_scores) + 2.0  # of 6
+
+
+# ---- lines 14 to 18: p moves on, p* is the best that was seen
+
+
+def upside_down(*arguments: Any, **options: Any) -> TokenGradient:
+    """The worst tokens look best."""
+    found = gradient_over_reasoning(*arguments, **options)
+    return replace(
+        found,
+        per_example=tuple(tuple(-each for each in row) for row in found.per_example),
+        per_example_current=tuple(-each for each in found.per_example_current),
+    )
+
+
+def test_the_instruction_moves_to_the_best_of_those_selected_and_the_best_that_was_seen_is_returned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(algorithm, "gradient_over_reasoning", upside_down)
+    better = compiled(steps=8, engine=planted_engine(seed=1))
+    details = better.detailed_results
+    objectives = [step.chosen.objective for step in details.steps]
+    downhill = [index for index, (a, b) in enumerate(itertools.pairwise(objectives)) if b > a]
+    assert downhill, "no step was selected that made it worse, so this test shows nothing"
+    seen = [each.evaluation.objective for step in details.steps for each in step.candidates if each.evaluation]
+    assert details.predictors[0].finalists[0].objective == min(seen)
+
+
+def test_a_step_whose_best_token_is_the_current_one_runs_nothing_and_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stay(*arguments: Any, **options: Any) -> TokenGradient:
+        found = gradient_over_reasoning(*arguments, **options)
+        return replace(found, per_example_current=tuple(-1e9 for _ in found.per_example_current))
+
+    monkeypatch.setattr(algorithm, "gradient_over_reasoning", stay)
+    better = compiled(steps=4, selections=1, max_failed_steps=2)
+    assert tried(better) == [0, 0, 0, 0]
+    assert [step.spent["generated_tokens"] for step in better.detailed_results.steps] == [0, 0, 0, 0]
 
 
 # ---- positions, growth and failure
@@ -191,10 +231,12 @@ class Slow:
                 current = self.evaluate(next(iter(proposed)))
             edits = {text: ids[position] for text, (ids, _) in proposed.items() if text != current.instruction}
             slopes = self.slopes(current, position, list(edits.values())) if edits else {}
-            order = sorted(edits, key=lambda text: slopes[edits[text]])[: self.settings.most_tried]
-            evaluated = [self.evaluate(text) for text in order]
-            for each in evaluated:
-                if each.objective < current.objective:
+            indicator = {current.instruction: 0.0, **{text: slopes[token] for text, token in edits.items()}}
+            order = sorted(indicator, key=lambda text: indicator[text])[: self.settings.most_tried] if edits else []
+            evaluated = [self.evaluate(text) for text in order if text != current.instruction]
+            selected = [current, *evaluated] if current.instruction in order else evaluated
+            for index, each in enumerate(selected):
+                if index == 0 or each.objective < current.objective:
                     current = each
             yield (
                 {

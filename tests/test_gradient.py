@@ -295,7 +295,7 @@ def test_a_candidate_whose_embedding_is_not_a_number_is_never_picked() -> None:
         model.get_input_embeddings().weight[CANDIDATES[1]] = torch.nan
     found = gradient_over_reasoning(engine_for(model), rows(), position=POSITION, candidates=CANDIDATES)
     assert math.isnan(found.total[1])
-    assert set(found.most_negative(10)) == {*CANDIDATES} - {CANDIDATES[1]}
+    assert set(found.most_negative(10)) == {*CANDIDATES, found.current} - {CANDIDATES[1]}
 
 
 # --- which tokens it picks ---
@@ -312,14 +312,14 @@ def gradient_of(*totals: float, current: int = 99) -> TokenGradient:
     )
 
 
-def test_the_most_negative_come_first_and_the_current_token_never() -> None:
-    assert gradient_of(3.0, -1.0, -7.0, 0.0).most_negative(3) == (2, 1, 3)
-    assert gradient_of(3.0, -1.0, -7.0, 0.0, current=2).most_negative(3) == (1, 3, 0)
+def test_the_most_negative_come_first_and_the_current_token_in_its_place_among_them() -> None:
+    assert gradient_of(3.0, -1.0, -7.0, 0.0).most_negative(3) == (2, 1, 3)  # the current token's is 0.5
+    assert gradient_of(3.0, -1.0, 0.75, 1.0).most_negative(3) == (1, 99, 2)
     assert gradient_of(3.0, -1.0).most_negative(0) == ()
 
 
-def test_ties_go_to_the_token_that_was_proposed_first() -> None:
-    assert gradient_of(1.0, 0.0, 1.0, 0.0).most_negative(4) == (1, 3, 0, 2)
+def test_ties_go_to_the_current_token_and_then_to_the_one_that_was_proposed_first() -> None:
+    assert gradient_of(1.0, 0.0, 1.0, 0.0, 0.5).most_negative(6) == (1, 3, 99, 4, 0, 2)
 
 
 def test_the_predicted_change_is_measured_from_the_current_token() -> None:

@@ -93,6 +93,17 @@ def test_a_tie_keeps_the_current_instruction() -> None:
     assert found.reason == "kept the token: the best of 1 did not lower the objective"
 
 
+def test_a_current_instruction_that_was_not_selected_gives_way_though_all_that_were_be_worse() -> None:
+    current = evaluated(row(1.0, 0.5))
+    bad, worse = evaluated(row(1.0, NAN), text="Bad."), evaluated(row(0.0, 1.0), text="Worse.")
+    less = evaluated(row(0.5, 1.0), text="Less so.")
+    found = select(current, [bad, worse, less], stays=False)
+    assert found.chosen is less
+    assert found.reason == "the best of 2 selected: objective 0.0200 -> 0.5200 (gain -0.5000), score 0.500"
+    assert select(current, [bad], stays=False).chosen is current
+    assert select(current, [], stays=False).chosen is current
+
+
 def test_of_equal_candidates_the_one_that_the_gradient_preferred_wins() -> None:
     current = evaluated(row(0.0))
     first, second = evaluated(row(1.0), text="First."), evaluated(row(1.0), text="Second.")

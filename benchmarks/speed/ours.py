@@ -46,7 +46,8 @@ def _step(engine: Engine, work: Work, clock: Clock) -> Step:
             fluency_weight=work.fluency_weight,
             max_batch_tokens=work.max_batch_tokens,
         )
-        selected = enough(work, gradient.most_negative(work.selections))
+        steepest = gradient.most_negative(work.selections + 1)
+        selected = enough(work, tuple(each for each in steepest if each != gradient.current)[: work.selections])
     edited, rows = [work.edited(token) for token in selected], len(work.rows)
     with clock.phase("reasoning"):
         requests = [

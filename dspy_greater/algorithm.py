@@ -83,7 +83,7 @@ def minimise(
             ],
         )
         if settings.variant == "whole":
-            state = restarted(state, positions)
+            state = restarted(state, settings, positions)
         _give_up_if_failing(state, settings, predictor)
         yield state, step, known is None
 

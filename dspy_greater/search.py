@@ -26,7 +26,8 @@ class SearchState:
 
     Invariants: `best` is sorted by objective, holds distinct instructions and every one
     of them was evaluated on all rows; `position` is an index of the current instruction, or its length when
-    the next step appends a token. `unchanged` counts the steps since the current instruction became current.
+    the next step appends a token. `unchanged` counts the steps since the current instruction became current, or where
+    the search walks, since a new best was found.
     """
 
     seed: Evaluation
@@ -55,9 +56,9 @@ class SearchState:
         """The objective's first number above which an instruction changes nothing; None while any could.
 
         Above it, an instruction can neither replace `current`, which the step improves on, nor become one
-        of the best, of which there are enough.
+        of the best, of which there are enough. A search that walks moves to worse ones, too.
         """
-        if len(self.best) < settings.finalists or settings.loss_first:
+        if len(self.best) < settings.finalists or settings.loss_first or settings.walks:
             return None
         worst = max(current.objective[0], self.best[-1].objective[0])
         return worst if math.isfinite(worst) else None
@@ -100,36 +101,48 @@ def advance(
 ) -> SearchState:
     """The state after a step that evaluated some instructions and chose one (lines 16 to 19)."""
     changed = chosen.instruction != state.current.instruction
+    best = _ranked((*state.best, chosen, *evaluated), settings)
+    further = best[0].instruction != state.best[0].instruction if settings.walks else changed
     return replace(
         state,
         current=chosen,
-        best=_ranked((*state.best, chosen, *evaluated), settings),
+        best=best,
         step=state.step + 1,
         position=_next_position(state.position, chosen, settings, editable, state.fixed),
         failed_steps=state.failed_steps + 1 if failed else 0,
         generated_tokens=state.generated_tokens + generated_tokens,
-        unchanged=0 if changed else state.unchanged + 1,
+        unchanged=0 if further else state.unchanged + 1,
         predictions=(*state.predictions, *predictions)[-_RECENT:],
         promising=() if changed else (*state.promising, *forecasts),
     )
 
 
-def restarted(state: SearchState, positions: Callable[[Sequence[int]], Sequence[int]]) -> SearchState:
-    """After a whole round without a change: the search goes on from elsewhere, though it be worse.
+def restarted(
+    state: SearchState, settings: Settings, positions: Callable[[Sequence[int]], Sequence[int]]
+) -> SearchState:
+    """After a whole round that led nowhere: the search goes on from elsewhere.
 
-    That is what promised most of all that was tried in the round; a neighbour that only looks different promises
-    nothing. Otherwise the best finalist, or, where a round was spent on all of them, the best again: proposals then
+    Where it walks, that is a round without a new best, and it returns to the best: what was tried from there is not
+    tried again, so it leaves on another way. Otherwise it is a round without a change, and the search goes on from what
+    promised most of all that was tried in it, though it be worse; a neighbour that only looks different promises
+    nothing. After that come the finalists, and, where a round was spent on all of them, the best again: proposals then
     widen to what was not tried. `positions` tells which positions of an instruction may be changed.
     """
     current = state.current
     if state.unchanged <= max(1, len(positions(current.token_ids))):
         return state
+    if settings.walks:
+        return _moved(state, state.best[0], positions)
     starts = (*state.starts, current.instruction)
     promising = [pair for pair in state.promising if pair[0] < 0 and pair[1].complete]
     elsewhere = [*(tried for _, tried in sorted(promising, key=lambda pair: pair[0])), *state.best]
     chosen = next((each for each in elsewhere if each.instruction not in starts), state.best[0])
+    return _moved(replace(state, starts=starts), chosen, positions)
+
+
+def _moved(state: SearchState, chosen: Evaluation, positions: Callable[[Sequence[int]], Sequence[int]]) -> SearchState:
     first = min(positions(chosen.token_ids), default=_nowhere(chosen, state.fixed))
-    return replace(state, current=chosen, position=first, unchanged=0, starts=starts, promising=())
+    return replace(state, current=chosen, position=first, unchanged=0, promising=())
 
 
 def ends_sentence(text: str) -> bool:

@@ -78,7 +78,8 @@ class Settings:
     optimism: float = 0.5  # times that mean: how wrong reasonings that were not seen yet are taken to be
     samples: int = 0  # K: sampled reasonings per row under the seed, for variety; each costs N runs once
     sampling_temperature: float = 1.0  # at which these are drawn
-    acceptance_noise: float = 0.5  # standard errors by which a candidate has to be better
+    walk: bool = True  # the instruction moves to what a step tried, though it be worse, and returns; `search.restarted`
+    acceptance_noise: float = 0.5  # without `walk`: standard errors by which a candidate has to be better
     explore_every: int = 2  # while forecasts do not come true, one step in about so many tries edits by chance; 0: none
     acceptance: Acceptance = "metric"  # "loss": cross-entropy decides, the metric only where it is equal
     max_failed_steps: int = 5  # steps in a row without one finite loss before the search gives up
@@ -122,6 +123,7 @@ class Settings:
             "point": get_args(Point),
             "baseline": get_args(Baseline),
             "acceptance": get_args(Acceptance),
+            "walk": (True, False),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -139,6 +141,11 @@ class Settings:
     def loss_first(self) -> bool:
         """Whether instructions are compared by the gold answers' cross-entropy before their mistakes."""
         return self.variant == "whole" and self.acceptance == "loss"
+
+    @property
+    def walks(self) -> bool:
+        """Whether a step moves on though it makes the instruction worse, and the search returns to the best."""
+        return self.variant == "whole" and self.walk
 
     @property
     def header_counts(self) -> bool:

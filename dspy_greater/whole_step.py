@@ -66,6 +66,7 @@ def take_whole_step(
         noise=settings.acceptance_noise,
         doubt_weight=settings.doubt_weight,
         loss_first=settings.loss_first,
+        stays=not settings.walks,
     )
 
     return StepTaken(

@@ -16,7 +16,8 @@ from dspy_greater.search import SearchState, advance, begin, ends_sentence, rest
 from dspy_greater.settings import Settings
 
 quick = quickly(max_examples=80, deadline=None, derandomize=True)
-SETTINGS = Settings.of(None, steps=12, finalists=3, max_instruction_tokens=6)
+SETTINGS = Settings.of(None, steps=12, finalists=3, max_instruction_tokens=6, walk=False)
+WALKING = replace(SETTINGS, walk=True)
 
 
 def evaluated(text: str, objective: float = 0.5, *, length: int | None = None) -> Evaluation:
@@ -32,7 +33,7 @@ instructions = st.builds(
 histories = st.lists(st.tuples(instructions, st.lists(instructions, max_size=3), st.booleans()), max_size=12)
 
 
-def walk(history: list[tuple[Evaluation, list[Evaluation], bool]], seed: Evaluation) -> list[SearchState]:
+def follow(history: list[tuple[Evaluation, list[Evaluation], bool]], seed: Evaluation) -> list[SearchState]:
     states = [begin(seed, SETTINGS)]
     for chosen, tried, failed in history:
         states.append(advance(states[-1], chosen, tried, SETTINGS, failed=failed))
@@ -42,7 +43,7 @@ def walk(history: list[tuple[Evaluation, list[Evaluation], bool]], seed: Evaluat
 def positions_of(text: str, steps: int) -> list[int]:
     """The positions visited when every step keeps the instruction."""
     kept = evaluated(text)
-    states = walk([(kept, [], False)] * steps, kept)
+    states = follow([(kept, [], False)] * steps, kept)
     return [state.position for state in states]
 
 
@@ -60,13 +61,13 @@ def test_a_finished_sentence_starts_over_at_the_first_token() -> None:
 
 def test_an_open_sentence_goes_on_behind_its_last_token() -> None:
     assert positions_of("Add them up", 4) == [0, 1, 2, 3, 0]
-    state = walk([(evaluated("Add them up"), [], False)] * 3, evaluated("Add them up"))[-1]
+    state = follow([(evaluated("Add them up"), [], False)] * 3, evaluated("Add them up"))[-1]
     assert state.appends()
 
 
 def test_an_appended_token_grows_the_instruction_until_it_ends_a_sentence() -> None:
     grown = [evaluated("Add"), evaluated("Add them"), evaluated("Add them up"), evaluated("Add them up .")]
-    states = walk([(each, [], False) for each in grown], grown[0])
+    states = follow([(each, [], False) for each in grown], grown[0])
     assert [state.position for state in states] == [0, 1, 2, 3, 0]
     assert [len(state.current.token_ids) for state in states] == [1, 1, 2, 3, 4]
 
@@ -95,7 +96,7 @@ def test_only_the_finalists_are_remembered_and_the_earlier_of_equals_first() -> 
 
 def test_failed_steps_are_counted_in_a_row_only() -> None:
     kept = evaluated("Add up.")
-    states = walk([(kept, [], True), (kept, [], True), (kept, [], False), (kept, [], True)], kept)
+    states = follow([(kept, [], True), (kept, [], True), (kept, [], False), (kept, [], True)], kept)
     assert [state.failed_steps for state in states] == [0, 1, 2, 0, 1]
 
 
@@ -149,7 +150,7 @@ def test_the_search_is_over_after_the_step_that_reaches_the_budget() -> None:
 def test_the_position_is_always_a_token_or_the_place_behind_the_last(
     seed: Evaluation, history: list[tuple[Evaluation, list[Evaluation], bool]]
 ) -> None:
-    for state in walk(history, seed):
+    for state in follow(history, seed):
         length = len(state.current.token_ids)
         assert 0 <= state.position <= length
         assert state.appends() == (state.position == length)
@@ -164,7 +165,7 @@ def test_the_best_are_sorted_distinct_and_never_worse_than_the_seed(
     seed: Evaluation, history: list[tuple[Evaluation, list[Evaluation], bool]]
 ) -> None:
     seen: dict[str, Evaluation] = {seed.instruction: seed}
-    states = walk(history, seed)
+    states = follow(history, seed)
     for state, (chosen, tried, _) in zip(states[1:], history, strict=True):
         for each in (chosen, *tried):
             seen.setdefault(each.instruction, each)
@@ -181,8 +182,8 @@ def test_the_best_are_sorted_distinct_and_never_worse_than_the_seed(
 def test_replaying_recorded_steps_gives_the_state_that_stepping_gave(
     seed: Evaluation, history: list[tuple[Evaluation, list[Evaluation], bool]], stop: int
 ) -> None:
-    whole = walk(history, seed)
-    first = walk(history[:stop], seed)[-1]
+    whole = follow(history, seed)
+    first = follow(history[:stop], seed)[-1]
     for chosen, tried, failed in history[stop:]:
         first = advance(first, chosen, tried, SETTINGS, failed=failed)
     assert first == whole[-1]
@@ -195,7 +196,7 @@ def test_replaying_recorded_steps_gives_the_state_that_stepping_gave(
 def stuck(text: str, steps: int, *, best: tuple[Evaluation, ...] = (), starts: tuple[str, ...] = ()) -> SearchState:
     """A search that has kept this instruction for so many steps."""
     kept = evaluated(text)
-    state = walk([(kept, [], False)] * steps, kept)[-1]
+    state = follow([(kept, [], False)] * steps, kept)[-1]
     return replace(state, best=best or state.best, starts=starts)
 
 
@@ -205,23 +206,23 @@ def every_position(ids: Sequence[int]) -> Sequence[int]:
 
 def test_a_step_that_changes_nothing_is_counted_and_one_that_changes_something_starts_the_count_again() -> None:
     one, other = evaluated("Add up."), evaluated("List up.")
-    states = walk([(one, [], False), (one, [], False), (other, [], False), (other, [], False)], one)
+    states = follow([(one, [], False), (one, [], False), (other, [], False), (other, [], False)], one)
     assert [state.unchanged for state in states] == [0, 1, 2, 0, 1]
 
 
 def test_within_a_round_the_search_stays_where_it_is() -> None:
     for steps in range(4):
         state = stuck("Add them up.", steps)
-        assert restarted(state, every_position) is state
+        assert restarted(state, SETTINGS, every_position) is state
 
 
 def test_after_a_round_without_a_change_it_goes_on_from_the_best_finalist_that_no_round_was_spent_on() -> None:
     best = (evaluated("Count them.", 0.1), evaluated("Add them up.", 0.2), evaluated("List them all.", 0.3))
-    state = restarted(stuck("Add them up.", 4, best=best), every_position)
+    state = restarted(stuck("Add them up.", 4, best=best), SETTINGS, every_position)
     assert state.current.instruction == "Count them."
     assert (state.position, state.unchanged, state.starts) == (0, 0, ("Add them up.",))
     assert (state.best, state.step) == (best, 4)  # nothing is forgotten and no step is taken
-    again = restarted(replace(state, unchanged=3), every_position)
+    again = restarted(replace(state, unchanged=3), SETTINGS, every_position)
     assert again.current.instruction == "List them all."
     assert again.starts == ("Add them up.", "Count them.")
 
@@ -232,10 +233,10 @@ def test_a_restart_goes_first_to_what_promised_most_in_the_round_even_if_it_was_
     told = [(0.5, "Read it."), (-0.1, "Look here."), (math.nan, "Say it."), (-0.4, "List all."), (0.0, "Think.")]
     promising = ((-9.0, early), *((promise, evaluated(text, 0.9)) for promise, text in told))
     state = replace(stuck("Add them up.", 4, best=best), promising=promising)
-    assert restarted(state, every_position).current.instruction == "List all."
-    later = restarted(replace(state, starts=("List all.",)), every_position)
+    assert restarted(state, SETTINGS, every_position).current.instruction == "List all."
+    later = restarted(replace(state, starts=("List all.",)), SETTINGS, every_position)
     assert later.current.instruction == "Look here." and later.promising == ()
-    last = restarted(replace(state, starts=("List all.", "Look here.")), every_position)
+    last = restarted(replace(state, starts=("List all.", "Look here.")), SETTINGS, every_position)
     assert last.current.instruction == "Count them."
 
 
@@ -249,41 +250,76 @@ def test_promises_are_kept_until_something_changes() -> None:
 
 def test_with_no_finalist_left_the_round_begins_again_from_the_best() -> None:
     best = (evaluated("Count them.", 0.1), evaluated("Add them up.", 0.2))
-    state = restarted(stuck("Add them up.", 4, best=best, starts=("Count them.",)), every_position)
+    state = restarted(stuck("Add them up.", 4, best=best, starts=("Count them.",)), SETTINGS, every_position)
     assert state.current.instruction == "Count them."
     assert state.starts == ("Count them.", "Add them up.")
 
 
 def test_a_restart_begins_at_the_first_position_that_can_be_edited() -> None:
     best = (evaluated("Count them.", 0.1),)
-    state = restarted(stuck("Add up.", 9, best=best), lambda ids: [1])
+    state = restarted(stuck("Add up.", 9, best=best), SETTINGS, lambda ids: [1])
     assert state.position == 1
     fixed = replace(stuck("Add up.", 9, best=best), fixed="Count them.")
-    assert restarted(fixed, lambda ids: []).appends()
+    assert restarted(fixed, SETTINGS, lambda ids: []).appends()
 
 
 def test_a_restart_reads_nothing_but_its_arguments() -> None:
     state = stuck("Add them up.", 4, best=(evaluated("Count them.", 0.1),))
     before = repr(state)
-    assert restarted(state, every_position) == restarted(state, every_position)
+    assert restarted(state, SETTINGS, every_position) == restarted(state, SETTINGS, every_position)
     assert repr(state) == before
 
 
-@given(instructions, histories)
+@pytest.mark.parametrize("settings", [SETTINGS, WALKING], ids=["greedy", "walking"])
+@given(seed=instructions, history=histories)
 @quick
 def test_replaying_with_restarts_gives_the_same_states(
-    seed: Evaluation, history: list[tuple[Evaluation, list[Evaluation], bool]]
+    settings: Settings, seed: Evaluation, history: list[tuple[Evaluation, list[Evaluation], bool]]
 ) -> None:
     def states() -> list[SearchState]:
-        found = [begin(seed, SETTINGS)]
+        found = [begin(seed, settings)]
         for chosen, tried, failed in history:
-            found.append(restarted(advance(found[-1], chosen, tried, SETTINGS, failed=failed), every_position))
+            found.append(
+                restarted(advance(found[-1], chosen, tried, settings, failed=failed), settings, every_position)
+            )
         return found
 
     assert states() == states()
     for state in states():
         assert 0 <= state.position <= len(state.current.token_ids)
         assert state.unchanged <= max(1, len(state.current.token_ids))
+
+
+# --- walking ---
+
+
+def walked(*chosen: Evaluation) -> SearchState:
+    """Where a search that walks stands after these steps, the first instruction being the seed."""
+    state = begin(chosen[0], WALKING)
+    for each in chosen[1:]:
+        state = advance(state, each, [each], WALKING)
+    return state
+
+
+def test_a_search_that_walks_counts_the_steps_since_its_best_though_every_step_changes_something() -> None:
+    best, worse = evaluated("Add up.", 0.1), [evaluated(f"Add {each}.", 0.5) for each in "abc"]
+    assert walked(best, *worse).unchanged == 3
+    assert walked(best, *worse, evaluated("List up.", 0.05)).unchanged == 0
+
+
+def test_after_a_round_without_a_new_best_it_returns_to_the_best_at_its_first_position() -> None:
+    best, worse = evaluated("Add up.", 0.1), [evaluated(f"Add them {each}.", 0.5) for each in "abcd"]
+    within = walked(best, *worse[:3])
+    assert restarted(within, WALKING, every_position) is within
+    state = restarted(walked(best, *worse), WALKING, every_position)
+    assert (state.current, state.position, state.unchanged, state.step) == (best, 0, 0, 4)
+
+
+def test_a_search_that_walks_gives_nothing_up_for_it_could_move_there() -> None:
+    tried = [evaluated("good.", 0.1), evaluated("fair.", 0.4), evaluated("bad.", 0.9)]
+    state = advance(begin(tried[0], WALKING), tried[0], tried, WALKING)
+    assert state.to_beat(state.current, SETTINGS) == 0.9
+    assert state.to_beat(state.current, WALKING) is None
 
 
 def test_what_was_predicted_and_what_came_of_it_is_kept_over_all_steps() -> None:

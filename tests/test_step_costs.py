@@ -202,12 +202,12 @@ def test_more_candidates_cost_no_further_forward_pass() -> None:
 @pytest.fixture(scope="module", params=["paper", "whole"])
 def early(request: Any) -> Any:
     """A search in which candidates are given up, and its variant."""
-    return compiled(Fickle(), variant=request.param, steps=8), request.param
+    return compiled(Fickle(), variant=request.param, walk=False, steps=8), request.param
 
 
 def test_giving_up_saves_runs_and_finds_the_same(early: Any) -> None:
     found, variant = early
-    every = compiled(Fickle(), variant=variant, steps=8, best_score=UNBOUNDED)
+    every = compiled(Fickle(), variant=variant, walk=False, steps=8, best_score=UNBOUNDED)
     one, other = (each.detailed_results for each in (found, every))
     assert instruction_of(found) == instruction_of(every)
     assert [each.chosen.instruction for each in one.steps] == [each.chosen.instruction for each in other.steps]
@@ -230,8 +230,8 @@ def test_a_run_that_was_killed_gives_up_the_same_candidates_when_it_goes_on(earl
             raise Killed
 
     with pytest.raises(Killed):
-        compiled(Fickle(), variant=variant, steps=8, log_dir=tmp_path, listeners=[listener])
-    resumed = compiled(Fickle(), variant=variant, steps=8, log_dir=tmp_path)
+        compiled(Fickle(), variant=variant, walk=False, steps=8, log_dir=tmp_path, listeners=[listener])
+    resumed = compiled(Fickle(), variant=variant, walk=False, steps=8, log_dir=tmp_path)
     steps = [each.detailed_results.steps for each in (found, resumed)]
     assert list(map(repr, steps[0])) == list(map(repr, steps[1]))  # a loss that was not taken is NaN
 

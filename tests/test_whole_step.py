@@ -397,7 +397,7 @@ def test_fidelity_is_the_rank_correlation_of_the_record() -> None:
 def fickle() -> Any:
     """A search in which candidates are given up."""
     engine = Fickle()
-    settings = {"steps": 5, "train_rows": 24, "validation_rows": 4, "finalists": 1, "selections": 4}
+    settings = {"steps": 5, "train_rows": 24, "validation_rows": 4, "finalists": 1, "selections": 4, "walk": False}
     return optimizer(**settings).compile(program_on(engine), ROWS, valset=FEW).detailed_results
 
 
@@ -425,7 +425,7 @@ def same(one: Sequence[Reasoning], other: Sequence[Reasoning]) -> bool:
 
 @pytest.mark.parametrize("through_json", [False, True])
 def test_what_is_replayed_does_not_depend_on_whether_it_was_evaluated_or_recalled(through_json: bool) -> None:
-    knobs = {"steps": 3, "finalists": 1, "rows": ROWS}
+    knobs = {"steps": 3, "finalists": 1, "rows": ROWS, "walk": False}
     first = searching(Fickle(), **knobs)
     history = recorded(*first)
     steps = [step for _, step, _ in history]
@@ -538,11 +538,25 @@ def test_a_resumed_run_takes_its_samples_from_the_journal(tmp_path: Path) -> Non
     assert bits(resumed.detailed_results.steps) == bits(whole.detailed_results.steps)
 
 
+# --- walking ---
+
+
+def test_a_search_that_walks_moves_to_what_it_tried_though_it_be_worse_and_returns_the_best() -> None:
+    details = compiled(Fickle(), steps=8, train_rows=8, validation_rows=4).detailed_results
+    before = [details.predictors[0].seed, *(step.chosen for step in details.steps)]
+    moves = list(itertools.pairwise(each.objective for each in before))
+    assert any(after > now for now, after in moves), "no step made it worse, so this test shows nothing"
+    evaluated = [each.evaluation for step in details.steps for each in tried(step)]
+    assert all(each.complete for each in evaluated)
+    best = min([details.predictors[0].seed, *evaluated], key=lambda each: each.objective)
+    assert details.predictors[0].finalists[0].objective == best.objective
+
+
 # --- acceptance by loss ---
 
 
 def test_with_acceptance_by_loss_the_surest_right_answer_wins_and_nothing_is_given_up() -> None:
-    objective, state, settings = searching(acceptance="loss", acceptance_noise=0.0, finalists=1)
+    objective, state, settings = searching(acceptance="loss", walk=False, acceptance_noise=0.0, finalists=1)
     assert state.to_beat(state.current, settings) is None
     step = step_of(objective, state, settings)
     evaluated = [each.evaluation for each in tried(step)]
@@ -553,7 +567,7 @@ def test_with_acceptance_by_loss_the_surest_right_answer_wins_and_nothing_is_giv
 
 def test_with_acceptance_by_loss_an_answer_may_stay_wrong_as_long_as_it_is_less_so() -> None:
     constant = Fickle(lambda prompt: chat_answer(reasoning="I look.", answer="never"))
-    by_loss = stepped(engine=constant, acceptance="loss", acceptance_noise=0.0)
+    by_loss = stepped(engine=constant, acceptance="loss", walk=False, acceptance_noise=0.0)
     assert by_loss.chosen.score == 0.0 and by_loss.chosen.instruction != SEED
     assert by_loss.reason.startswith("objective ")
 
@@ -588,5 +602,5 @@ def test_the_papers_step_can_choose_at_random() -> None:
     step, _, _ = paper_step(estimator="random")
     assert all(each.gradient is None for each in step.candidates)
     assert step.spent["backward_tokens"] == 0
-    chosen = step_random(0, "predict", 0).sample([each.token for each in step.candidates], 3)
-    assert {each.token for each in tried(step)} == set(chosen)
+    chosen = step_random(0, "predict", 0).sample([step.current_token, *(each.token for each in step.candidates)], 3)
+    assert {each.token for each in tried(step)} == set(chosen) - {step.current_token}

@@ -28,7 +28,7 @@ from dspy_greater.program import with_instruction
 
 from . import reasonings
 from .table import table
-from .variants import SWEEPS, VARIANTS, Variant
+from .variants import SWEEPS, VARIANTS, WITHOUT_WALK, Variant
 
 _STEPS = 150  # where nothing new can be generated, the budget alone would not end a search
 _TRAIN, _VALIDATION, _TEST = 50, 50, 100
@@ -66,7 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data-dir", type=Path, required=True, help="holds bbh/TASK.json")
     parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--variants", help=f"of {', '.join(VARIANTS)}; or sweeps: {', '.join(SWEEPS)}")
+    parser.add_argument(
+        "--variants",
+        help=f"of {', '.join(VARIANTS)}; sweeps: {', '.join(SWEEPS)}; or one of the default's and -without-walk",
+    )
     parser.add_argument("--sweeps", action="store_true", help="all variants and all sweeps")
     parser.add_argument(
         "--reasonings", action="store_true", help="how far right reasoning explains the first variant's gain"
@@ -156,7 +159,7 @@ def _rows(task: str, seed: int, data_dir: Path) -> tuple[list[Any], list[Any], l
 
 
 def _variants() -> dict[str, Variant]:
-    return {**VARIANTS, **SWEEPS}
+    return {**VARIANTS, **SWEEPS, **WITHOUT_WALK}
 
 
 def _key(cell: dict[str, Any]) -> tuple[int, str, str]:

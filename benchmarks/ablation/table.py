@@ -7,21 +7,22 @@ from typing import Any
 
 from benchmarks.fidelity.table import interval
 
-BASELINE = "whole"  # the default, which the others are compared with
+BASELINE = "whole"  # the default, which the others are compared with; without it the first is
 
 
 def table(cells: Sequence[dict[str, Any]]) -> str:
     """Markdown: a row per variant, best mean first; cells that failed are counted."""
     tasks = list(dict.fromkeys(cell["task"] for cell in cells))
     names = list(dict.fromkeys(cell["variant"] for cell in cells))
+    baseline = BASELINE if BASELINE in names else names[0]
     done = {name: [cell for cell in cells if cell["variant"] == name and "accuracy" in cell] for name in names}
-    head = ["variant", "mean, %, 95 % interval over searches", *tasks, f"{BASELINE} is better by", "searches", "steps"]
+    head = ["variant", "mean, %, 95 % interval over searches", *tasks, f"{baseline} is better by", "searches", "steps"]
     lines = [f"| {' | '.join(head)} | failed |", f"|{' --- |' * (len(head) + 1)}"]
     for name in sorted(names, key=lambda name: -_mean([cell["accuracy"] for cell in done[name]])):
         found = done[name]
         mean, low, high = interval([100 * cell["accuracy"] for cell in found])
         by_task = [_mean([100 * cell["accuracy"] for cell in found if cell["task"] == task]) for task in tasks]
-        lead = "" if name == BASELINE else _lead(done.get(BASELINE, []), found)
+        lead = "" if name == baseline else _lead(done[baseline], found)
         steps = _mean([cell["steps"] for cell in found])
         failed = sum(cell["variant"] == name and "error" in cell for cell in cells)
         accuracies = " | ".join(f"{each:.1f}" for each in by_task)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 SEED_INSTRUCTION = "Answer the question."
 MISLEADING = "Count the letters of the last word."
@@ -54,4 +54,11 @@ SWEEPS: Mapping[str, Variant] = {
     "misleading-paper-random": Variant(
         "the same, the paper's proposals in random order", {"variant": "paper", "estimator": "random"}, MISLEADING
     ),
+}
+
+# Each of the default variant's above once more, with an instruction that moves only to what is better than the noise.
+WITHOUT_WALK: Mapping[str, Variant] = {
+    f"{name}-without-walk": replace(variant, settings={**variant.settings, "walk": False})
+    for name, variant in {**VARIANTS, **SWEEPS}.items()
+    if variant.settings.get("variant") != "paper"
 }

@@ -1,4 +1,4 @@
-"""The README's table: the quickstart on every pocket task and several seeds.
+"""The quickstart on every pocket task and several seeds, as a table (docs/results.md).
 
     python -m benchmarks.quickstart_table --bbh DIR --seeds 3 --out runs/quickstart-table
 

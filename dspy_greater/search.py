@@ -122,17 +122,20 @@ def restarted(
 ) -> SearchState:
     """After a whole round that led nowhere: the search goes on from elsewhere.
 
-    Where it walks, that is a round without a new best, and it returns to the best: what was tried from there is not
-    tried again, so it leaves on another way. Otherwise it is a round without a change, and the search goes on from what
-    promised most of all that was tried in it, though it be worse; a neighbour that only looks different promises
-    nothing. After that come the finalists, and, where a round was spent on all of them, the best again: proposals then
-    widen to what was not tried. `positions` tells which positions of an instruction may be changed.
+    Where it walks, that is more steps without a new best than the best has positions, or too many without a finite
+    loss, and it returns to the best: what was tried from there is not tried again, so it leaves on another way.
+    Otherwise it is a round without a change, and the search goes on from what promised most of all that was tried in
+    it, though it be worse; a neighbour that only looks different promises nothing. After that come the finalists, and,
+    where a round was spent on all of them, the best again: proposals then widen to what was not tried. `positions`
+    tells which positions of an instruction may be changed.
     """
-    current = state.current
-    if state.unchanged <= max(1, len(positions(current.token_ids))):
+    current, best = state.current, state.best[0]
+    around = best if settings.walks else current  # an instruction that grows on the way makes the round no longer
+    lost = settings.walks and current != best and state.failed_steps >= settings.max_failed_steps
+    if state.unchanged <= max(1, len(positions(around.token_ids))) and not lost:
         return state
     if settings.walks:
-        return _moved(state, state.best[0], positions)
+        return _moved(replace(state, failed_steps=0 if lost else state.failed_steps), best, positions)
     starts = (*state.starts, current.instruction)
     promising = [pair for pair in state.promising if pair[0] < 0 and pair[1].complete]
     elsewhere = [*(tried for _, tried in sorted(promising, key=lambda pair: pair[0])), *state.best]

@@ -5,7 +5,7 @@ The current instruction's runs are kept, and so are those of every candidate tha
 appends a token runs at most N more, for the likeliest one, which it improves on. Where the current instruction may
 stay, a candidate is given up, and its remaining rows are not run, as soon as its fluency and its mistakes put it behind
 that instruction and behind `finalists` others, however well it did on the rest: it could not have been chosen, and the
-outcome is the same as without. The seed costs N runs.
+outcome is the same as without. The default variant walks, may move there, and gives nothing up. The seed costs N runs.
 
 Besides, a step makes one forward and backward pass over N rows, whatever the number of candidates, one forward
 pass over the rows of the candidates that were not given up, and one over at most `proposal_draws` x

@@ -287,7 +287,8 @@ def test_replaying_with_restarts_gives_the_same_states(
     assert states() == states()
     for state in states():
         assert 0 <= state.position <= len(state.current.token_ids)
-        assert state.unchanged <= max(1, len(state.current.token_ids))
+        around = state.best[0] if settings.walks else state.current
+        assert state.unchanged <= max(1, len(around.token_ids))
 
 
 # --- walking ---
@@ -308,11 +309,32 @@ def test_a_search_that_walks_counts_the_steps_since_its_best_though_every_step_c
 
 
 def test_after_a_round_without_a_new_best_it_returns_to_the_best_at_its_first_position() -> None:
-    best, worse = evaluated("Add up.", 0.1), [evaluated(f"Add them {each}.", 0.5) for each in "abcd"]
+    best, worse = evaluated("Add up now.", 0.1), [evaluated(f"Add {each} now.", 0.5) for each in "abcd"]
     within = walked(best, *worse[:3])
     assert restarted(within, WALKING, every_position) is within
     state = restarted(walked(best, *worse), WALKING, every_position)
     assert (state.current, state.position, state.unchanged, state.step) == (best, 0, 0, 4)
+
+
+def test_an_instruction_that_grows_on_the_way_makes_the_round_no_longer() -> None:
+    best = evaluated("Add up.", 0.1)
+    state, returns = begin(best, WALKING), 0
+    for _ in range(12):
+        longer = evaluated(state.current.instruction + " up", 0.9)
+        state = restarted(advance(state, longer, [longer], WALKING), WALKING, every_position)
+        returns += state.current is best
+    assert returns == 4  # each third step: the best has two positions
+
+
+def test_a_walk_to_where_nothing_is_finite_ends_at_the_best_and_not_with_an_error() -> None:
+    best, nowhere = evaluated("Add them all up one by one.", 0.1), evaluated("Add ~ all up one by one.", math.inf)
+    state = begin(best, WALKING)
+    for _ in range(WALKING.max_failed_steps):
+        state = advance(state, nowhere, [nowhere], WALKING, failed=True)
+    state = restarted(state, WALKING, every_position)
+    assert (state.current, state.failed_steps) == (best, 0)
+    failing = replace(state, failed_steps=WALKING.max_failed_steps, unchanged=99)  # at the best itself
+    assert restarted(failing, WALKING, every_position).failed_steps == WALKING.max_failed_steps
 
 
 def test_a_search_that_walks_gives_nothing_up_for_it_could_move_there() -> None:

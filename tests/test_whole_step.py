@@ -552,6 +552,21 @@ def test_a_search_that_walks_moves_to_what_it_tried_though_it_be_worse_and_retur
     assert details.predictors[0].finalists[0].objective == best.objective
 
 
+def test_a_walk_that_leads_nowhere_comes_back_again_and_again_however_it_grows() -> None:
+    only_seed = ScriptedEngine(
+        lambda prompt: chat_answer(
+            reasoning="I look.",
+            answer=("yes" if "apples" in value_in(prompt) else "no") if instruction_in(prompt) == SEED else "never",
+        ),
+        model=planted_engine().model,
+    )
+    details = compiled(only_seed, steps=30, train_rows=4, validation_rows=4).detailed_results
+    lengths = [len(step.chosen.token_ids) for step in details.steps]
+    around = len(details.predictors[0].seed.token_ids)
+    assert details.predictors[0].finalists[0].instruction == SEED
+    assert max(lengths) <= 2 * around + 1  # one token more a step, for one round at most
+
+
 # --- acceptance by loss ---
 
 

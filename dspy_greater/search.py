@@ -18,6 +18,7 @@ _SENTENCE_ENDS = (".", "!", "?", "。", "！", "？")
 
 
 _RECENT = 60  # candidates over which forecasts prove themselves
+_LONGEST_WALK = 20  # steps without a new best; an instruction that grows with every step would never return
 
 
 @dataclass(frozen=True)
@@ -122,17 +123,17 @@ def restarted(
 ) -> SearchState:
     """After a whole round that led nowhere: the search goes on from elsewhere.
 
-    Where it walks, that is more steps without a new best than the best has positions, or too many without a finite
-    loss, and it returns to the best: what was tried from there is not tried again, so it leaves on another way.
-    Otherwise it is a round without a change, and the search goes on from what promised most of all that was tried in
-    it, though it be worse; a neighbour that only looks different promises nothing. After that come the finalists, and,
-    where a round was spent on all of them, the best again: proposals then widen to what was not tried. `positions`
-    tells which positions of an instruction may be changed.
+    Where it walks, that is more steps without a new best than the current instruction has positions, more than twenty
+    of a longer one, or too many without a finite loss, and it returns to the best: what was tried from there is not
+    tried again, so it leaves on another way. Otherwise it is a round without a change, and the search goes on from what
+    promised most of all that was tried in it, though it be worse; a neighbour that only looks different promises
+    nothing. After that come the finalists, and, where a round was spent on all of them, the best again: proposals then
+    widen to what was not tried. `positions` tells which positions of an instruction may be changed.
     """
     current, best = state.current, state.best[0]
-    around = best if settings.walks else current  # an instruction that grows on the way makes the round no longer
     lost = settings.walks and current != best and state.failed_steps >= settings.max_failed_steps
-    if state.unchanged <= max(1, len(positions(around.token_ids))) and not lost:
+    longest = _LONGEST_WALK if settings.walks else math.inf
+    if state.unchanged <= max(1, min(len(positions(current.token_ids)), longest)) and not lost:
         return state
     if settings.walks:
         return _moved(replace(state, failed_steps=0 if lost else state.failed_steps), best, positions)

@@ -131,7 +131,8 @@ def restarted(
     widen to what was not tried. `positions` tells which positions of an instruction may be changed.
     """
     current, best = state.current, state.best[0]
-    lost = settings.walks and current != best and state.failed_steps >= settings.max_failed_steps
+    away = current.instruction != best.instruction
+    lost = settings.walks and away and state.failed_steps >= settings.max_failed_steps
     longest = _LONGEST_WALK if settings.walks else math.inf
     if state.unchanged <= max(1, min(len(positions(current.token_ids)), longest)) and not lost:
         return state

@@ -332,7 +332,8 @@ def test_a_walk_to_where_nothing_is_finite_ends_at_the_best_and_not_with_an_erro
         state = advance(state, nowhere, [nowhere], WALKING, failed=True)
     state = restarted(state, WALKING, every_position)
     assert (state.current, state.failed_steps) == (best, 0)
-    failing = replace(state, failed_steps=WALKING.max_failed_steps, unchanged=99)  # at the best itself
+    recalled = replace(best, fluency_nll=math.nan)  # at the best itself, which nan makes unequal to itself
+    failing = replace(state, current=recalled, failed_steps=WALKING.max_failed_steps, unchanged=99)
     assert restarted(failing, WALKING, every_position).failed_steps == WALKING.max_failed_steps
 
 

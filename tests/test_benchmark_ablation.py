@@ -16,7 +16,7 @@ from benchmarks.ablation import command, reasonings
 from benchmarks.ablation.command import main
 from benchmarks.ablation.reasonings import Answered, is_right, through_reasoning
 from benchmarks.ablation.table import table
-from benchmarks.ablation.variants import SWEEPS, VARIANTS, WITHOUT_WALK
+from benchmarks.ablation.variants import FROM, STARTS, SWEEPS, VARIANTS, WITHOUT_WALK
 from dspy_greater.pocket.tasks import generate, work_out
 from dspy_greater.settings import Settings
 
@@ -49,7 +49,7 @@ def test_failed_searches_are_counted_and_take_no_part_in_the_mean() -> None:
 
 
 def test_every_variant_and_sweep_is_made_of_settings_that_exist() -> None:
-    for variant in (*VARIANTS.values(), *SWEEPS.values(), *WITHOUT_WALK.values()):
+    for variant in (*VARIANTS.values(), *SWEEPS.values(), *FROM.values(), *WITHOUT_WALK.values()):
         Settings.of(None, **variant.settings)
         assert variant.about and variant.instruction
 
@@ -58,7 +58,14 @@ def test_each_variant_of_the_default_can_be_run_without_walking_and_the_papers_n
     assert {"whole-without-walk", "random-without-walk", "q=3-without-walk"} <= WITHOUT_WALK.keys()
     assert not any("paper" in name or name.startswith("without-reasoning") for name in WITHOUT_WALK)
     assert not any(Settings.of(None, **variant.settings).walks for variant in WITHOUT_WALK.values())
-    assert WITHOUT_WALK["misleading-without-walk"].instruction == SWEEPS["misleading"].instruction
+    assert WITHOUT_WALK["misleading-without-walk"].instruction == STARTS["misleading"]
+
+
+def test_another_start_changes_the_instruction_and_nothing_else() -> None:
+    assert FROM["published"].settings == VARIANTS["whole"].settings
+    for name in ("paper", "paper-random", "random"):
+        assert FROM[f"published-{name}"].settings == VARIANTS[name].settings
+        assert FROM[f"published-{name}"].instruction == STARTS["published"] != VARIANTS[name].instruction
 
 
 def test_without_the_default_the_first_is_what_the_others_are_compared_with() -> None:

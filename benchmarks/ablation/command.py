@@ -28,7 +28,7 @@ from dspy_greater.program import with_instruction
 
 from . import reasonings
 from .table import table
-from .variants import SWEEPS, VARIANTS, WITHOUT_WALK, Variant
+from .variants import FROM, STARTS, SWEEPS, VARIANTS, WITHOUT_WALK, Variant
 
 _STEPS = 150  # where nothing new can be generated, the budget alone would not end a search
 _TRAIN, _VALIDATION, _TEST = 50, 50, 100
@@ -68,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument(
         "--variants",
-        help=f"of {', '.join(VARIANTS)}; sweeps: {', '.join(SWEEPS)}; or one of the default's and -without-walk",
+        help=f"of {', '.join(VARIANTS)}; sweeps: {', '.join(SWEEPS)}; from another instruction: {', '.join(STARTS)}, alone "
+        "for the default or with a hyphen before another variant; and any of the default's with -without-walk behind it",
     )
     parser.add_argument("--sweeps", action="store_true", help="all variants and all sweeps")
     parser.add_argument(
@@ -159,7 +160,7 @@ def _rows(task: str, seed: int, data_dir: Path) -> tuple[list[Any], list[Any], l
 
 
 def _variants() -> dict[str, Variant]:
-    return {**VARIANTS, **SWEEPS, **WITHOUT_WALK}
+    return {**VARIANTS, **SWEEPS, **FROM, **WITHOUT_WALK}
 
 
 def _key(cell: dict[str, Any]) -> tuple[int, str, str]:

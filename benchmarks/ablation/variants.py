@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 SEED_INSTRUCTION = "Answer the question."
-MISLEADING = "Count the letters of the last word."
+
+# Other instructions to start from. "misleading" makes the pocket model do something else than the task; the last two are
+# those of the paper's appendix F.
+STARTS: Mapping[str, str] = {
+    "misleading": "Count the letters of the last word.",
+    "published": "Use proper logical reasoning and think step by step. Finally, give the actual correct answer.",
+    "feeling": "Use no thinking just feeling.",
+}
 
 
 @dataclass(frozen=True)
@@ -46,19 +53,20 @@ SWEEPS: Mapping[str, Variant] = {
     "mu=1-paper": Variant("the paper's variant, one candidate tried", {"variant": "paper", "selections": 1}),
     "lambda=0": Variant("the paper's variant without fluency in the loss", {"variant": "paper", "fluency_weight": 0.0}),
     "lambda=1": Variant("the paper's variant with more of it", {"variant": "paper", "fluency_weight": 1.0}),
-    "misleading": Variant("from a misleading instruction (the paper's table 7)", {}, MISLEADING),
-    "misleading-random": Variant(
-        "the same, the default's edits in random order", {"estimator": "random", "rescored": 0}, MISLEADING
-    ),
-    "misleading-paper": Variant("the same, the paper's variant", {"variant": "paper"}, MISLEADING),
-    "misleading-paper-random": Variant(
-        "the same, the paper's proposals in random order", {"variant": "paper", "estimator": "random"}, MISLEADING
-    ),
+}
+
+# Each variant from each of the other instructions: `published` is the default from there, `published-paper` the paper's.
+FROM: Mapping[str, Variant] = {
+    start if name == "whole" else f"{start}-{name}": replace(
+        variant, about=f"{variant.about}, from {text!r}", instruction=text
+    )
+    for start, text in STARTS.items()
+    for name, variant in VARIANTS.items()
 }
 
 # Each of the default variant's above once more, with an instruction that moves only to what is better than the noise.
 WITHOUT_WALK: Mapping[str, Variant] = {
     f"{name}-without-walk": replace(variant, settings={**variant.settings, "walk": False})
-    for name, variant in {**VARIANTS, **SWEEPS}.items()
+    for name, variant in {**VARIANTS, **SWEEPS, **FROM}.items()
     if variant.settings.get("variant") != "paper"
 }

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.ablation import command, reasonings
+from benchmarks.ablation import along, command, reasonings
 from benchmarks.ablation.command import main
 from benchmarks.ablation.reasonings import Answered, is_right, through_reasoning
 from benchmarks.ablation.table import table
@@ -81,6 +81,45 @@ def test_the_table_is_of_the_cells_that_were_asked_for(tmp_path: Path, capsys: p
     assert main(["--data-dir", str(tmp_path), "--out", str(tmp_path), *asked]) == 0
     (line,) = capsys.readouterr().out.splitlines()[2:]
     assert line.startswith("| whole | 80.0 (80.0 to 80.0) | 80.0 |")
+
+
+# ---- along the way
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["whole", "paper"])
+def test_a_search_along_its_way_is_where_one_with_the_smaller_budget_ends(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "_TRAIN", 12)
+    monkeypatch.setattr(command, "_VALIDATION", 10)
+    monkeypatch.setattr(command, "_TEST", 20)
+    (tmp_path / "bbh").mkdir()
+    rng = random.Random(0)
+    questions = [generate("web_of_lies", rng) for _ in range(42)]
+    rows = [{"input": each, "target": work_out("web_of_lies", each).answer} for each in questions]
+    (tmp_path / "bbh" / "web_of_lies.json").write_text(json.dumps({"examples": rows}))
+    common = ["--data-dir", str(tmp_path), "--tasks", "web_of_lies", "--seeds", "0", "--variants", variant]
+    for tokens, more in ((1_500, ["--along", "700"]), (700, [])):
+        assert main([*common, "--out", str(tmp_path), "--generated-tokens", str(tokens), *more]) == 0
+    long, short = (json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines())
+    assert long["along"]["700"] == {key: short[key] for key in ("instruction", "accuracy")}
+    assert long["along"]["1500"] == {key: long[key] for key in ("instruction", "accuracy")}
+    assert long["steps"] > short["steps"] >= 1
+
+
+def test_the_table_along_the_way_pairs_searches_on_the_same_rows() -> None:
+    def looked_at(variant: str, seed: int, early: float, late: float) -> dict[str, Any]:
+        reached = {"1000": {"accuracy": early}, "30000": {"accuracy": late}}
+        return {**cell(variant, seed, late), "along": reached}
+
+    cells = [looked_at("whole", 0, 0.5, 0.9), looked_at("random", 0, 0.3, 0.9), looked_at("random", 1, 0.5, 0.7)]
+    lines = along.table([*cells, cell("whole", 2, 0.1)], "whole").splitlines()
+    assert lines[0] == "| variant | 1,000 | 30,000 | searches |"
+    assert lines[2:] == [
+        "| whole | 50.0 | 90.0 | 1 |",
+        "| random | 40.0 (+20.0, +20.0 to +20.0) | 80.0 (+0.0, +0.0 to +0.0) | 2 |",
+    ]
 
 
 # ---- reasonings

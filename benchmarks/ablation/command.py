@@ -3,7 +3,7 @@
 Every variant searches on the same rows from the same instruction until it has generated so many tokens; the
 instruction that it returns answers rows that no search saw. Finished cells are written at once; called again, the rest
 is done, and the table is of the asked seeds, tasks and variants. `--sweeps` adds single knobs, `--reasonings` a table
-of what was reasoned before the answers.
+of what was reasoned before the answers, `--along` one of how far searches came with smaller budgets.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from benchmarks.fidelity.command import exact_match
 from dspy_greater import GReaTerTeleprompter, local_lm
 from dspy_greater.pocket.tasks import TASKS
 from dspy_greater.program import with_instruction
+from dspy_greater.report.result import PredictorResult
+from dspy_greater.settings import Settings
 
-from . import reasonings
-from .table import table
+from . import along, reasonings
+from .table import BASELINE, table
 from .variants import FROM, STARTS, SWEEPS, VARIANTS, WITHOUT_WALK, Variant
 
 _STEPS = 150  # where nothing new can be generated, the budget alone would not end a search
@@ -55,6 +57,8 @@ def main(argv: Sequence[str]) -> int:
     text = table(cells)
     if arguments.reasonings:
         text += "\n\n" + _reasonings([cell for cell in cells if cell["variant"] == names[0]], lm, arguments.data_dir)
+    if arguments.along:
+        text += "\n\n" + along.table(cells, BASELINE if BASELINE in names else names[0])
     (arguments.out / "table.md").write_text(text + "\n")
     sys.stdout.write(text + "\n")
     return 0
@@ -68,12 +72,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument(
         "--variants",
-        help=f"of {', '.join(VARIANTS)}; sweeps: {', '.join(SWEEPS)}; from another instruction: {', '.join(STARTS)}, alone "
-        "for the default or with a hyphen before another variant; and any of the default's with -without-walk behind it",
+        help=f"of {', '.join(VARIANTS)}; sweeps: {', '.join(SWEEPS)}; from another instruction: {', '.join(STARTS)}, "
+        "alone for the default or with a hyphen before another variant; any of the default's with -without-walk behind",
     )
     parser.add_argument("--sweeps", action="store_true", help="all variants and all sweeps")
     parser.add_argument(
         "--reasonings", action="store_true", help="how far right reasoning explains the first variant's gain"
+    )
+    parser.add_argument(
+        "--along", default="", metavar="TOKENS,...", help="smaller budgets at which new searches are looked at, too"
     )
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--generated-tokens", type=int, default=30_000, help="of one search, the seed's rows included")
@@ -119,7 +126,23 @@ def _searched(task: str, seed: int, name: str, arguments: argparse.Namespace) ->
         "fidelity": found.fidelity,
         "cross_entropy": {"seed": found.seed.cross_entropy, "best": found.finalists[0].cross_entropy},
         "spent": found.spent_by_phase["search"],
-    }
+    } | ({"along": _along(found, variant, student, validation, test, arguments)} if arguments.along else {})
+
+
+def _along(
+    found: PredictorResult, variant: Variant, student: Any, validation: Any, test: Any, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """By smaller budget, and by the whole: the instruction that the search had come to, and its accuracy."""
+
+    def accuracy(text: str, rows: Sequence[Any]) -> float:
+        return sum(_correct(with_instruction(student, "predict", text), rows)) / len(rows)
+
+    reached: dict[str, Any] = {}
+    for budget in (*map(int, arguments.along.split(",")), arguments.generated_tokens):
+        settings = Settings.of(None, steps=_STEPS, max_generated_tokens=budget, **dict(variant.settings))
+        text = along.instruction_at(found, settings, lambda text: accuracy(text, validation))
+        reached[str(budget)] = {"instruction": text, "accuracy": accuracy(text, test)}
+    return reached
 
 
 def _reasonings(cells: Sequence[dict[str, Any]], lm: Any, data_dir: Path) -> str:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 SEED_INSTRUCTION = "Answer the question."
 
-# Other instructions to start from. "misleading" makes the pocket model do something else than the task; the last two are
-# those of the paper's appendix F.
+# Other instructions to start from: one that makes the pocket model do something else than the task, and the two of
+# the paper's appendix F.
 STARTS: Mapping[str, str] = {
     "misleading": "Count the letters of the last word.",
     "published": "Use proper logical reasoning and think step by step. Finally, give the actual correct answer.",
@@ -55,7 +55,7 @@ SWEEPS: Mapping[str, Variant] = {
     "lambda=1": Variant("the paper's variant with more of it", {"variant": "paper", "fluency_weight": 1.0}),
 }
 
-# Each variant from each of the other instructions: `published` is the default from there, `published-paper` the paper's.
+# Each variant from each of these: `published` is the default from there, `published-paper` the paper's.
 FROM: Mapping[str, Variant] = {
     start if name == "whole" else f"{start}-{name}": replace(
         variant, about=f"{variant.about}, from {text!r}", instruction=text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -12,7 +13,7 @@ import pytest
 from benchmarks.fidelity.command import main
 from benchmarks.fidelity.measure import Measured
 from benchmarks.fidelity.rankings import RANKINGS
-from benchmarks.fidelity.table import correlation, interval, share_of_best_gain, table
+from benchmarks.fidelity.table import correlation, interval, linearisation_table, share_of_best_gain, table
 from dspy_greater.pocket.tasks import generate, work_out
 
 
@@ -52,6 +53,23 @@ def test_the_table_has_a_row_for_every_ranking_best_first() -> None:
     )
     rows = table([both]).splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == ["| right", "| wrong"]
+
+
+def test_a_gradient_is_held_against_the_exact_change_that_it_linearises() -> None:
+    exact = {"reasoning fixed, exact": (1.0, 2.0, 3.0, 4.0), "re-weighted scoring": (4.0, 3.0, 2.0, 1.0)}
+    gradients = {
+        "paper (pathwise, current)": (4.0, 3.0, 2.0, 1.0),
+        "pathwise, centroid": (0.1, 0.2, 0.3, 0.4),
+        "whole, current": (1.0, 2.0, 3.0, 4.0),
+        "whole, centroid": (4.0, 3.0, 2.0, 1.0),
+    }
+    at = replace(measured([], [-0.4, -0.1, 0.1, 0.2]), predicted={**gradients, **exact})
+    older = replace(at, predicted=dict(gradients))
+    rows = [row.strip("| ").split(" | ") for row in linearisation_table([at, older]).splitlines()[2:]]
+    assert {name: float(rho.split()[0]) for name, _, rho, _ in rows} == dict(
+        zip(gradients, (-1, 1, -1, 1), strict=True)
+    )
+    assert {exact: float(came.split()[0]) for _, exact, _, came in rows} == dict(zip(exact, (1, -1), strict=True))
 
 
 def test_it_measures_every_ranking_on_the_pocket_model_and_goes_on_where_it_stopped(

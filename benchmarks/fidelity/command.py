@@ -2,7 +2,8 @@
 
 Every candidate at some positions of some instructions is tried with reasoning of its own on real rows. Each ranking
 that could have chosen among them is then compared with what came: by Spearman's ρ per position, and by how much of the
-best gain is among its first three. Positions that were measured are written at once; called again, the rest is done.
+best gain is among its first three. A second table says how far each gradient agrees with the exact change that it
+linearises. Positions that were measured are written at once; called again, the rest is done.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dspy_greater.settings import Settings
 
 from .measure import Measured, Plan, measure
 from .rankings import RANKINGS
-from .table import correlation, interval, share_of_best_gain, table
+from .table import correlation, interval, linearisation_table, share_of_best_gain, table
 
 INSTRUCTIONS = ("Answer the question.", "Think your reasoning.", "Compute the place.")
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     if not done:
         sys.stderr.write("Nothing was measured: no position had candidates.\n")
         return 1
-    text = table(done)
+    text = f"{table(done)}\n\n{linearisation_table(done)}"
     (arguments.out / "table.md").write_text(text + "\n")
     (arguments.out / "summary.json").write_text(json.dumps(_summary(done, arguments), indent=2) + "\n")
     sys.stdout.write(text + "\n")

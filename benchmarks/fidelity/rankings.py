@@ -54,6 +54,14 @@ def without_reasoning(at: Position) -> list[float]:
     return _paper(at, reasoned=False)
 
 
+def fixed_reasoning(at: Position) -> list[float]:
+    """What equation 7 linearises, exactly: the change of the answer's cross-entropy after reasonings that stay."""
+    now, shares = _read(at, at.own), [each.share for each in at.own]
+    ids = [edit.instruction.token_ids for edit in at.edits]
+    then = [_read(at, [run.under(each) for run in at.own]) for each in ids]
+    return [forecast(now, each, [0.0] * len(now), shares).change for each in then]
+
+
 def slope(
     term: Term, point: Point, reasonings: str = "own", baseline: Baseline = "batch", optimism: float | None = None
 ) -> Ranking:
@@ -108,6 +116,7 @@ RANKINGS: Mapping[str, Ranking] = {
     "whole, current, K samples, leave-one-out": slope("whole", "current", "sampled", "example", 1.0),
     "pathwise, centroid": slope("pathwise", "centroid"),
     "paper (pathwise, current)": paper,
+    "reasoning fixed, exact": fixed_reasoning,
     "gradient without reasoning": without_reasoning,
     "likelihood": by_likelihood,
     "random": at_random,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
 from dspy_greater.fidelity import spearman
@@ -58,6 +58,33 @@ def table(measured: Sequence[Measured]) -> str:
             f"{' | '.join(f'{value:.2f}' for value in by_task)} | "
             f"{_shown(interval(_all(measured, name, share_of_best_gain)))} |"
         )
+    return "\n".join(lines)
+
+
+# What each gradient is the first-order part of.
+LINEARISES: Mapping[str, str] = {
+    "paper (pathwise, current)": "reasoning fixed, exact",
+    "pathwise, centroid": "reasoning fixed, exact",
+    "whole, current": "re-weighted scoring",
+    "whole, centroid": "re-weighted scoring",
+}
+
+
+def agreement(at: Measured, gradient: str) -> float:
+    """Spearman's ρ between a gradient's prediction and the exact change that it linearises."""
+    return spearman(at.predicted[gradient], at.predicted[LINEARISES[gradient]])
+
+
+def linearisation_table(measured: Sequence[Measured]) -> str:
+    """Markdown: how far a linear model of each kind agrees with what it is a model of, and that with what came.
+
+    Positions that an earlier version measured without the exact change are left out.
+    """
+    lines = ["| gradient | of | ρ with it, 95 % interval | ρ of it with what came |", f"|{' --- |' * 4}"]
+    for gradient, exact in LINEARISES.items():
+        both = [at for at in measured if {gradient, exact} <= at.predicted.keys()]
+        within, came = interval(_all(both, gradient, agreement)), interval(_all(both, exact, correlation))
+        lines.append(f"| {gradient} | {exact} | {_shown(within)} | {_shown(came)} |")
     return "\n".join(lines)
 
 

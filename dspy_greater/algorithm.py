@@ -73,6 +73,7 @@ def minimise(
             evaluated,
             settings,
             failed=_failed(step, evaluated),
+            position=step.position,
             editable=positions(step.chosen.token_ids),
             generated_tokens=step.spent.get("generated_tokens", 0),
             predictions=step.predictions,

@@ -1,15 +1,17 @@
 """What an instruction would be worth, from reasonings that were written under other instructions.
 
-Nothing is generated. The change of the expected loss J(p) = E_r [ℓ(r) + α L_CE(r)] from the instruction p to another c
+Nothing is generated. The change of the expected loss J(p) = E_r [ℓ(r) + α D(r)] from the instruction p to another c
 is the whole gradient over reasoning with both of its first-order terms replaced by exact differences:
 
-    Ĵ(c) - Ĵ(p) = 1/V Σ_m v_m [ (ℓ_m - b) (log f(r_m|x,c) - log f(r_m|x,p)) + α (L_CE(r_m; c) - L_CE(r_m; p)) ]
+    Ĵ(c) - Ĵ(p) = 1/V Σ_m v_m [ (ℓ_m - b) (log f(r_m|x,c) - log f(r_m|x,p)) + α (D(r_m; c) - D(r_m; p)) ]
 
-over M reasonings r_m that are at hand, with ℓ_m the mistake that the metric saw (1 - score), L_CE the cross-entropy
-of the gold answer after the reasoning (left out where there is none), α its weight beside mistakes, v_m the reasoning's
-share in its example, V = Σ v_m, and b what is assumed of reasonings that were not seen: `optimism` times the mean of
-the ℓ_m. The first term asks whether c makes the model *reason* as it did when it was right, the second how sure the
-answer is once it has. A token gradient is the same thing linearised in the embedding; here any edit can be asked
+over M reasonings r_m that are at hand, with ℓ_m the mistake that the metric saw (1 - score), D = 1 - e^(-L_CE) the
+chance that the answer after the reasoning is not the gold one (left out where there is none), α its weight beside
+mistakes, v_m the reasoning's share in its example, V = Σ v_m, and b what is assumed of reasonings that were not seen:
+`optimism` times the mean of the ℓ_m. The first term asks whether c makes the model *reason* as it did when it was
+right, the second how sure the answer is once it has. D and not L_CE itself: after a wrong reasoning the gold answer is
+nearly impossible, and an instruction that makes it a thousand times likelier, since the model trusts its reasoning
+less, saves no mistake. A token gradient is the same thing linearised in the embedding; here any edit can be asked
 about, exactly, for one forward pass over M sequences.
 
 The log-ratios are bounded softly, κ tanh(· / κ): a reasoning that has become e^κ times less likely is gone, however
@@ -70,7 +72,7 @@ class Likelihood:
 class Forecast:
     """How the expected loss of a candidate differs from that of the instruction now; negative is good."""
 
-    change: float  # Ĵ(c) - Ĵ(p), mistakes plus nats; nan when no reasoning has finite numbers
+    change: float  # Ĵ(c) - Ĵ(p), in mistakes per row; nan when no reasoning has finite numbers
     effective_samples: float  # of the M reasonings
 
 
@@ -122,27 +124,31 @@ def forecast(
     *,
     answer_weight: float = 1.0,
     bound: float = 3.0,
+    saturates: bool = True,
 ) -> Forecast:
     """Ĵ(c) - Ĵ(p) from the likelihoods of M reasonings under p, `now`, and under c, `then`.
 
-    `advantages` are ℓ_m - b, `shares` v_m and `answer_weight` α; `bound` is κ, in nats. A reasoning with a number
-    that is not finite takes no part.
+    `advantages` are ℓ_m - b, `shares` v_m and `answer_weight` α; `bound` is κ, in nats. Unless the answer's part
+    `saturates`, L_CE takes the place of D: where nothing is reasoned it is all there is to tell a better instruction
+    by, and D is flat where the gold answers are far from likely. A reasoning with a number that is not finite takes
+    no part.
 
     >>> now = [Likelihood(-3.0, None), Likelihood(-1.0, None)]
     >>> then = [Likelihood(-1.0, None), Likelihood(-1.5, None)]  # likelier when it was right, less when wrong
     >>> forecast(now, then, advantages=[-0.5, 0.5], shares=[1.0, 1.0]).change
     -0.5609...
     """
+    lack = _doubt if saturates else _cross_entropy
     rows = [
-        (share, advantage, after.written - before.written, _difference(after.answer, before.answer))
+        (share, advantage, after.written - before.written, lack(after) - lack(before))
         for before, after, advantage, share in zip(now, then, advantages, shares, strict=True)
     ]
     rows = [row for row in rows if all(map(math.isfinite, row))]
     if not rows:
         return Forecast(math.nan, 0.0)
     total = math.fsum(share for share, *_ in rows)
-    rows = [(share, advantage, bound * math.tanh(ratio / bound), answer) for share, advantage, ratio, answer in rows]
-    change = math.fsum(share * (advantage * ratio + answer_weight * answer) for share, advantage, ratio, answer in rows)
+    rows = [(share, advantage, bound * math.tanh(ratio / bound), lacks) for share, advantage, ratio, lacks in rows]
+    change = math.fsum(share * (advantage * ratio + answer_weight * lacks) for share, advantage, ratio, lacks in rows)
     weights = [share * math.exp(ratio) for share, _, ratio, _ in rows]
     return Forecast(change / total, math.fsum(weights) ** 2 / math.fsum(weight**2 for weight in weights))
 
@@ -184,8 +190,13 @@ def _check(row: int, each: ReasonedTokens) -> None:
             )
 
 
-def _difference(after: float | None, before: float | None) -> float:
-    return 0.0 if after is None or before is None else after - before
+def _cross_entropy(found: Likelihood) -> float:
+    return 0.0 if found.answer is None else found.answer
+
+
+def _doubt(found: Likelihood) -> float:
+    """D: the chance that an answer drawn after the reasoning is not the gold one; 0 without a gold answer."""
+    return 0.0 if found.answer is None else 1.0 - math.exp(-found.answer)
 
 
 def _finite(value: float) -> float:

@@ -95,12 +95,17 @@ def advance(
     settings: Settings,
     *,
     failed: bool = False,
+    position: int | None = None,
     editable: Sequence[int] | None = None,
     generated_tokens: int = 0,
     predictions: Sequence[tuple[float, tuple[float, float]]] = (),
     forecasts: Sequence[tuple[float, Evaluation]] = (),
 ) -> SearchState:
-    """The state after a step that evaluated some instructions and chose one (lines 16 to 19)."""
+    """The state after a step that evaluated some instructions and chose one (lines 16 to 19).
+
+    `position` is where it did, the state's own by default.
+    """
+    state = state if position is None else replace(state, position=position)
     changed = chosen.instruction != state.current.instruction
     best = _ranked((*state.best, chosen, *evaluated), settings)
     further = best[0].instruction != state.best[0].instruction if settings.walks else changed
@@ -109,7 +114,7 @@ def advance(
         current=chosen,
         best=best,
         step=state.step + 1,
-        position=_next_position(state.position, chosen, settings, editable, state.fixed),
+        position=_next_position(state, chosen, settings, editable),
         failed_steps=state.failed_steps + 1 if failed else 0,
         generated_tokens=state.generated_tokens + generated_tokens,
         unchanged=0 if further else state.unchanged + 1,
@@ -150,6 +155,20 @@ def _moved(state: SearchState, chosen: Evaluation, positions: Callable[[Sequence
     return replace(state, current=chosen, position=first, unchanged=0, promising=())
 
 
+def positions_ahead(state: SearchState, settings: Settings, editable: Sequence[int], count: int) -> list[SearchState]:
+    """The state at its position and at the next ones, of the next round too: `count` of them, if there are so many.
+
+    `editable` are the positions of the current instruction that may be changed.
+    """
+    found = [state]
+    while len(found) < count:
+        position = _next_position(found[-1], state.current, settings, editable)
+        if position in [each.position for each in found]:
+            break
+        found.append(replace(state, position=position))
+    return found
+
+
 def ends_sentence(text: str) -> bool:
     """Whether an instruction is finished.
 
@@ -170,19 +189,17 @@ def _nowhere(evaluation: Evaluation, fixed: str) -> int:
     return len(evaluation.token_ids) if fixed else 0
 
 
-def _next_position(
-    position: int, chosen: Evaluation, settings: Settings, editable: Sequence[int] | None, fixed: str = ""
-) -> int:
+def _next_position(state: SearchState, chosen: Evaluation, settings: Settings, editable: Sequence[int] | None) -> int:
     """The next editable index; past the last, a new token if the sentence is open, else back to the first."""
     length = len(chosen.token_ids)
     positions = range(length) if editable is None else sorted(editable)
-    later = [each for each in positions if each > position]
+    later = [each for each in positions if each > state.position]
     if later:
         return later[0]
-    could_not_grow = position >= length  # the step was to append a token, and there was none
-    searched = len(positions) if fixed else length
-    grows = not ends_sentence(chosen.instruction[len(fixed) :]) and searched < settings.max_instruction_tokens
-    return length if grows and not could_not_grow else min(positions, default=_nowhere(chosen, fixed))
+    could_not_grow = state.position >= length  # the step was to append a token, and there was none
+    searched = len(positions) if state.fixed else length
+    grows = not ends_sentence(chosen.instruction[len(state.fixed) :]) and searched < settings.max_instruction_tokens
+    return length if grows and not could_not_grow else min(positions, default=_nowhere(chosen, state.fixed))
 
 
 def _ranked(evaluations: Sequence[Evaluation], settings: Settings) -> tuple[Evaluation, ...]:

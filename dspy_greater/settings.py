@@ -11,8 +11,9 @@ Besides, a step makes one forward and backward pass over N rows, whatever the nu
 pass over the rows of the candidates that were not given up, and one over at most `proposal_draws` x
 `proposal_rows` short contexts.
 
-That is `variant="paper"`. The default variant makes up to two forward and backward passes over `replayed` sequences
-instead, for replacements and insertions, and up to `rescored` + 1 forward passes over them; appending costs no run.
+That is `variant="paper"`. The default variant looks at `positions_ahead` positions. At each it makes up to two forward
+and backward passes over `replayed` sequences instead, for replacements and insertions, and up to `rescored` forward
+passes over them, and one more a step; appending costs no run.
 Once its forecasts have proven themselves it tries fewer than μ candidates; while they do not come true,
 about one step in `explore_every` makes neither forecasts nor gradients.
 
@@ -70,12 +71,13 @@ class Settings:
     threads: int = 16  # concurrent rows where the LM is a server; in-process models batch all rows
     # Variant "whole", down to `acceptance`: of the current reasonings, how many are read again.
     replayed: int = 24
-    rescored: int = 6  # candidates that pass from the gradient to re-weighted scoring
+    rescored: int = 6  # candidates of a position that pass from the gradient to re-weighted scoring
+    positions_ahead: int = 3  # positions at which a step forecasts; candidates are tried at the one that promises most
     point: Point = "centroid"  # where the linear model of a replacement is taken
-    answer_weight: float = 1.0  # α of gradient and forecast: nats of the gold answer's cross-entropy against mistakes
+    answer_weight: float = 1.0  # α: the gold answer's part of the gradient, in nats, and of forecasts, against mistakes
     doubt_weight: float = 0.3  # the answer's doubt against mistakes when instructions are compared; `select.evaluation`
     baseline: Baseline = "batch"  # what a reasoning's mistake is compared with: the mean of all, or of its row's others
-    optimism: float = 0.5  # times that mean: how wrong reasonings that were not seen yet are taken to be
+    optimism: float = 0.5  # times that mean: how wrong unseen reasonings are taken to be until the seed is outdone
     samples: int = 0  # K: sampled reasonings per row under the seed, for variety; each costs N runs once
     sampling_temperature: float = 1.0  # at which these are drawn
     walk: bool = True  # the instruction moves to what a step tried, though it be worse, and returns; `search.restarted`
@@ -231,6 +233,7 @@ _AT_LEAST = {
     "threads": 1,
     "replayed": 1,
     "rescored": 0,
+    "positions_ahead": 1,
     "explore_every": 0,
     "samples": 0,
     "max_failed_steps": 1,

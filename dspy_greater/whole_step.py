@@ -7,7 +7,7 @@ Each stage is dearer and more faithful than the one before, and fewer candidates
     rescore           the same change, exact in the edit                      one forward pass for each candidate
     evaluate          reasonings of their own                                 generation
 
-While forecasts do not come true, some steps leave gradient and forecast out and try edits by chance.
+The first three look at the next few positions, the last at the one of them that promises most. While forecasts do not come true, some steps leave gradient and forecast out and try edits by chance.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from .objective import Objective
 from .reasoning import Reasoning, advantages
 from .rescore import Forecast, Likelihood, forecast, likelihoods
 from .run.events import Candidate, Evaluation, StepTaken
-from .search import SearchState, step_random
+from .search import SearchState, positions_ahead, step_random
 from .select import realised_change, select
 from .settings import Settings, Term
 from .whole_gradient import CandidateSlopes, whole_gradient
 
 _TRUSTED = 0.3  # rank correlation from which forecasts are believed
+_OUTDONE = 0.9  # share of the seed's mistakes from which on it is outdone
 _ALIKE = 1e-9  # mistakes that differ by no more than rounding errors
 _ENOUGH = 9  # candidates that were tried before fidelity says that forecasts come true,
 _ENOUGH_TO_DOUBT = 6  # and of the last few, before it says that they do not
@@ -45,20 +46,32 @@ class _Verdict:
     forecast: Forecast | None = None
 
 
+Verdicts = dict[str, _Verdict]  # by the candidate's text
+
+
+@dataclass(frozen=True)
+class _Look:
+    """A position, and what the first two gates say of its edits: of all of them, and of those that pass the first."""
+
+    state: SearchState
+    sloped: Verdicts
+    forecasts: Verdicts
+
+
 def take_whole_step(
     objective: Objective, state: SearchState, settings: Settings, *, predictor: str, random_seed: int
 ) -> StepTaken:
     """One step from `state`; see the module."""
     before, current = objective.spent(), state.current
     random = step_random(random_seed, predictor, state.step)
-    settings = _by_chance(settings) if _explores(state, settings, random) else settings
-    edits = propose_edits(objective, state, settings, random_seed=random_seed, predictor=predictor)
+    settings = (
+        _by_chance(settings) if _explores(state, settings, random) else hopeful(settings, state.seed, state.current)
+    )
     reasonings = objective.replay(current, random, settings.replayed)
 
-    sloped = _slope(objective, reasonings, state, edits, settings)
-    shortlist = _shortlist(sloped, settings, random)
-    forecasts = _rescore(objective, reasonings, current, shortlist, settings)
-    tried = _most_promising(forecasts, state, settings)
+    looks = _look_ahead(objective, reasonings, state, settings, random, random_seed=random_seed, predictor=predictor)
+    look = min(looks, key=_promise)
+    tried = _most_promising(look.forecasts, state, settings)
     evaluated = objective.evaluate([each.edit.instruction for each in tried], beat=state.to_beat(current, settings))
     selection = select(
         current,
@@ -72,13 +85,25 @@ def take_whole_step(
     return StepTaken(
         predictor=predictor,
         step=state.step,
-        position=state.position,
-        current_token=current.token_ids[state.position] if not state.appends() else -1,
-        candidates=_told(objective, {**sloped, **forecasts}, current, evaluated),
+        position=look.state.position,
+        current_token=current.token_ids[look.state.position] if not look.state.appends() else -1,
+        candidates=_told(objective, {**look.sloped, **look.forecasts}, current, evaluated),
         chosen=selection.chosen,
         reason=selection.reason,
         spent=objective.spent(before),
     )
+
+
+def hopeful(settings: Settings, seed: Evaluation, current: Evaluation) -> Settings:
+    """With as much optimism about reasonings that were not seen as there is reason for.
+
+    While the model is as wrong as under the seed instruction, anything else is worth a try. Once it is right more
+    often, what it would write instead is mostly what it wrote before, and counts as no better than what is at hand:
+    optimism is 1 where a tenth of the seed's mistakes is gone.
+    """
+    before, now = settings.best_score - seed.score, settings.best_score - current.score
+    hope = min(1.0, max(0.0, (now / before - _OUTDONE) / (1.0 - _OUTDONE))) if before > 0 else 0.0
+    return replace(settings, optimism=1.0 - (1.0 - settings.optimism) * hope)
 
 
 def _explores(state: SearchState, settings: Settings, random: Random) -> bool:
@@ -104,7 +129,38 @@ def _came_true(state: SearchState) -> list[tuple[float, tuple[float, float]]]:
     return [pair for pair in state.predictions if all(map(math.isfinite, (pair[0], *pair[1])))]
 
 
-Verdicts = dict[str, _Verdict]  # by the candidate's text
+def _look_ahead(
+    objective: Objective,
+    reasonings: Sequence[Reasoning],
+    state: SearchState,
+    settings: Settings,
+    random: Random,
+    *,
+    random_seed: int,
+    predictor: str,
+) -> list[_Look]:
+    """Slopes and forecasts at the next few positions; at one alone where nothing is forecast."""
+    forecasts = settings.rescored and settings.ranking != "random" and reasonings
+    count = settings.positions_ahead if forecasts else 1
+    ahead = positions_ahead(state, settings, objective.layout.positions(state.current.token_ids), count)
+    under_current = [each.under(state.current.token_ids) for each in reasonings]
+    now = _likelihoods(objective, under_current, settings) if forecasts else []
+    looks: list[_Look] = []
+    for at in ahead:
+        edits = propose_edits(objective, at, settings, random_seed=random_seed, predictor=predictor)
+        sloped = _slope(objective, reasonings, at, edits, settings)
+        shortlist = _shortlist(sloped, settings, random)
+        needless = not forecasts or (len(shortlist) < 2 and len(ahead) == 1)
+        known = {each.edit.instruction.text: each for each in shortlist}
+        looks.append(
+            _Look(at, sloped, known if needless else _rescore(objective, reasonings, now, shortlist, settings))
+        )
+    return looks
+
+
+def _promise(look: _Look) -> float:
+    """The best forecast at the position."""
+    return min(map(_by_forecast, look.forecasts.values()), default=math.inf)
 
 
 def _slope(
@@ -149,8 +205,13 @@ def _term(reasonings: Sequence[Reasoning], settings: Settings) -> Term:
     """Where all reasonings turned out alike, or none was written, gold answers have to tell what would be better."""
     mistakes = [each.mistake for each in reasonings]
     alike = max(mistakes) - min(mistakes) <= _ALIKE
-    written = any(len(sequence.written) for each in reasonings for sequence in each.sequences)
-    return "whole" if settings.ranking == "score" and (alike or not written) else cast(Term, settings.ranking)
+    mute = not _written(reasonings)
+    return "whole" if settings.ranking == "score" and (alike or mute) else cast(Term, settings.ranking)
+
+
+def _written(reasonings: Sequence[Reasoning]) -> bool:
+    """Whether anything was reasoned."""
+    return any(len(sequence.written) for each in reasonings for sequence in each.sequences)
 
 
 def _shortlist(verdicts: Verdicts, settings: Settings, random: Random) -> list[_Verdict]:
@@ -167,23 +228,21 @@ def _shortlist(verdicts: Verdicts, settings: Settings, random: Random) -> list[_
 def _rescore(
     objective: Objective,
     reasonings: Sequence[Reasoning],
-    current: Evaluation,
+    now: Sequence[Likelihood],
     shortlist: Sequence[_Verdict],
     settings: Settings,
 ) -> Verdicts:
     """The second gate: the exact change of the expected loss over the reasonings at hand."""
-    if not reasonings or len(shortlist) < 2 or not settings.rescored or settings.ranking == "random":
-        return {each.edit.instruction.text: each for each in shortlist}
-    now = _likelihoods(objective, [each.under(current.token_ids) for each in reasonings], settings)
     against = advantages(reasonings, settings.baseline, optimism=settings.optimism)
     shares = [each.share for each in reasonings]
     found: Verdicts = {}
     for each in shortlist:
         ids = each.edit.instruction.token_ids
         then = _likelihoods(objective, [reasoning.under(ids) for reasoning in reasonings], settings)
-        found[each.edit.instruction.text] = _Verdict(
-            each.edit, each.slope, forecast(now, then, against, shares, answer_weight=settings.answer_weight)
+        told = forecast(
+            now, then, against, shares, answer_weight=settings.answer_weight, saturates=_written(reasonings)
         )
+        found[each.edit.instruction.text] = _Verdict(each.edit, each.slope, told)
     return found
 
 

@@ -56,7 +56,10 @@ def test_the_table_has_a_row_for_every_ranking_best_first() -> None:
 
 
 def test_a_gradient_is_held_against_the_exact_change_that_it_linearises() -> None:
-    exact = {"reasoning fixed, exact": (1.0, 2.0, 3.0, 4.0), "re-weighted scoring": (4.0, 3.0, 2.0, 1.0)}
+    exact = {
+        "reasoning fixed, exact": (1.0, 2.0, 3.0, 4.0),
+        "re-weighted scoring, optimism 0.5, answers in nats": (4.0, 3.0, 2.0, 1.0),
+    }
     gradients = {
         "paper (pathwise, current)": (4.0, 3.0, 2.0, 1.0),
         "pathwise, centroid": (0.1, 0.2, 0.3, 0.4),

@@ -80,10 +80,17 @@ def test_a_forecast_is_both_terms_with_exact_differences() -> None:
     then = [Likelihood(-1.5, 0.75), Likelihood(-7.0, 0.25), Likelihood(-1.0, None)]
     found = forecast(now, then, [0.5, -0.25, 0.5], [1.0, 0.5, 0.5])
     first, second = 3 * math.tanh(0.5 / 3), 3 * math.tanh(-2.0 / 3)
-    expected = (1.0 * (0.5 * first - 0.25) + 0.5 * (-0.25 * second - 0.25) + 0.0) / 2.0
+    surer = [math.exp(-1.0) - math.exp(-0.75), math.exp(-0.5) - math.exp(-0.25)]  # D under c less D under p
+    expected = (1.0 * (0.5 * first + surer[0]) + 0.5 * (-0.25 * second + surer[1]) + 0.0) / 2.0
     weights = [math.exp(first), 0.5 * math.exp(second), 0.5]
     assert found.change == pytest.approx(expected)
     assert found.effective_samples == pytest.approx(sum(weights) ** 2 / sum(weight**2 for weight in weights))
+
+
+def test_a_gold_answer_that_stays_out_of_reach_saves_no_mistake() -> None:
+    now, then = [Likelihood(-2.0, 20.0)], [Likelihood(-2.0, 13.0)]  # a thousand times likelier, and still impossible
+    assert forecast(now, then, [0.5], [1.0]).change == pytest.approx(0.0, abs=1e-5)
+    assert forecast(now, then, [0.5], [1.0], saturates=False).change == -7.0
 
 
 def test_an_instruction_forecasts_no_change_for_itself() -> None:
@@ -111,7 +118,8 @@ def test_for_a_small_change_of_the_embedding_the_forecast_is_the_whole_gradient(
 
     with InDouble():
         slopes = whole_gradient(engine, runs, position=POSITION, candidates=[near, current], point="current").slopes
-        found = forecast(under(current), under(near), advantages(runs), [run.share for run in runs])
+        shares = [run.share for run in runs]
+        found = forecast(under(current), under(near), advantages(runs), shares, saturates=False)
     assert found.change == pytest.approx(slopes[0] - slopes[1], rel=1e-3)
 
 

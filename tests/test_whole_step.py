@@ -39,10 +39,10 @@ from dspy_greater.reasoning import Reasoning
 from dspy_greater.report.result import PredictorResult
 from dspy_greater.run.events import Candidate, Evaluation, SearchStarted, StepTaken
 from dspy_greater.run.serialise import from_json, to_json
-from dspy_greater.search import SearchState, begin, step_random
+from dspy_greater.search import SearchState, begin, positions_ahead, step_random
 from dspy_greater.select import realised_change
 from dspy_greater.settings import Settings
-from dspy_greater.whole_step import take_whole_step
+from dspy_greater.whole_step import hopeful, take_whole_step
 
 ROWS = planted_rows(24)
 FEW = ROWS[:4]
@@ -123,7 +123,7 @@ def test_a_model_that_proposes_other_words_is_made_to_obey_too(seed: int) -> Non
 
 
 def test_at_equal_budget_it_beats_random_choices_among_the_same_edits() -> None:
-    budget = {"steps": 2, "selections": 1}
+    budget = {"steps": 2, "selections": 1, "positions_ahead": 1}
     guided = [compiled(planted_engine(seed=seed), seed=seed, **budget) for seed in range(3)]
     blind = [compiled(planted_engine(seed=seed), seed=seed, estimator="random", **budget) for seed in range(3)]
     for one, other in zip(guided, blind, strict=True):
@@ -183,6 +183,47 @@ def test_the_best_forecasts_are_tried() -> None:
     passed = sorted(each.forecast for each in step.candidates if each.forecast is not None)
     assert len(passed) == 6
     assert sorted(each.forecast for each in tried(step)) == passed[:3]
+
+
+def test_of_the_next_positions_it_takes_the_one_that_promises_most() -> None:
+    objective, state, settings = searching(positions_ahead=3)
+    here = sorted(objective.layout.positions(state.current.token_ids))[1:4]
+    state = replace(state, position=here[0])
+    alone = {}
+    for position in here:
+        one, at, knobs = searching(positions_ahead=1)
+        alone[position] = step_of(one, replace(at, position=position), knobs)
+    promise = {at: min(each.forecast for each in step.candidates if each.forecast) for at, step in alone.items()}
+    best = min(here, key=lambda at: promise[at])
+    step = step_of(objective, state, settings)
+    assert step.position == best != here[0]
+    told = [[(each.text, each.edit, each.forecast) for each in one.candidates] for one in (step, alone[best])]
+    assert told[0] == told[1]
+    assert step.chosen.instruction == alone[best].chosen.instruction
+
+
+def test_the_next_step_goes_on_behind_the_position_that_was_taken() -> None:
+    objective, state, settings = searching(positions_ahead=3, selections=1, steps=3)
+    found = list(minimise(objective, state.seed, settings, predictor="predict", random_seed=0))
+    for (after, step, _), (_, then, _) in itertools.pairwise(found):
+        ahead = positions_ahead(after, settings, objective.layout.positions(after.current.token_ids), 3)
+        assert then.position in [each.position for each in ahead]
+        assert after.position != step.position or len(after.current.token_ids) == 1
+
+
+@pytest.mark.parametrize(("now", "optimism"), [(0.0, 0.5), (0.05, 0.75), (0.1, 1.0), (0.5, 1.0), (-0.5, 0.5)])
+def test_optimism_fades_once_the_seed_is_outdone(now: float, optimism: float) -> None:
+    _, state, settings = searching()
+    seed = replace(state.seed, score=0.0)
+    found = hopeful(settings, seed, replace(seed, score=now))
+    assert found.optimism == pytest.approx(optimism)
+    assert replace(found, optimism=settings.optimism) == settings
+
+
+def test_a_seed_that_is_always_right_leaves_nothing_to_hope_for() -> None:
+    _, state, settings = searching()
+    seed = replace(state.seed, score=1.0)
+    assert hopeful(settings, seed, seed).optimism == 1.0
 
 
 def test_without_rescoring_the_best_slopes_of_each_kind_are_tried() -> None:
@@ -308,15 +349,16 @@ class Counting:
             monkeypatch.setattr(whole_step, name, counted)
 
 
-@pytest.mark.parametrize("rescored", [6, 2, 0])
-def test_a_step_makes_two_gradients_and_one_forward_pass_for_each_rescored_and_the_current(
-    monkeypatch: pytest.MonkeyPatch, rescored: int
+@pytest.mark.parametrize(("rescored", "ahead", "positions"), [(6, 1, 1), (2, 1, 1), (2, 3, 3), (0, 3, 1)])
+def test_a_position_costs_two_gradients_and_a_forward_pass_for_each_rescored_and_a_step_one_for_the_current(
+    monkeypatch: pytest.MonkeyPatch, rescored: int, ahead: int, positions: int
 ) -> None:
-    objective, state, settings = searching(rows=ROWS[:8], rescored=rescored, selections=2, replayed=5)
+    knobs: dict[str, Any] = {"rescored": rescored, "positions_ahead": ahead, "selections": 2, "replayed": 5}
+    objective, state, settings = searching(rows=ROWS[:8], **knobs)
     counting = Counting(monkeypatch)
     step = step_of(objective, state, settings)
-    assert counting.gradients == [5, 5]
-    assert counting.scorings == [5] * (rescored + 1 if rescored else 0)
+    assert counting.gradients == [5, 5] * positions
+    assert counting.scorings == [5] * (rescored * positions + 1 if rescored else 0)
     assert step.spent["backward_tokens"] > 0
     assert step.spent["runs"] == 2 * 8
 

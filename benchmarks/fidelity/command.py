@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
@@ -29,6 +29,33 @@ from .rankings import RANKINGS
 from .table import correlation, interval, linearisation_table, share_of_best_gain, table
 
 INSTRUCTIONS = ("Answer the question.", "Think your reasoning.", "Compute the place.")
+# What searches from the first of these came to: under these the model reasons, and mostly well.
+MIDWAY: Mapping[str, Sequence[str]] = {
+    "boolean_expressions": (
+        "Use inner the reasoning.",
+        "Reason reasoning only the question.",
+        "Think each operator question.",
+        "Resolve the logical",
+    ),
+    "web_of_lies": (
+        "Think the question.",
+        "Think person question.",
+        "Reason person carefully.",
+        "Trace each reasoning.",
+    ),
+    "object_counting": (
+        "Count object question.",
+        "List each thing.",
+        "Think question step.",
+        "Reason logical sum.",
+    ),
+    "navigate": (
+        "Think' carefully about the question.",
+        "Explain each question running.",
+        "Explain the question.",
+        "Follow your place.",
+    ),
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -67,6 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data-dir", type=Path, required=True, help="holds bbh/TASK.json")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--instructions", nargs="+", default=list(INSTRUCTIONS), help="that candidates are to improve")
+    parser.add_argument(
+        "--midway", action="store_true", help="instead of these, instructions that searches from the first came to"
+    )
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--positions", type=int, default=3, help="of each instruction, at most")
     parser.add_argument("--candidates", type=int, default=10, help="at each position, at most")
@@ -81,11 +111,12 @@ def _plans(arguments: argparse.Namespace) -> list[Plan]:
     settings = Settings.of(
         "light", train_rows=arguments.rows, samples=arguments.samples, minimum_candidates=arguments.candidates
     )
+    begun_at = arguments.instructions[0] if arguments.midway else None
     return [
-        Plan(task, instruction, int(seed), arguments.positions, arguments.candidates, settings)
+        Plan(task, instruction, int(seed), arguments.positions, arguments.candidates, settings, begun_at)
         for seed in arguments.seeds.split(",")
         for task in arguments.tasks.split(",")
-        for instruction in arguments.instructions
+        for instruction in (MIDWAY[task] if arguments.midway else arguments.instructions)
     ]
 
 

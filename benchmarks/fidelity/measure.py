@@ -20,6 +20,7 @@ from dspy_greater.run.events import Evaluation
 from dspy_greater.search import begin
 from dspy_greater.select import realised_change
 from dspy_greater.settings import Settings
+from dspy_greater.whole_step import hopeful
 
 from .rankings import RANKINGS, Position
 
@@ -49,6 +50,7 @@ class Plan:
     positions: int
     candidates: int
     settings: Settings
+    begun_at: str | None = None  # the seed of the search that came to the instruction; None: it is the seed itself
 
 
 def measure(plan: Plan, rows: Sequence[Any], metric: Any, rankings: Sequence[str]) -> Iterator[Measured]:
@@ -56,6 +58,8 @@ def measure(plan: Plan, rows: Sequence[Any], metric: Any, rankings: Sequence[str
     random = Random(f"{plan.task}/{plan.instruction}/{plan.seed}")
     objective = _objective(plan, rows, metric)
     (seed,) = objective.evaluate([objective.seed()])
+    begun_at = _evaluated(replace(plan, instruction=plan.begun_at), rows, metric) if plan.begun_at else seed
+    plan = replace(plan, settings=hopeful(plan.settings, begun_at, seed))
     editable = objective.layout.positions(seed.token_ids)
     chosen = sorted(random.sample(editable, min(plan.positions, len(editable))))
     samples = objective.explore(objective.seed(), seed=plan.seed)
@@ -76,6 +80,12 @@ def measure(plan: Plan, rows: Sequence[Any], metric: Any, rankings: Sequence[str
             tuple(realised_change(seed, each) for each in evaluations),
             {name: tuple(RANKINGS[name](at)) for name in rankings},
         )
+
+
+def _evaluated(plan: Plan, rows: Sequence[Any], metric: Any) -> Evaluation:
+    objective = _objective(plan, rows, metric)
+    (found,) = objective.evaluate([objective.seed()])
+    return found
 
 
 def _objective(plan: Plan, rows: Sequence[Any], metric: Any) -> Objective:

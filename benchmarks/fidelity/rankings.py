@@ -59,7 +59,7 @@ def fixed_reasoning(at: Position) -> list[float]:
     now, shares = _read(at, at.own), [each.share for each in at.own]
     ids = [edit.instruction.token_ids for edit in at.edits]
     then = [_read(at, [run.under(each) for run in at.own]) for each in ids]
-    return [forecast(now, each, [0.0] * len(now), shares).change for each in then]
+    return [forecast(now, each, [0.0] * len(now), shares, saturates=False).change for each in then]
 
 
 def slope(
@@ -84,7 +84,9 @@ def slope(
     return rank
 
 
-def rescored(reasonings: str = "own", baseline: Baseline = "batch", optimism: float | None = None) -> Ranking:
+def rescored(
+    reasonings: str = "own", baseline: Baseline = "batch", optimism: float | None = None, *, saturates: bool = True
+) -> Ranking:
     """Re-weighted scoring over some of the reasonings."""
 
     def rank(at: Position) -> list[float]:
@@ -95,7 +97,7 @@ def rescored(reasonings: str = "own", baseline: Baseline = "batch", optimism: fl
         weight = at.settings.answer_weight
         ids = [edit.instruction.token_ids for edit in at.edits]
         then = [_read(at, [run.under(each) for run in runs]) for each in ids]
-        return [forecast(now, each, against, shares, answer_weight=weight).change for each in then]
+        return [forecast(now, each, against, shares, answer_weight=weight, saturates=saturates).change for each in then]
 
     return rank
 
@@ -103,6 +105,8 @@ def rescored(reasonings: str = "own", baseline: Baseline = "batch", optimism: fl
 RANKINGS: Mapping[str, Ranking] = {
     "re-weighted scoring": rescored(),
     "re-weighted scoring, optimism 1": rescored(optimism=1.0),
+    "re-weighted scoring, optimism 0.5": rescored(optimism=0.5),
+    "re-weighted scoring, optimism 0.5, answers in nats": rescored(optimism=0.5, saturates=False),
     "re-weighted scoring, also what was tried elsewhere": rescored("replayed"),
     "re-weighted scoring, K samples": rescored("sampled"),
     "re-weighted scoring, K samples, leave-one-out": rescored("sampled", "example", 1.0),

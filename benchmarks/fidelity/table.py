@@ -28,6 +28,12 @@ def share_of_best_gain(at: Measured, ranking: str) -> float:
     return max(0.0, -min(at.realised[index][0] for index in order[:_PICKS])) / -best
 
 
+def first_pick(at: Measured, ranking: str) -> float:
+    """By how much the mistake rate changed with the candidate that the ranking puts first; negative is good."""
+    first = min(range(len(at.realised)), key=lambda index: _number(at.predicted[ranking][index]))
+    return at.realised[first][0]
+
+
 def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
     """Mean of the numbers among `values` and its 95 % bootstrap interval over positions; nan for none.
 
@@ -48,15 +54,17 @@ def table(measured: Sequence[Measured]) -> str:
     tasks = list(dict.fromkeys(at.task for at in measured))
     names = sorted(measured[0].predicted, key=lambda name: -_or_low(interval(_all(measured, name, correlation))[0]))
     lines = [
-        f"| ranking | ρ, 95 % interval | {' | '.join(tasks)} | best gain among the first {_PICKS} |",
-        f"| --- | --- | {' | '.join('---' for _ in tasks)} | --- |",
+        f"| ranking | ρ, 95 % interval | {' | '.join(tasks)} | best gain among the first {_PICKS} "
+        "| mistakes after the first pick |",
+        f"| --- | --- | {' | '.join('---' for _ in tasks)} | --- | --- |",
     ]
     for name in names:
         by_task = [interval(_all([at for at in measured if at.task == task], name, correlation))[0] for task in tasks]
         lines.append(
             f"| {name} | {_shown(interval(_all(measured, name, correlation)))} | "
             f"{' | '.join(f'{value:.2f}' for value in by_task)} | "
-            f"{_shown(interval(_all(measured, name, share_of_best_gain)))} |"
+            f"{_shown(interval(_all(measured, name, share_of_best_gain)))} | "
+            f"{_signed(interval(_all(measured, name, first_pick)))} |"
         )
     return "\n".join(lines)
 
@@ -65,8 +73,8 @@ def table(measured: Sequence[Measured]) -> str:
 LINEARISES: Mapping[str, str] = {
     "paper (pathwise, current)": "reasoning fixed, exact",
     "pathwise, centroid": "reasoning fixed, exact",
-    "whole, current": "re-weighted scoring",
-    "whole, centroid": "re-weighted scoring",
+    "whole, current": "re-weighted scoring, optimism 0.5, answers in nats",
+    "whole, centroid": "re-weighted scoring, optimism 0.5, answers in nats",
 }
 
 
@@ -94,6 +102,10 @@ def _all(measured: Sequence[Measured], name: str, of: Callable[[Measured, str], 
 
 def _shown(found: tuple[float, float, float]) -> str:
     return f"{found[0]:.2f} ({found[1]:.2f} to {found[2]:.2f})"
+
+
+def _signed(found: tuple[float, float, float]) -> str:
+    return f"{found[0]:+.3f} ({found[1]:+.3f} to {found[2]:+.3f})"
 
 
 def _number(value: float) -> float:

@@ -7,7 +7,8 @@ Each stage is dearer and more faithful than the one before, and fewer candidates
     rescore           the same change, exact in the edit                      one forward pass for each candidate
     evaluate          reasonings of their own                                 generation
 
-The first three look at the next few positions, the last at the one of them that promises most. While forecasts do not come true, some steps leave gradient and forecast out and try edits by chance.
+The first three look at the next few positions, the last at the one of them that promises most. While forecasts do not
+come true, some steps leave gradient and forecast out and try edits by chance.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
 """What an instruction would be worth, from reasonings that were written under other instructions.
 
-Nothing is generated. The change of the expected loss J(p) = E_r [ℓ(r) + α D(r)] from the instruction p to another c
-is the whole gradient over reasoning with both of its first-order terms replaced by exact differences:
+Nothing is generated. The change of the expected loss J(p) = E_r [ℓ(r) + α D(r)] from the instruction p to another c is
+estimated by the terms of the whole gradient over reasoning, with exact differences in the place of first-order ones:
 
     Ĵ(c) - Ĵ(p) = 1/V Σ_m v_m [ (ℓ_m - b) (log f(r_m|x,c) - log f(r_m|x,p)) + α (D(r_m; c) - D(r_m; p)) ]
 
 over M reasonings r_m that are at hand, with ℓ_m the mistake that the metric saw (1 - score), D = 1 - e^(-L_CE) the
-chance that the answer after the reasoning is not the gold one (left out where there is none), α its weight beside
-mistakes, v_m the reasoning's share in its example, V = Σ v_m, and b what is assumed of reasonings that were not seen:
-`optimism` times the mean of the ℓ_m. The first term asks whether c makes the model *reason* as it did when it was
-right, the second how sure the answer is once it has. D and not L_CE itself: after a wrong reasoning the gold answer is
-nearly impossible, and an instruction that makes it a thousand times likelier, since the model trusts its reasoning
-less, saves no mistake. A token gradient is the same thing linearised in the embedding; here any edit can be asked
-about, exactly, for one forward pass over M sequences.
+doubt about the gold answer after the reasoning, between 0 and 1 (left out where there is no gold answer), α its weight
+beside mistakes, v_m the reasoning's share in its example, V = Σ v_m, and b what is assumed of reasonings that
+were not seen: `optimism` times the mean of the ℓ_m. The first term asks whether c makes the model *reason* as it did
+when it was right, the second how sure the answer is once it has. In the gradient L_CE stands in the place of D, which
+is flat where it matters; in exact differences D is right: after a wrong reasoning the gold answer is nearly impossible,
+and an instruction that makes it a thousand times likelier, since the model trusts its reasoning less, saves no mistake.
+Any edit can be asked about, for one forward pass over M sequences.
 
 The log-ratios are bounded softly, κ tanh(· / κ): a reasoning that has become e^κ times less likely is gone, however
 much further it goes. How much the reasonings say about c is the effective sample size (Σ w)² / Σ w² of the importance
@@ -72,7 +72,7 @@ class Likelihood:
 class Forecast:
     """How the expected loss of a candidate differs from that of the instruction now; negative is good."""
 
-    change: float  # Ĵ(c) - Ĵ(p), in mistakes per row; nan when no reasoning has finite numbers
+    change: float  # Ĵ(c) - Ĵ(p): mistakes, and nats if D does not saturate; nan when no reasoning has finite numbers
     effective_samples: float  # of the M reasonings
 
 
@@ -195,7 +195,7 @@ def _cross_entropy(found: Likelihood) -> float:
 
 
 def _doubt(found: Likelihood) -> float:
-    """D: the chance that an answer drawn after the reasoning is not the gold one; 0 without a gold answer."""
+    """D, as `select.evaluation` has it; 0 without a gold answer."""
     return 0.0 if found.answer is None else 1.0 - math.exp(-found.answer)
 
 

@@ -100,9 +100,13 @@ def hopeful(settings: Settings, seed: Evaluation, current: Evaluation) -> Settin
 
     While the model is as wrong as under the seed instruction, anything else is worth a try. Once it is right more
     often, what it would write instead is mostly what it wrote before, and counts as no better than what is at hand:
-    optimism is 1 where a tenth of the seed's mistakes is gone.
+    optimism is 1 where a tenth of the seed's mistakes, 1 - score, is gone, and where the seed made none.
+
+    >>> seed = Evaluation((), "Guess.", (), score=0.5, cross_entropy=0.0, fluency_nll=0.0, objective=(0.5, 0.0))
+    >>> [hopeful(Settings(), seed, replace(seed, score=score)).optimism for score in (0.5, 0.525, 0.6)]
+    [0.5, 0.75, 1.0]
     """
-    before, now = settings.best_score - seed.score, settings.best_score - current.score
+    before, now = 1.0 - seed.score, 1.0 - current.score
     hope = min(1.0, max(0.0, (now / before - _OUTDONE) / (1.0 - _OUTDONE))) if before > 0 else 0.0
     return replace(settings, optimism=1.0 - (1.0 - settings.optimism) * hope)
 
@@ -144,18 +148,17 @@ def _look_ahead(
     forecasts = settings.rescored and settings.ranking != "random" and reasonings
     count = settings.positions_ahead if forecasts else 1
     ahead = positions_ahead(state, settings, objective.layout.positions(state.current.token_ids), count)
-    under_current = [each.under(state.current.token_ids) for each in reasonings]
-    now = _likelihoods(objective, under_current, settings) if forecasts else []
+    now: list[Likelihood] | None = None
     looks: list[_Look] = []
     for at in ahead:
         edits = propose_edits(objective, at, settings, random_seed=random_seed, predictor=predictor)
         sloped = _slope(objective, reasonings, at, edits, settings)
         shortlist = _shortlist(sloped, settings, random)
-        needless = not forecasts or (len(shortlist) < 2 and len(ahead) == 1)
-        known = {each.edit.instruction.text: each for each in shortlist}
-        looks.append(
-            _Look(at, sloped, known if needless else _rescore(objective, reasonings, now, shortlist, settings))
-        )
+        found = {each.edit.instruction.text: each for each in shortlist}
+        if forecasts and len(shortlist) > (1 if len(ahead) == 1 else 0):
+            now = now or _likelihoods(objective, [each.under(state.current.token_ids) for each in reasonings], settings)
+            found = _rescore(objective, reasonings, now, shortlist, settings, saturates=_reasons(state.seed))
+        looks.append(_Look(at, sloped, found))
     return looks
 
 
@@ -206,13 +209,18 @@ def _term(reasonings: Sequence[Reasoning], settings: Settings) -> Term:
     """Where all reasonings turned out alike, or none was written, gold answers have to tell what would be better."""
     mistakes = [each.mistake for each in reasonings]
     alike = max(mistakes) - min(mistakes) <= _ALIKE
-    mute = not _written(reasonings)
-    return "whole" if settings.ranking == "score" and (alike or mute) else cast(Term, settings.ranking)
+    written = any(len(sequence.written) for each in reasonings for sequence in each.sequences)
+    return "whole" if settings.ranking == "score" and (alike or not written) else cast(Term, settings.ranking)
 
 
-def _written(reasonings: Sequence[Reasoning]) -> bool:
-    """Whether anything was reasoned."""
-    return any(len(sequence.written) for each in reasonings for sequence in each.sequences)
+def _reasons(seed: Evaluation) -> bool:
+    """Whether the program reasons before it answers, by its fields or by what the model writes before the first one.
+
+    It is asked of the seed, so that all forecasts of a search are in one unit, and of rows in which the answer's field
+    was found: where it was in none, the gold answer with its header has to lead there.
+    """
+    rows = [row for row in seed.rows if not row.unparsed]
+    return any(row.written for row in rows) or 2 * sum(bool(row.preamble.strip()) for row in rows) > len(rows)
 
 
 def _shortlist(verdicts: Verdicts, settings: Settings, random: Random) -> list[_Verdict]:
@@ -232,6 +240,8 @@ def _rescore(
     now: Sequence[Likelihood],
     shortlist: Sequence[_Verdict],
     settings: Settings,
+    *,
+    saturates: bool,
 ) -> Verdicts:
     """The second gate: the exact change of the expected loss over the reasonings at hand."""
     against = advantages(reasonings, settings.baseline, optimism=settings.optimism)
@@ -240,9 +250,7 @@ def _rescore(
     for each in shortlist:
         ids = each.edit.instruction.token_ids
         then = _likelihoods(objective, [reasoning.under(ids) for reasoning in reasonings], settings)
-        told = forecast(
-            now, then, against, shares, answer_weight=settings.answer_weight, saturates=_written(reasonings)
-        )
+        told = forecast(now, then, against, shares, answer_weight=settings.answer_weight, saturates=saturates)
         found[each.edit.instruction.text] = _Verdict(each.edit, each.slope, told)
     return found
 

@@ -108,6 +108,17 @@ def test_a_search_along_its_way_is_where_one_with_the_smaller_budget_ends(
     assert long["steps"] > short["steps"] >= 1
 
 
+@pytest.mark.parametrize(
+    ("along", "message"), [("30000", "give budgets below --generated-tokens 30000"), ("many", "2")]
+)
+def test_budgets_along_the_way_are_checked_before_anything_is_searched(
+    along: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main(["--data-dir", str(tmp_path), "--out", str(tmp_path / "out"), "--along", along])
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_table_along_the_way_pairs_searches_on_the_same_rows() -> None:
     def looked_at(variant: str, seed: int, early: float, late: float) -> dict[str, Any]:
         reached = {"1000": {"accuracy": early}, "30000": {"accuracy": late}}

@@ -39,6 +39,8 @@ _TRAIN, _VALIDATION, _TEST = 50, 50, 100
 def main(argv: Sequence[str]) -> int:
     """Run the cells that are missing and print the table."""
     arguments = _parser().parse_args(argv)
+    if too_large := [budget for budget in arguments.along if budget >= arguments.generated_tokens]:
+        sys.exit(f"--along {too_large[0]}: give budgets below --generated-tokens {arguments.generated_tokens}.")
     known = _variants()
     names = arguments.variants.split(",") if arguments.variants else [*VARIANTS, *(SWEEPS if arguments.sweeps else [])]
     if strangers := [name for name in names if name not in known]:
@@ -80,13 +82,21 @@ def _parser() -> argparse.ArgumentParser:
         "--reasonings", action="store_true", help="how far right reasoning explains the first variant's gain"
     )
     parser.add_argument(
-        "--along", default="", metavar="TOKENS,...", help="smaller budgets at which new searches are looked at, too"
+        "--along",
+        type=_numbers,
+        default=(),
+        metavar="TOKENS,...",
+        help="smaller budgets at which new searches are looked at, too",
     )
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--generated-tokens", type=int, default=30_000, help="of one search, the seed's rows included")
     parser.add_argument("--model", default="pocket")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     return parser
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if part)
 
 
 def _cell(task: str, seed: int, name: str, lm: Any, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -138,7 +148,7 @@ def _along(
         return sum(_correct(with_instruction(student, "predict", text), rows)) / len(rows)
 
     reached: dict[str, Any] = {}
-    for budget in (*map(int, arguments.along.split(",")), arguments.generated_tokens):
+    for budget in (*arguments.along, arguments.generated_tokens):
         settings = Settings.of(None, steps=_STEPS, max_generated_tokens=budget, **dict(variant.settings))
         text = along.instruction_at(found, settings, lambda text: accuracy(text, validation))
         reached[str(budget)] = {"instruction": text, "accuracy": accuracy(text, test)}

@@ -63,7 +63,7 @@ FROM: Mapping[str, Variant] = {
         variant, about=f"{variant.about}, from {text!r}", instruction=text
     )
     for start, text in STARTS.items()
-    for name, variant in VARIANTS.items()
+    for name, variant in {**VARIANTS, **SWEEPS}.items()
 }
 
 # Each of the default variant's above once more, with an instruction that moves only to what is better than the noise.

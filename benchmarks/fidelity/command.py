@@ -29,7 +29,7 @@ from .rankings import RANKINGS
 from .table import correlation, interval, linearisation_table, share_of_best_gain, table
 
 INSTRUCTIONS = ("Answer the question.", "Think your reasoning.", "Compute the place.")
-# What searches from the first of these came to: under these the model reasons, and mostly well.
+# What searches from the first one came to: under these the model reasons, and mostly well.
 MIDWAY: Mapping[str, Sequence[str]] = {
     "boolean_expressions": (
         "Use inner the reasoning.",
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     done = _read(arguments.out / "positions.jsonl")
     for plan in _plans(arguments):
-        if any((at.task, at.instruction, at.seed) == (plan.task, plan.instruction, plan.seed) for at in done):
+        if any(_key(at) == _key(plan) for at in done):
             continue
         rows = _rows(plan, arguments)
         found = list(measure(plan, rows, exact_match, list(RANKINGS)))
@@ -94,9 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data-dir", type=Path, required=True, help="holds bbh/TASK.json")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--instructions", nargs="+", default=list(INSTRUCTIONS), help="that candidates are to improve")
-    parser.add_argument(
-        "--midway", action="store_true", help="instead of these, instructions that searches from the first came to"
-    )
+    parser.add_argument("--midway", action="store_true", help="instead of these, instructions that searches came to")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--positions", type=int, default=3, help="of each instruction, at most")
     parser.add_argument("--candidates", type=int, default=10, help="at each position, at most")
@@ -111,13 +109,20 @@ def _plans(arguments: argparse.Namespace) -> list[Plan]:
     settings = Settings.of(
         "light", train_rows=arguments.rows, samples=arguments.samples, minimum_candidates=arguments.candidates
     )
-    begun_at = arguments.instructions[0] if arguments.midway else None
+    begun_at = INSTRUCTIONS[0] if arguments.midway else None
+    tasks = arguments.tasks.split(",")
+    if arguments.midway and (strangers := [task for task in tasks if task not in MIDWAY]):
+        sys.exit(f"There are no midway instructions for {', '.join(strangers)}; there are for {', '.join(MIDWAY)}.")
     return [
         Plan(task, instruction, int(seed), arguments.positions, arguments.candidates, settings, begun_at)
         for seed in arguments.seeds.split(",")
-        for task in arguments.tasks.split(",")
+        for task in tasks
         for instruction in (MIDWAY[task] if arguments.midway else arguments.instructions)
     ]
+
+
+def _key(at: Plan | Measured) -> tuple[str, str, int, str | None]:
+    return at.task, at.instruction, at.seed, at.begun_at
 
 
 def _rows(plan: Plan, arguments: argparse.Namespace) -> list[Any]:

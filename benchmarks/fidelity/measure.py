@@ -38,6 +38,7 @@ class Measured:
     candidates: tuple[str, ...]
     realised: tuple[tuple[float, float], ...]  # mistake rate, cross-entropy
     predicted: dict[str, tuple[float, ...]]
+    begun_at: str | None = None  # as in `Plan`
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def measure(plan: Plan, rows: Sequence[Any], metric: Any, rankings: Sequence[str
             tuple(edit.instruction.text for edit in edits[position]),
             tuple(realised_change(seed, each) for each in evaluations),
             {name: tuple(RANKINGS[name](at)) for name in rankings},
+            plan.begun_at,
         )
 
 

@@ -55,7 +55,7 @@ def without_reasoning(at: Position) -> list[float]:
 
 
 def fixed_reasoning(at: Position) -> list[float]:
-    """What equation 7 linearises, exactly: the change of the answer's cross-entropy after reasonings that stay."""
+    """What the pathwise term linearises, exactly: the change of the answer's cross-entropy, the reasoning fixed."""
     now, shares = _read(at, at.own), [each.share for each in at.own]
     ids = [edit.instruction.token_ids for edit in at.edits]
     then = [_read(at, [run.under(each) for run in at.own]) for each in ids]
@@ -106,6 +106,7 @@ RANKINGS: Mapping[str, Ranking] = {
     "re-weighted scoring": rescored(),
     "re-weighted scoring, optimism 1": rescored(optimism=1.0),
     "re-weighted scoring, optimism 0.5": rescored(optimism=0.5),
+    "re-weighted scoring, answers in nats": rescored(saturates=False),
     "re-weighted scoring, optimism 0.5, answers in nats": rescored(optimism=0.5, saturates=False),
     "re-weighted scoring, also what was tried elsewhere": rescored("replayed"),
     "re-weighted scoring, K samples": rescored("sampled"),
@@ -119,7 +120,8 @@ RANKINGS: Mapping[str, Ranking] = {
     "whole, current": slope("whole", "current"),
     "whole, current, K samples, leave-one-out": slope("whole", "current", "sampled", "example", 1.0),
     "pathwise, centroid": slope("pathwise", "centroid"),
-    "paper (pathwise, current)": paper,
+    "pathwise, current": slope("pathwise", "current"),
+    "paper (pathwise and fluency, current)": paper,
     "reasoning fixed, exact": fixed_reasoning,
     "gradient without reasoning": without_reasoning,
     "likelihood": by_likelihood,

@@ -71,10 +71,10 @@ def table(measured: Sequence[Measured]) -> str:
 
 # What each gradient is the first-order part of.
 LINEARISES: Mapping[str, str] = {
-    "paper (pathwise, current)": "reasoning fixed, exact",
+    "pathwise, current": "reasoning fixed, exact",
     "pathwise, centroid": "reasoning fixed, exact",
-    "whole, current": "re-weighted scoring, optimism 0.5, answers in nats",
-    "whole, centroid": "re-weighted scoring, optimism 0.5, answers in nats",
+    "whole, current": "re-weighted scoring, answers in nats",
+    "whole, centroid": "re-weighted scoring, answers in nats",
 }
 
 

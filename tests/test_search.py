@@ -12,7 +12,15 @@ from hypothesis import settings as quickly
 from hypothesis import strategies as st
 
 from dspy_greater.run.events import Evaluation
-from dspy_greater.search import SearchState, advance, begin, ends_sentence, restarted, step_random
+from dspy_greater.search import (
+    SearchState,
+    advance,
+    begin,
+    ends_sentence,
+    positions_ahead,
+    restarted,
+    step_random,
+)
 from dspy_greater.settings import Settings
 
 quick = quickly(max_examples=80, deadline=None, derandomize=True)
@@ -53,6 +61,42 @@ def test_the_search_begins_at_the_first_token_with_the_seed_as_the_best() -> Non
     assert (state.position, state.step, state.current, state.best) == (0, 0, seed, (seed,))
     assert not state.finished(SETTINGS)
     assert state.finished(Settings.of(None, steps=0))
+
+
+@pytest.mark.parametrize(
+    ("text", "position", "count", "expected"),
+    [
+        ("Add it up now.", 0, 3, [0, 1, 2]),
+        ("Add it up now.", 2, 3, [2, 3, 0]),  # into the next round
+        ("Add it up now", 3, 3, [3, 4, 0]),  # an open sentence could go on
+        ("Add it up now", 4, 3, [4, 0, 1]),
+        ("Add it.", 1, 9, [1, 0]),  # each once
+        ("Add.", 0, 3, [0]),
+    ],
+)
+def test_positions_ahead_are_those_that_steps_without_a_change_would_come_to(
+    text: str, position: int, count: int, expected: list[int]
+) -> None:
+    start = evaluated(text)
+    state = replace(begin(start, SETTINGS), position=position)
+    found = positions_ahead(state, SETTINGS, range(len(start.token_ids)), count)
+    assert [each.position for each in found] == expected
+    assert all(replace(each, position=position) == state for each in found)
+    for expect in expected[1:]:
+        state = advance(state, start, [], SETTINGS)
+        assert state.position == expect
+
+
+def test_where_nothing_can_be_edited_and_where_a_fixed_text_is_all_there_is_looking_ahead_ends() -> None:
+    state = begin(evaluated("Add it."), SETTINGS, editable=[])
+    assert [each.position for each in positions_ahead(state, SETTINGS, [], 3)] == [0]
+    fixed = begin(evaluated("Add it."), SETTINGS, editable=[], fixed="Add it.")
+    assert [each.position for each in positions_ahead(fixed, SETTINGS, [], 3)] == [2]
+
+
+def test_a_step_that_was_taken_further_on_is_gone_on_from_there() -> None:
+    seed = evaluated("Add it up now.")
+    assert advance(begin(seed, SETTINGS), seed, [], SETTINGS, position=2).position == 3
 
 
 def test_a_finished_sentence_starts_over_at_the_first_token() -> None:

@@ -37,9 +37,9 @@ from dspy_greater.objective import Objective
 from dspy_greater.program import predictors_of
 from dspy_greater.reasoning import Reasoning
 from dspy_greater.report.result import PredictorResult
-from dspy_greater.run.events import Candidate, Evaluation, SearchStarted, StepTaken
+from dspy_greater.run.events import Candidate, Evaluation, RowOutcome, SearchStarted, StepTaken
 from dspy_greater.run.serialise import from_json, to_json
-from dspy_greater.search import SearchState, begin, positions_ahead, step_random
+from dspy_greater.search import SearchState, begin, step_random
 from dspy_greater.select import realised_change
 from dspy_greater.settings import Settings
 from dspy_greater.whole_step import hopeful, take_whole_step
@@ -122,13 +122,14 @@ def test_a_model_that_proposes_other_words_is_made_to_obey_too(seed: int) -> Non
     assert (better.detailed_results.seed_score, better.score) == (0.0, 1.0)
 
 
-def test_at_equal_budget_it_beats_random_choices_among_the_same_edits() -> None:
-    budget = {"steps": 2, "selections": 1, "positions_ahead": 1}
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_at_equal_budget_it_beats_random_choices_among_the_same_edits(ahead: int) -> None:
+    budget = {"steps": 2, "selections": 1, "positions_ahead": ahead}
     guided = [compiled(planted_engine(seed=seed), seed=seed, **budget) for seed in range(3)]
     blind = [compiled(planted_engine(seed=seed), seed=seed, estimator="random", **budget) for seed in range(3)]
     for one, other in zip(guided, blind, strict=True):
         edits = [[each.text for each in run.detailed_results.steps[0].candidates] for run in (one, other)]
-        assert edits[0] == edits[1]
+        assert ahead > 1 or edits[0] == edits[1]
         assert [[len(tried(step)) for step in run.detailed_results.steps] for run in (one, other)] == [[1, 1]] * 2
     assert [each.score for each in guided] == [1.0] * 3
     assert sum(each.score for each in blind) < 2.0
@@ -202,13 +203,43 @@ def test_of_the_next_positions_it_takes_the_one_that_promises_most() -> None:
     assert step.chosen.instruction == alone[best].chosen.instruction
 
 
-def test_the_next_step_goes_on_behind_the_position_that_was_taken() -> None:
-    objective, state, settings = searching(positions_ahead=3, selections=1, steps=3)
-    found = list(minimise(objective, state.seed, settings, predictor="predict", random_seed=0))
-    for (after, step, _), (_, then, _) in itertools.pairwise(found):
-        ahead = positions_ahead(after, settings, objective.layout.positions(after.current.token_ids), 3)
-        assert then.position in [each.position for each in ahead]
-        assert after.position != step.position or len(after.current.token_ids) == 1
+def test_the_search_goes_on_behind_the_position_that_was_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole_step, "_promise", lambda look: -look.state.position)  # the last of the three
+    objective, state, settings = searching(positions_ahead=3, selections=1, steps=1)
+    assert len(objective.layout.positions(state.current.token_ids)) > 3
+    [(after, step, _)] = minimise(objective, state.seed, settings, predictor="predict", random_seed=0)
+    assert (state.position, step.position, after.position) == (0, 2, 3)
+
+
+def outcome(row: int, *, reasoning: str | None = None, preamble: str = "", unparsed: bool = False) -> RowOutcome:
+    written = {} if reasoning is None else {"reasoning": reasoning}
+    return RowOutcome(row, 0.0, {"question": "?"}, written, 1.0, preamble=preamble, unparsed=unparsed)
+
+
+@pytest.mark.parametrize(
+    ("rows", "saturates"),
+    [
+        ([outcome(0, reasoning=""), outcome(1)], True),  # a field for it, though nothing is in it
+        ([outcome(0), outcome(1)], False),
+        ([outcome(0, preamble="Hm. "), outcome(1, preamble="Well. "), outcome(2)], True),
+        ([outcome(0, preamble="Hm. "), outcome(1), outcome(2)], False),  # one that talks does not make it reason
+        ([outcome(0, reasoning="One.", unparsed=True)], False),  # the answer's field has to be found first
+    ],
+)
+def test_answers_count_as_doubt_where_the_seed_reasons_and_as_nats_where_it_does_not(
+    rows: list[RowOutcome], saturates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    original = whole_step.forecast
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        asked.append(options["saturates"])
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(whole_step, "forecast", noted)
+    objective, state, settings = searching(selections=1, positions_ahead=1)
+    step_of(objective, replace(state, seed=replace(state.seed, rows=tuple(rows))), settings)
+    assert set(asked) == {saturates}
 
 
 @pytest.mark.parametrize(("now", "optimism"), [(0.0, 0.5), (0.05, 0.75), (0.1, 1.0), (0.5, 1.0), (-0.5, 0.5)])
@@ -287,7 +318,7 @@ def test_chance_tries_as_many_as_were_asked_for() -> None:
     assert len(tried(step_of(objective, replace(state, predictions=predictions, step=step), settings))) == 3
 
 
-def test_both_kinds_of_steps_visit_every_position() -> None:
+def test_chance_and_forecasts_do_not_take_turns_in_a_fixed_order() -> None:
     by_chance = {step % 4 for step in range(40) if step_random(0, "predict", step).random() < 0.5}
     forecasting = {step % 4 for step in range(40) if step_random(0, "predict", step).random() >= 0.5}
     assert by_chance == forecasting == {0, 1, 2, 3}

@@ -4,16 +4,17 @@ One step on N training rows runs the program at most μ x N times: on every row 
 The current instruction's runs are kept, and so are those of every candidate that was tried before. A step that
 appends a token runs at most N more, for the likeliest one, which it improves on. Where the current instruction may
 stay, a candidate is given up, and its remaining rows are not run, as soon as its fluency and its mistakes put it behind
-that instruction and behind `finalists` others, however well it did on the rest: it could not have been chosen, and the
-outcome is the same as without. The default variant walks, may move there, and gives nothing up. The seed costs N runs.
+that instruction and behind `finalists` others, however well it did on the rest: it could not have been chosen, so the
+step's outcome is the same as without. The default variant walks, may move there, and gives nothing up. The seed costs N
+runs.
 
 Besides, a step makes one forward and backward pass over N rows, whatever the number of candidates, one forward
 pass over the rows of the candidates that were not given up, and one over at most `proposal_draws` x
 `proposal_rows` short contexts.
 
-That is `variant="paper"`. The default variant looks at `positions_ahead` positions. At each it makes up to two forward
-and backward passes over `replayed` sequences instead, for replacements and insertions, and up to `rescored` forward
-passes over them, and one more a step; appending costs no run.
+That is `variant="paper"`. The default variant looks at `positions_ahead` positions. At each it reads the short contexts,
+makes up to two forward and backward passes over `replayed` sequences, for replacements and insertions, and up to
+`rescored` forward passes over them, and one more a step; appending costs no run.
 Once its forecasts have proven themselves it tries fewer than μ candidates; while they do not come true,
 about one step in `explore_every` makes neither forecasts nor gradients.
 

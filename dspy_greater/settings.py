@@ -12,7 +12,7 @@ Besides, a step makes one forward and backward pass over N rows, whatever the nu
 pass over the rows of the candidates that were not given up, and one over at most `proposal_draws` x
 `proposal_rows` short contexts.
 
-That is `variant="paper"`. The default variant looks at `positions_ahead` positions. At each it reads the short contexts,
+That is `variant="paper"`. The default variant looks at `positions_ahead` positions. At each it reads short contexts,
 makes up to two forward and backward passes over `replayed` sequences, for replacements and insertions, and up to
 `rescored` forward passes over them, and one more a step; appending costs no run.
 Once its forecasts have proven themselves it tries fewer than μ candidates; while they do not come true,

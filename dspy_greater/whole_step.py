@@ -103,7 +103,7 @@ def hopeful(settings: Settings, seed: Evaluation, current: Evaluation) -> Settin
     optimism is 1 where a tenth of the seed's mistakes, 1 - score, is gone, and where the seed made none.
 
     >>> seed = Evaluation((), "Guess.", (), score=0.5, cross_entropy=0.0, fluency_nll=0.0, objective=(0.5, 0.0))
-    >>> [hopeful(Settings(), seed, replace(seed, score=score)).optimism for score in (0.5, 0.525, 0.6)]
+    >>> [round(hopeful(Settings(), seed, replace(seed, score=now)).optimism, 2) for now in (0.5, 0.525, 0.6)]
     [0.5, 0.75, 1.0]
     """
     before, now = 1.0 - seed.score, 1.0 - current.score

@@ -14,13 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import continuous
 from .chat import end_of_turn_ids
 from .counters import Counters
 from .decode import decode
 from .draft import Drafts
 from .errors import ContextLengthError, GreaterError, LayoutError, SettingsError, WeightsError
-from .output_layer import verified
 from .prefix import PrefixStore, frozen, is_out_of_memory
 from .sampling import Generation, GenerationRequest, Row, row_seed
 from .scoped import Scoped
@@ -78,7 +76,6 @@ class Engine:
         self.written = WrittenStates(self._lock)
         self._drafting = Scoped[Drafts]()
         self.stop_token_ids = _stop_ids(model, tokenizer)
-        verified(model)  # once, before anyone hooks into a pass
         # How to load the same weights in another process; None for weights that were handed in.
         self.origin: dict[str, str | None] | None = None
 
@@ -327,11 +324,7 @@ class Engine:
     def _decoded(self, batch: Sequence[Row], pad: int) -> bool:
         """Decode the batch; False when memory ran out and the batch limit has been halved for another try."""
         try:
-            paged = continuous.suits(self.model, batch)
-            if not (paged and continuous.generate_rows(self.model, batch, tally=self.tally)):
-                decode(
-                    self.model, batch, pad_token_id=pad, tally=self.tally, prefixes=self.prefixes, written=self.written
-                )
+            decode(self.model, batch, pad_token_id=pad, tally=self.tally, prefixes=self.prefixes, written=self.written)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not is_out_of_memory(error):
                 raise

@@ -44,7 +44,6 @@ TOKEN_CORE = (
     "written",
     "prefill",
     "decode",
-    "continuous",
     "weights",
     "propose",
     "loss",

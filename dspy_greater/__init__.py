@@ -15,18 +15,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .errors import GreaterError
-    from .gradsum import GradSumTeleprompter
-    from .lm import local_lm
-    from .settings import Settings
-    from .teleprompter import GReaTerTeleprompter
+    from dspy_greater.errors import GreaterError
+    from dspy_greater.gradsum import GradSumTeleprompter
+    from dspy_greater.lm.local import local_lm
+    from dspy_greater.optimizer import GReaTerTeleprompter
+    from dspy_greater.settings import Settings
 
 __version__ = "0.1.0"
 
 __all__ = ["GReaTerTeleprompter", "GradSumTeleprompter", "GreaterError", "Settings", "__version__", "local_lm"]
 
 _HOME = {
-    "GReaTerTeleprompter": "teleprompter",
+    "GReaTerTeleprompter": "optimizer",
     "GradSumTeleprompter": "gradsum",
     "GreaterError": "errors",
     "Settings": "settings",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import MetricError
+from dspy_greater.errors import MetricError
 
 Metric = Callable[..., Any]
 

@@ -33,7 +33,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from .errors import SettingsError
+from dspy_greater.errors import SettingsError
 
 Variant = Literal["whole", "paper"]
 Estimator = Literal["score", "whole", "pathwise", "answer", "random"]

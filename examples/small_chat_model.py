@@ -19,7 +19,7 @@ from typing import Any
 import dspy
 
 from dspy_greater import GReaTerTeleprompter, local_lm
-from dspy_greater.program import with_instruction
+from dspy_greater.program.predictors import with_instruction
 
 SEED = "Answer the question."
 BY_HAND = "Classify the sentiment of the movie review as positive or negative."

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from dspy_greater import GReaTerTeleprompter, local_lm
-from dspy_greater.engine import Engine, Generation
+from dspy_greater.model.engine import Engine, Generation
 
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 TEMPLATE = (

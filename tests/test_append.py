@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_layout import ADAPTERS, ROW_MERGES, slow_ids
 
-from dspy_greater.engine import Engine
 from dspy_greater.errors import LayoutError
-from dspy_greater.layout import Layout
-from dspy_greater.program import predictors_of
-from dspy_greater.writeback import round_trip, write_back
+from dspy_greater.model.engine import Engine
+from dspy_greater.program.predictors import predictors_of
+from dspy_greater.program.roundtrip import round_trip, write_back
+from dspy_greater.prompt.layout import Layout
 
 ROW = {"question": "How warm is it?\nIn Paris.", "trajectory": "[[ ## thought_0 ## ]]\nI look it up."}
 FAMILIES = sorted(set(itertools.product(KINDS, TEMPLATES)) - ROW_MERGES)

@@ -26,9 +26,9 @@ from benchmarks.speed.shapes import SHAPES, build
 from benchmarks.speed.step import PHASES, Clock, RowLosses, Step
 from benchmarks.speed.timing import ARMS, Run, run_all, run_once
 from benchmarks.speed.work import INSTRUCTION, Work, pocket_work, random_work
-from dspy_greater.counters import Counters
-from dspy_greater.engine import Engine
 from dspy_greater.errors import LossError, SettingsError
+from dspy_greater.model.counters import Counters
+from dspy_greater.model.engine import Engine
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

@@ -32,59 +32,27 @@ IMPORT_NAME = {"dspy-ai": "dspy"}  # where the distribution is called otherwise
 DSPY_FAMILY = {"dspy", "litellm"}
 TORCH_FAMILY = {"torch", "transformers", "tokenizers", "safetensors", "accelerate"}
 
-# Runs on machines that have these packages and no others.
-TOKEN_CORE = (
-    "engine",
-    "scoped",
-    "prefix",
-    "output_layer",
-    "sampling",
-    "draft",
-    "states",
-    "written",
-    "prefill",
-    "decode",
-    "weights",
-    "propose",
-    "loss",
-    "scoring",
-    "gradient",
-    "shared_segment",
-    "whole_gradient",
-    "rescore",
+# From the ground up: a folder imports itself and those before it. What stands in no folder is on the ground.
+FLOORS = (
     "pocket",
-)
-TOKEN_CORE_MAY_IMPORT = {"torch", "transformers", "tokenizers", "safetensors", "numpy"}
-
-# Knows DSPy, and brings torch in only when it is used.
-DSPY_SIDE = (
+    "prompt",
+    "model",
     "lm",
-    "lm_request",
     "program",
-    "layout",
-    "frames",
-    "assistant",
-    "identity",
-    "rows",
-    "rollout",
-    "validation",
-    "writeback",
+    "objective",
+    "estimators",
+    "run",
+    "report",
+    "search",
     "gradsum",
 )
+ROOF = {f"{PACKAGE}.optimizer"}  # imports any folder; no folder imports it
 
-# Where the two sides meet: these hold stages of both together, and import neither framework themselves.
-MEETING_POINT = (
-    "problem",
-    "objective",
-    "examples",
-    "edits",
-    "whole_step",
-    "algorithm",
-    "warm_start",
-    "predictor_search",
-    "teleprompter",
-)
-MEETING_POINT_MAY_IMPORT = {"teleprompter": {"dspy"}}  # its base class
+TOKEN_CORE = ("model", "estimators", "pocket")  # runs on machines that have these packages and no others
+TOKEN_CORE_MAY_IMPORT = {"torch", "transformers", "tokenizers", "safetensors", "numpy"}
+NO_TORCH_UNTIL_USED = ("program", "prompt", "lm", "gradsum")
+NEITHER = ("run", "report")
+NEITHER_MODULES = {f"{PACKAGE}.{name}" for name in ("errors", "settings", "metric", "stats", "search.state")}
 
 
 @dataclass(frozen=True)
@@ -113,17 +81,18 @@ def module_paths() -> dict[str, Path]:
 MODULES = module_paths()
 
 
-def side(name: str) -> str:
-    """'core', 'dspy', 'meeting', 'root' or 'neither'."""
-    if name == PACKAGE:
-        return "root"
-    part = name.split(".")[1]
-    sides = {"core": TOKEN_CORE, "dspy": DSPY_SIDE, "meeting": MEETING_POINT}
-    return next((name for name, members in sides.items() if part in members), "neither")
+def folder(name: str) -> str:
+    """The folder that a module stands in; "" where it stands in none."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and (ROOT / PACKAGE / parts[1]).is_dir() else ""
 
 
-def of_side(*sides: str) -> list[str]:
-    return [name for name in MODULES if side(name) in sides]
+def of_folders(*folders: str) -> list[str]:
+    return [name for name in MODULES if folder(name) in folders]
+
+
+def of_neither() -> list[str]:
+    return [*of_folders(*NEITHER), *sorted(NEITHER_MODULES & set(MODULES))]
 
 
 def is_type_checking(test: ast.expr) -> bool:
@@ -223,8 +192,8 @@ def test_there_is_a_package_to_check() -> None:
     assert (ROOT / PACKAGE / "__init__.py").is_file(), f"no package at {ROOT / PACKAGE}"
     assert Path(dspy_greater.__file__).resolve() == ROOT / PACKAGE / "__init__.py"
     assert f"{PACKAGE}.errors" in MODULES
-    assert of_side("core"), f"none of {TOKEN_CORE} is among {sorted(MODULES)}"
-    assert of_side("dspy"), f"none of {DSPY_SIDE} is among {sorted(MODULES)}"
+    folders = {path.name for path in (ROOT / PACKAGE).iterdir() if (path / "__init__.py").is_file()}
+    assert folders == set(FLOORS), "a folder without a floor, or a floor without a folder"
 
 
 @pytest.mark.parametrize(
@@ -259,30 +228,45 @@ def test_relative_imports_of_a_subpackage_resolve_against_it() -> None:
 # --- what the source says ---
 
 
-@pytest.mark.parametrize("module", of_side("core"))
+@pytest.mark.parametrize("module", of_folders(*TOKEN_CORE))
 def test_the_token_level_core_imports_only_what_a_bare_machine_has(module: str) -> None:
     extra = {top: how for top, how in reached(module, {"load", "call"}).items() if top not in TOKEN_CORE_MAY_IMPORT}
     assert not extra, "\n".join(extra.values())
 
 
-@pytest.mark.parametrize("module", of_side("dspy"))
+@pytest.mark.parametrize("module", of_folders(*NO_TORCH_UNTIL_USED))
 def test_the_dspy_side_loads_without_torch(module: str) -> None:
     heavy = {top: how for top, how in reached(module, {"load"}).items() if top in TORCH_FAMILY}
     assert not heavy, "\n".join(heavy.values())
 
 
-@pytest.mark.parametrize("module", of_side("meeting"))
-def test_where_the_sides_meet_no_framework_is_used_directly(module: str) -> None:
-    path = MODULES[module]
-    direct = {entry.top for entry in imports_in(path.read_text(encoding="utf-8"), module, is_package=False)}
-    allowed = MEETING_POINT_MAY_IMPORT.get(path.stem, set())
-    assert not direct & (DSPY_FAMILY | TORCH_FAMILY) - allowed
-
-
-@pytest.mark.parametrize("module", of_side("neither"))
-def test_the_rest_knows_neither_dspy_nor_torch(module: str) -> None:
+@pytest.mark.parametrize("module", of_neither())
+def test_what_is_on_both_sides_knows_neither_dspy_nor_torch(module: str) -> None:
     found = {top: how for top, how in reached(module, {"load", "call"}).items() if top in DSPY_FAMILY | TORCH_FAMILY}
     assert not found, "\n".join(found.values())
+
+
+@pytest.mark.parametrize("module", list(MODULES))
+def test_imports_run_downwards(module: str) -> None:
+    here = folder(module)
+    allowed = {"", here, *(FLOORS[: FLOORS.index(here)] if here else FLOORS if module in ROOF else ())}
+    upwards = [
+        f"{module}, line {entry.line}: {entry.target}"
+        for entry in imports_of(module)
+        if entry.top == PACKAGE and module != PACKAGE
+        if folder(entry.target) not in allowed or (entry.target in ROOF and module not in ROOF)
+    ]
+    assert not upwards, "\n".join(upwards)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    def parts(module: str) -> set[str]:
+        return {entry.target for entry in imports_of(module) if entry.target in MODULES and entry.when == "load"}
+
+    waiting = {module: parts(module) - {module, PACKAGE} for module in MODULES if module != PACKAGE}
+    while free := [module for module, needs in waiting.items() if not needs & waiting.keys()]:
+        waiting = {module: needs for module, needs in waiting.items() if module not in free}
+    assert not waiting, "\n".join(f"{module} -> {sorted(needs & waiting.keys())}" for module, needs in waiting.items())
 
 
 @pytest.mark.parametrize("module", list(MODULES))
@@ -319,11 +303,16 @@ def test_importing_the_package_brings_in_neither_torch_nor_dspy() -> None:
 
 
 def test_the_dspy_side_brings_in_no_torch() -> None:
-    assert loaded_after("import " + ", ".join(of_side("dspy", "neither")), {"torch", "transformers"}) == []
+    assert (
+        loaded_after(
+            "import " + ", ".join([*of_folders(*NO_TORCH_UNTIL_USED), *of_neither()]), {"torch", "transformers"}
+        )
+        == []
+    )
 
 
 def test_the_token_level_core_works_where_dspy_is_not_installed() -> None:
-    core = of_side("core")
+    core = of_folders(*TOKEN_CORE)
     code = f"""
 import sys
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from tiny_models import NO_SYSTEM_TEMPLATE, SILENT_DROP_TEMPLATE, tiny_model, tiny_tokenizer
 
-from dspy_greater.chat import end_of_turn_ids, render_chat
-from dspy_greater.detokenize import TextWriter
 from dspy_greater.errors import LayoutError, WeightsError
-from dspy_greater.lm import local_lm
+from dspy_greater.lm.local import local_lm
+from dspy_greater.lm.streaming import TextWriter
+from dspy_greater.prompt.chat_template import end_of_turn_ids, render_chat
 
 
 @pytest.mark.parametrize("template", [NO_SYSTEM_TEMPLATE, SILENT_DROP_TEMPLATE])

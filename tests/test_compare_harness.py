@@ -28,8 +28,8 @@ from benchmarks.harness.phrasebook import PhrasebookEngine, topics_of
 from benchmarks.optimizers import OPTIMIZERS, Context, make
 from benchmarks.optimizers import optimizer as registry
 from dspy_greater import local_lm
-from dspy_greater.counters import Counters
 from dspy_greater.errors import DataError, ProgramError, RunDirectoryError, SettingsError
+from dspy_greater.model.counters import Counters
 from dspy_greater.pocket import grammar
 from dspy_greater.pocket.tasks import TASKS, generate
 

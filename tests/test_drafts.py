@@ -14,10 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspy_greater.decode import decode
-from dspy_greater.draft import MOST_CHANGED, Drafts, changed
-from dspy_greater.engine import Counters, Engine, Generation, GenerationRequest
-from dspy_greater.sampling import Row
+from dspy_greater.model.engine import Counters, Engine, Generation, GenerationRequest
+from dspy_greater.model.fast.speculative import MOST_CHANGED, Drafts, changed
+from dspy_greater.model.generate import decode
+from dspy_greater.model.sampling import Row
 from tests.test_scoring import Full
 from tests.tiny_models import tiny_model, tiny_tokenizer
 

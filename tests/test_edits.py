@@ -10,13 +10,13 @@ import dspy
 import pytest
 from scripted_engine import SEED, exact_match, planted_engine, planted_rows, program_on, word_id
 
-from dspy_greater.edits import Edit, propose_edits
 from dspy_greater.metric import RowMetric
-from dspy_greater.objective import Objective
-from dspy_greater.program import predictors_of
+from dspy_greater.objective.evaluator import Objective
+from dspy_greater.program.predictors import predictors_of
 from dspy_greater.run.events import Evaluation
-from dspy_greater.search import SearchState, begin
-from dspy_greater.select import given_up
+from dspy_greater.search.edits import Edit, propose_edits
+from dspy_greater.search.select import given_up
+from dspy_greater.search.state import SearchState, begin
 from dspy_greater.settings import Settings
 
 ROWS = planted_rows(4)

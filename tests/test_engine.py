@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
-from dspy_greater import sampling as decode_module
-from dspy_greater.engine import Counters, Engine, EngineMemoryError, GenerationRequest
 from dspy_greater.errors import ContextLengthError, LayoutError, WeightsError
-from dspy_greater.states import InPlaceLayer
-from dspy_greater.weights import shared_engine
+from dspy_greater.model import sampling as decode_module
+from dspy_greater.model.engine import Counters, Engine, EngineMemoryError, GenerationRequest
+from dspy_greater.model.kv_cache import InPlaceLayer
+from dspy_greater.model.registry import shared_engine
 
 KINDS = ["llama", "qwen2", "gemma2"]
 

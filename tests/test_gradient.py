@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dspy_greater.engine import Engine
 from dspy_greater.errors import LayoutError, SettingsError
-from dspy_greater.gradient import (
+from dspy_greater.estimators.paper_gradient import (
     TokenGradient,
     embedding_gradient,
     gradient_over_reasoning,
     token_gradient,
 )
-from dspy_greater.loss import Losses, teacher_forced_losses
+from dspy_greater.model.engine import Engine
+from dspy_greater.model.teacher_forcing import Losses, teacher_forced_losses
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 KINDS = ["llama", "qwen2", "gemma2"]

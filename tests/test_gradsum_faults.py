@@ -26,7 +26,7 @@ from scripted_text import Asked, text_lm
 
 from dspy_greater.errors import JudgeError, ProgramError, RunDirectoryError, SettingsError
 from dspy_greater.gradsum.meter import BudgetSpent, Meter
-from dspy_greater.identity import described_lm
+from dspy_greater.program.fingerprint import described_lm
 from dspy_greater.run.events import IterationTaken
 
 HELD_OUT = (1, 4, 7, 9, 12, 14)

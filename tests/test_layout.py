@@ -18,10 +18,10 @@ from chat_families import DROPS_INSTRUCTION, KINDS, REPEATS_SYSTEM, TEMPLATES, f
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from dspy_greater.assistant import AssistantTexts, assistant_text
-from dspy_greater.chat import render_chat
 from dspy_greater.errors import DataError, LayoutError
-from dspy_greater.layout import Layout, Span, covering
+from dspy_greater.prompt.chat_template import render_chat
+from dspy_greater.prompt.layout import Layout, Span, covering
+from dspy_greater.prompt.target import AssistantTexts, assistant_text
 
 GOLDEN = Path(__file__).parent / "golden"
 ADAPTERS = {"chat": dspy.ChatAdapter(), "json": dspy.JSONAdapter(), "xml": dspy.XMLAdapter()}

@@ -18,11 +18,11 @@ import pytest
 from dspy import lm15
 from tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
-from dspy_greater.batcher import Batcher
-from dspy_greater.chat import render_chat
-from dspy_greater.engine import Engine
 from dspy_greater.errors import GreaterError, WeightsError
-from dspy_greater.lm import LocalEngine, local_lm
+from dspy_greater.lm.batcher import Batcher
+from dspy_greater.lm.local import LocalEngine, local_lm
+from dspy_greater.model.engine import Engine
+from dspy_greater.prompt.chat_template import render_chat
 
 ROOT = Path(__file__).parent.parent
 

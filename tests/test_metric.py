@@ -16,7 +16,7 @@ from scripted_engine import ScriptedEngine, chat_answer, obedient_script, plante
 from dspy_greater import local_lm
 from dspy_greater.errors import GreaterError, MetricError
 from dspy_greater.metric import RowMetric, Score, refuse_useless_metric
-from dspy_greater.rollout import roll_out
+from dspy_greater.program.rollout import roll_out
 
 
 def score_of(value: Any) -> Score:

@@ -27,16 +27,16 @@ from scripted_text import text_lm
 
 from dspy_greater import local_lm
 from dspy_greater.errors import ProgramError
-from dspy_greater.examples import headers, openings, partition, split_completion
-from dspy_greater.layout import Layout
-from dspy_greater.loss import teacher_forced_losses
 from dspy_greater.metric import RowMetric
-from dspy_greater.objective import Instruction, Objective
-from dspy_greater.program import predictors_of
-from dspy_greater.rollout import Rollout, plain
+from dspy_greater.model.teacher_forcing import teacher_forced_losses
+from dspy_greater.objective.evaluator import Instruction, Objective
+from dspy_greater.objective.sequences import headers, openings, partition, split_completion
+from dspy_greater.program.predictors import predictors_of
+from dspy_greater.program.rollout import Rollout, plain
+from dspy_greater.prompt.layout import Layout
 from dspy_greater.run.events import Evaluation
-from dspy_greater.search import advance, begin
-from dspy_greater.select import evaluation, select
+from dspy_greater.search.select import evaluation, select
+from dspy_greater.search.state import advance, begin
 from dspy_greater.settings import Settings
 
 ROWS = planted_rows(4)
@@ -576,7 +576,7 @@ def test_giving_up_decides_as_the_twin_that_runs_every_row(salt: int) -> None:
         ]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dspy_greater.objective.run_pairs", run)
+        patch.setattr("dspy_greater.objective.evaluator.run_pairs", run)
         decided, runs = searched(table, steps, giving_up=True)
         twin, more_runs = searched(table, steps, giving_up=False)
     assert decided == twin

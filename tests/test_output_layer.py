@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from dspy_greater.output_layer import computed_only_at
+from dspy_greater.model.output_layer import computed_only_at
 from tests.tiny_models import tiny_model
 
 KINDS = ["llama", "qwen2", "gemma2"]

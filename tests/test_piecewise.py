@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from dspy_greater import piecewise
-from dspy_greater.chat import render_chat
-from dspy_greater.piecewise import EncodedText, PiecewiseTokenizer, cuts
+from dspy_greater.prompt import piecewise
+from dspy_greater.prompt.chat_template import render_chat
+from dspy_greater.prompt.piecewise import EncodedText, PiecewiseTokenizer, cuts
 
 thorough = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=tuple(HealthCheck))
 WORDS = st.sampled_from(

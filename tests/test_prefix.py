@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dspy_greater.engine import Counters, Engine
-from dspy_greater.gradient import embedding_gradient
-from dspy_greater.loss import teacher_forced_losses
-from dspy_greater.prefix import LEAST_SHARED, PrefixStore, shared_length
+from dspy_greater.estimators.paper_gradient import embedding_gradient
+from dspy_greater.model.engine import Counters, Engine
+from dspy_greater.model.fast.prefix_cache import LEAST_SHARED, PrefixStore, shared_length
+from dspy_greater.model.teacher_forcing import teacher_forced_losses
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 KINDS = ["llama", "qwen2", "gemma2"]

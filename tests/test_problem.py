@@ -35,8 +35,8 @@ from dspy_greater.errors import (
     UnusedPredictorError,
     WeightsError,
 )
-from dspy_greater.problem import Problem, pose
-from dspy_greater.rows import split
+from dspy_greater.program.dataset import split
+from dspy_greater.search.problem import Problem, pose
 from dspy_greater.settings import Settings
 
 ROWS = planted_rows(8)

@@ -11,7 +11,8 @@ import pytest
 from dspy.utils.dummies import DummyLM
 
 from dspy_greater.errors import DataError, ProgramError
-from dspy_greater.program import (
+from dspy_greater.program.dataset import refuse_unfit_gold, supervised_field
+from dspy_greater.program.predictors import (
     carrying,
     check_examples,
     copy_program,
@@ -22,7 +23,6 @@ from dspy_greater.program import (
     trace_calls,
     with_instruction,
 )
-from dspy_greater.rows import refuse_unfit_gold, supervised_field
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:dspy")
 

@@ -43,10 +43,10 @@ from scripted_engine import (
 )
 
 from dspy_greater import local_lm
-from dspy_greater.chat import render_chat
-from dspy_greater.engine import Engine
 from dspy_greater.errors import RunDirectoryError
-from dspy_greater.layout import Layout
+from dspy_greater.model.engine import Engine
+from dspy_greater.prompt.chat_template import render_chat
+from dspy_greater.prompt.layout import Layout
 from dspy_greater.run import lines
 from dspy_greater.run.events import SearchStarted, StepTaken, Validated
 from dspy_greater.run.serialise import to_json
@@ -585,7 +585,7 @@ def test_a_first_interrupt_in_the_validation_returns_the_seed_and_a_second_one_r
     def interrupted(*args: Any, **settings: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dspy_greater.predictor_search.validation_scores", interrupted)
+    monkeypatch.setattr("dspy_greater.search.predictor_search.validation_scores", interrupted)
     program = compiled(steps=2)
     assert program.detailed_results.interrupted
     assert instruction_of(program) == SEED

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from dspy_greater.engine import Engine
 from dspy_greater.errors import LayoutError, SettingsError
-from dspy_greater.propose import Proposal, intersection, propose
+from dspy_greater.model.engine import Engine
+from dspy_greater.search.proposals import Proposal, intersection, propose
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 VOCABULARY = 512

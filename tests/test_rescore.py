@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from dspy_greater.engine import Engine
 from dspy_greater.errors import LayoutError, SettingsError
-from dspy_greater.reasoning import ReasonedSequence, advantages
-from dspy_greater.rescore import Forecast, Likelihood, forecast, likelihoods
-from dspy_greater.spans import Span
-from dspy_greater.whole_gradient import whole_gradient
+from dspy_greater.estimators.off_policy import Forecast, Likelihood, forecast, likelihoods
+from dspy_greater.estimators.score_gradient import whole_gradient
+from dspy_greater.model.engine import Engine
+from dspy_greater.objective.replay import ReasonedSequence, advantages
+from dspy_greater.prompt.spans import Span
 from tests.test_gradient import InDouble
 from tests.test_whole_gradient import KINDS, POSITION, engine_for, reasonings
 from tests.tiny_models import tiny_model

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dspy_greater.scoped import Scoped
+from dspy_greater.model.fast.scoped import Scoped
 
 
 class Thing:

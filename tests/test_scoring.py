@@ -12,13 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspy_greater.engine import Counters, Engine, EngineMemoryError, GenerationRequest
-from dspy_greater.loss import teacher_forced_losses
-from dspy_greater.prefill import LEAST_SAVED, Part, parts_of
-from dspy_greater.prefix import shared_length
-from dspy_greater.scoring import _alike, score
-from dspy_greater.states import InPlaceLayer, storage
-from dspy_greater.written import Places, WrittenRows, WrittenStates, slot_mask
+from dspy_greater.model.engine import Counters, Engine, EngineMemoryError, GenerationRequest
+from dspy_greater.model.fast.generated_kv import Places, WrittenRows, WrittenStates, slot_mask
+from dspy_greater.model.fast.prefix_cache import shared_length
+from dspy_greater.model.fast.scoring import _alike, score
+from dspy_greater.model.kv_cache import InPlaceLayer, storage
+from dspy_greater.model.prefill import LEAST_SAVED, Part, parts_of
+from dspy_greater.model.teacher_forcing import teacher_forced_losses
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 KINDS = ["llama", "qwen2", "gemma2"]
@@ -248,7 +248,7 @@ def test_the_oldest_states_give_way_where_there_are_too_many(monkeypatch: pytest
     with engine.kept_rows():
         first = write(engine, asked, [3] * 4)
         limit = engine.written.bytes + 1
-        monkeypatch.setattr("dspy_greater.written.MOST_BYTES", limit)
+        monkeypatch.setattr("dspy_greater.model.fast.generated_kv.MOST_BYTES", limit)
         second = write(engine, prompts(rows=2, seed=3), [3] * 4)
         assert 0 < engine.written.bytes <= limit
         _, old = spent(engine, first)
@@ -317,7 +317,7 @@ def test_the_row_that_is_found_begins_most_like_the_sequence(kept: list[tuple[in
 
 
 def rows_of(tokens: tuple[int, ...]) -> Any:
-    from dspy_greater.written import WrittenRows
+    from dspy_greater.model.fast.generated_kv import WrittenRows
 
     nothing = torch.zeros(1, 1, len(tokens), 1)
     return WrittenRows((tokens,), (Places(0, len(tokens), 0),), ((nothing, nothing),))

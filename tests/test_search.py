@@ -12,7 +12,7 @@ from hypothesis import settings as quickly
 from hypothesis import strategies as st
 
 from dspy_greater.run.events import Evaluation
-from dspy_greater.search import (
+from dspy_greater.search.state import (
     SearchState,
     advance,
     begin,

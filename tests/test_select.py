@@ -11,7 +11,7 @@ from hypothesis import settings as quickly
 from hypothesis import strategies as st
 
 from dspy_greater.run.events import Evaluation, RowOutcome
-from dspy_greater.select import evaluation, given_up, has_no_chance, outdoes, realised_change, select
+from dspy_greater.search.select import evaluation, given_up, has_no_chance, outdoes, realised_change, select
 
 NAN, INF = math.nan, math.inf
 quick = quickly(max_examples=60, deadline=None, derandomize=True)

@@ -22,14 +22,14 @@ from scripted_engine import (
     value_in,
 )
 
-from dspy_greater.algorithm import minimise, take_step
-from dspy_greater.gradient import gradient_over_reasoning
+from dspy_greater.estimators.paper_gradient import gradient_over_reasoning
 from dspy_greater.metric import RowMetric
-from dspy_greater.objective import Objective
-from dspy_greater.program import predictors_of
-from dspy_greater.propose import propose
+from dspy_greater.objective.evaluator import Objective
+from dspy_greater.program.predictors import predictors_of
 from dspy_greater.run.events import SearchStarted, StepTaken
-from dspy_greater.search import begin
+from dspy_greater.search.loop import minimise, take_step
+from dspy_greater.search.proposals import propose
+from dspy_greater.search.state import begin
 from dspy_greater.settings import Settings
 
 ROWS = planted_rows(24)
@@ -243,8 +243,8 @@ def test_a_run_that_was_killed_gives_up_the_same_candidates_when_it_goes_on(earl
 
 def test_drafts_and_kept_states_save_passes_and_change_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = compiled(planted_engine()).detailed_results
-    monkeypatch.setattr("dspy_greater.draft.Drafts.guess", lambda self, prompt: ())
-    monkeypatch.setattr("dspy_greater.written.WrittenStates.keep", lambda self, rows: None)
+    monkeypatch.setattr("dspy_greater.model.fast.speculative.Drafts.guess", lambda self, prompt: ())
+    monkeypatch.setattr("dspy_greater.model.fast.generated_kv.WrittenStates.keep", lambda self, rows: None)
     slow = compiled(planted_engine()).detailed_results
     assert [step.chosen.instruction for step in fast.steps] == [step.chosen.instruction for step in slow.steps]
     for one, other in zip(fast.steps, slow.steps, strict=True):

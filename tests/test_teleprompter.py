@@ -31,11 +31,11 @@ from scripted_engine import (
 )
 
 from dspy_greater import GReaTerTeleprompter, local_lm
-from dspy_greater.layout import Layout
 from dspy_greater.metric import RowMetric
-from dspy_greater.objective import Objective
+from dspy_greater.objective.evaluator import Objective
 from dspy_greater.pocket.tasks import generate, work_out
-from dspy_greater.rollout import roll_out
+from dspy_greater.program.rollout import roll_out
+from dspy_greater.prompt.layout import Layout
 from dspy_greater.run.events import SearchStarted, StepTaken, Validated, Warned
 
 TRAIN, VALIDATION = planted_rows(24)[:4], planted_rows(24)[8:12]

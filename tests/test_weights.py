@@ -17,7 +17,7 @@ from test_lm import engine_of, pair, tiny_lm
 from tiny_models import save_tiny
 
 from dspy_greater.errors import WeightsError
-from dspy_greater.lm import weights_behind
+from dspy_greater.lm.local import weights_behind
 
 
 def test_explicit_weights_come_first_and_a_local_lm_is_its_own(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_download_is_tried_last_and_only_for_a_model_that_is_served(monkeypatc
         asked.append((name, local_files_only))
         raise WeightsError("not here")
 
-    monkeypatch.setattr("dspy_greater.weights.shared_engine", absent)
+    monkeypatch.setattr("dspy_greater.model.registry.shared_engine", absent)
     with pytest.raises(WeightsError, match=r"Tried 'org/name' \(not here\)"):
         weights_behind(dspy.LM("hosted_vllm/org/name", api_key="x"))
     assert asked == [("org/name", True), ("org/name", False)]

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dspy_greater.engine import Engine
 from dspy_greater.errors import LayoutError, SettingsError
-from dspy_greater.reasoning import ReasonedSequence, Reasoning, advantages
+from dspy_greater.estimators.score_gradient import CandidateSlopes, whole_gradient
+from dspy_greater.model.engine import Engine
+from dspy_greater.model.fast.shared_backward import _sum_of_rows, read_segment
+from dspy_greater.objective.replay import ReasonedSequence, Reasoning, advantages
+from dspy_greater.prompt.spans import Span
 from dspy_greater.settings import Point, Term
-from dspy_greater.shared_segment import _sum_of_rows, read_segment
-from dspy_greater.spans import Span
-from dspy_greater.whole_gradient import CandidateSlopes, whole_gradient
 from tests.test_gradient import InDouble
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -156,7 +156,7 @@ def slopes_of(
 
 
 def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dspy_greater.whole_gradient.worth_sharing", lambda *_, **__: False)
+    monkeypatch.setattr("dspy_greater.estimators.score_gradient.worth_sharing", lambda *_, **__: False)
 
 
 @pytest.mark.parametrize("point", ["current", "midpoint", "centroid"])
@@ -201,7 +201,7 @@ def test_where_the_segment_cannot_be_had_every_row_is_read_on_its_own(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return torch.full((32,), math.inf)
 
-    monkeypatch.setattr(f"dspy_greater.shared_segment.{where}", fail)
+    monkeypatch.setattr(f"dspy_greater.model.fast.shared_backward.{where}", fail)
     found, many = slopes_of(runs)
     assert asked == [where]
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
@@ -220,7 +220,7 @@ def test_a_batch_that_runs_out_of_memory_is_counted_once(failing: int, monkeypat
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(gradient)
 
-    monkeypatch.setattr("dspy_greater.shared_segment._sum_of_rows", short_of_memory)
+    monkeypatch.setattr("dspy_greater.model.fast.shared_backward._sum_of_rows", short_of_memory)
     # Two batches, of which the one that fails is halved.
     found, again = slopes_of(runs, max_batch_tokens=300)
     assert len(sums) > failing and len(set(sums)) > 1

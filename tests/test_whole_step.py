@@ -28,21 +28,21 @@ from scripted_engine import (
     value_in,
 )
 
-from dspy_greater import whole_step
-from dspy_greater.algorithm import minimise, take_step
+from dspy_greater.estimators.paper_gradient import gradient_over_reasoning
 from dspy_greater.fidelity import spearman
-from dspy_greater.gradient import gradient_over_reasoning
 from dspy_greater.metric import RowMetric
-from dspy_greater.objective import Objective
-from dspy_greater.program import predictors_of
-from dspy_greater.reasoning import Reasoning
+from dspy_greater.objective.evaluator import Objective
+from dspy_greater.objective.replay import Reasoning
+from dspy_greater.program.predictors import predictors_of
 from dspy_greater.report.result import PredictorResult
 from dspy_greater.run.events import Candidate, Evaluation, RowOutcome, SearchStarted, StepTaken
 from dspy_greater.run.serialise import from_json, to_json
-from dspy_greater.search import SearchState, begin, step_random
-from dspy_greater.select import realised_change
+from dspy_greater.search.default_step import hopeful, take_whole_step
+from dspy_greater.search.loop import minimise, take_step
+from dspy_greater.search.select import realised_change
+from dspy_greater.search.state import SearchState, begin, step_random
+from dspy_greater.search.state import default_step as whole_step
 from dspy_greater.settings import Settings
-from dspy_greater.whole_step import hopeful, take_whole_step
 
 ROWS = planted_rows(24)
 FEW = ROWS[:4]

@@ -11,9 +11,9 @@ import pytest
 from chat_families import TEMPLATES, family_tokenizer
 
 from dspy_greater.errors import LayoutError, ProgramError
-from dspy_greater.layout import Layout
-from dspy_greater.program import predictors_of
-from dspy_greater.writeback import round_trip, write_back
+from dspy_greater.program.predictors import predictors_of
+from dspy_greater.program.roundtrip import round_trip, write_back
+from dspy_greater.prompt.layout import Layout
 
 ROW = {"question": "2 + 2?"}
 

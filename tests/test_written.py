@@ -14,12 +14,12 @@ from scripted_engine import ScriptedEngine, chat_answer, shared_tokenizer, small
 from test_layout import ROW_MERGES
 
 from dspy_greater import local_lm
-from dspy_greater.engine import Engine, Generation
-from dspy_greater.layout import Layout, Span
 from dspy_greater.metric import RowMetric
-from dspy_greater.program import PredictorCall, calls_of, predictors_of, trace_calls
-from dspy_greater.rollout import roll_out, searching_copy
-from dspy_greater.spans import Written
+from dspy_greater.model.engine import Engine, Generation
+from dspy_greater.program.predictors import PredictorCall, calls_of, predictors_of, trace_calls
+from dspy_greater.program.rollout import roll_out, searching_copy
+from dspy_greater.prompt.layout import Layout, Span
+from dspy_greater.prompt.spans import Written
 
 ROW = {"question": "How many?\n2 + 2"}
 SIGNATURE = dspy.Signature("question -> reasoning, answer", "Answer the question.")

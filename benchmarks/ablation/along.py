@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.fidelity.table import interval
+from dspy_greater.program.validation import winner
 from dspy_greater.report.result import PredictorResult
-from dspy_greater.search import advance, begin
+from dspy_greater.search.state import advance, begin
 from dspy_greater.settings import Settings
-from dspy_greater.validation import winner
 
 
 def contestants(found: PredictorResult, settings: Settings) -> list[str]:

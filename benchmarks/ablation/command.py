@@ -21,16 +21,15 @@ from typing import Any
 
 import dspy
 
+from benchmarks.ablation import along, reasonings
+from benchmarks.ablation.table import BASELINE, table
+from benchmarks.ablation.variants import FROM, STARTS, SWEEPS, VARIANTS, WITHOUT_WALK, Variant
 from benchmarks.fidelity.command import exact_match
 from dspy_greater import GReaTerTeleprompter, local_lm
 from dspy_greater.pocket.tasks import TASKS
-from dspy_greater.program import with_instruction
+from dspy_greater.program.predictors import with_instruction
 from dspy_greater.report.result import PredictorResult
 from dspy_greater.settings import Settings
-
-from . import along, reasonings
-from .table import BASELINE, table
-from .variants import FROM, STARTS, SWEEPS, VARIANTS, WITHOUT_WALK, Variant
 
 _STEPS = 150  # where nothing new can be generated, the budget alone would not end a search
 _TRAIN, _VALIDATION, _TEST = 50, 50, 100

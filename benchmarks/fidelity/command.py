@@ -20,13 +20,12 @@ from typing import Any
 
 import dspy
 
+from benchmarks.fidelity.measure import Measured, Plan, measure
+from benchmarks.fidelity.rankings import RANKINGS
+from benchmarks.fidelity.table import correlation, interval, linearisation_table, share_of_best_gain, table
 from dspy_greater import local_lm
 from dspy_greater.pocket.tasks import TASKS
 from dspy_greater.settings import Settings
-
-from .measure import Measured, Plan, measure
-from .rankings import RANKINGS
-from .table import correlation, interval, linearisation_table, share_of_best_gain, table
 
 INSTRUCTIONS = ("Answer the question.", "Think your reasoning.", "Compute the place.")
 # What searches from the first one came to: under these the model reasons, and mostly well.

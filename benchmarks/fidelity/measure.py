@@ -9,20 +9,19 @@ from typing import Any
 
 import dspy
 
-from dspy_greater.edits import Edit, propose_edits
-from dspy_greater.lm import weights_behind
+from benchmarks.fidelity.rankings import RANKINGS, Position
+from dspy_greater.lm.local import weights_behind
 from dspy_greater.metric import RowMetric
-from dspy_greater.objective import Objective
-from dspy_greater.program import predictors_of, with_instruction
-from dspy_greater.reasoning import Reasoning
-from dspy_greater.rollout import pin_lms
+from dspy_greater.objective.evaluator import Objective
+from dspy_greater.objective.replay import Reasoning
+from dspy_greater.program.predictors import predictors_of, with_instruction
+from dspy_greater.program.rollout import pin_lms
 from dspy_greater.run.events import Evaluation
-from dspy_greater.search import begin
-from dspy_greater.select import realised_change
+from dspy_greater.search.default_step import hopeful
+from dspy_greater.search.edits import Edit, propose_edits
+from dspy_greater.search.select import realised_change
+from dspy_greater.search.state import begin
 from dspy_greater.settings import Settings
-from dspy_greater.whole_step import hopeful
-
-from .rankings import RANKINGS, Position
 
 _ELSEWHERE = 6  # instructions tried at other positions, whose reasonings are at hand
 

@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from dspy_greater.edits import Edit
-from dspy_greater.gradient import gradient_over_reasoning
-from dspy_greater.objective import Objective
-from dspy_greater.reasoning import Reasoning, advantages
-from dspy_greater.rescore import Likelihood, forecast, likelihoods
+from dspy_greater.estimators.off_policy import Likelihood, forecast, likelihoods
+from dspy_greater.estimators.paper_gradient import gradient_over_reasoning
+from dspy_greater.estimators.score_gradient import whole_gradient
+from dspy_greater.objective.evaluator import Objective
+from dspy_greater.objective.replay import Reasoning, advantages
 from dspy_greater.run.events import Evaluation
+from dspy_greater.search.edits import Edit
 from dspy_greater.settings import Baseline, Point, Settings, Term
-from dspy_greater.whole_gradient import whole_gradient
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
+from benchmarks.fidelity.measure import Measured
 from dspy_greater.fidelity import spearman
-
-from .measure import Measured
 
 _RESAMPLES = 2000
 _PICKS = 3  # μ: candidates that a step tries

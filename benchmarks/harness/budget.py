@@ -14,10 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from dspy_greater.counters import Counters
+from benchmarks.harness.candidates import Notebook
 from dspy_greater.errors import SettingsError
-
-from .candidates import Notebook
+from dspy_greater.model.counters import Counters
 
 if TYPE_CHECKING:
     import dspy

@@ -12,9 +12,8 @@ from typing import Any
 import dspy
 from dspy.utils.callback import BaseCallback
 
+from benchmarks.harness.cells import wilson
 from dspy_greater.errors import DataError
-
-from .cells import wilson
 
 MOST_REMEMBERED = 10_000
 

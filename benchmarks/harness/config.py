@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import optimizers, tasks
+from benchmarks.harness.cells import CellKey
+from benchmarks.harness.phrasebook import PHRASEBOOK
 from dspy_greater.errors import SettingsError
-
-from .cells import CellKey
-from .phrasebook import PHRASEBOOK
 
 # Charged tokens. On the pocket model `small` is what GReaTer's auto="light" takes with its validation (400,000 to
 # 520,000 were measured, with three candidates a step), and some 50 seconds of one core.

@@ -10,10 +10,9 @@ from typing import Any
 import dspy
 from dspy.utils.exceptions import AdapterParseError
 
+from benchmarks.harness.candidates import Candidate, Scored, instructions_of
+from benchmarks.harness.cells import Accuracy, Contender
 from dspy_greater.errors import ProgramError
-
-from .candidates import Candidate, Scored, instructions_of
-from .cells import Accuracy, Contender
 
 MOST_RECORDED = 3
 

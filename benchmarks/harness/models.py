@@ -10,12 +10,11 @@ from typing import Any
 import dspy
 from dspy import lm15
 
+from benchmarks.harness.budget import Budget, Usage, no_counters
+from benchmarks.harness.phrasebook import PHRASEBOOK, PhrasebookEngine
 from dspy_greater import local_lm
 from dspy_greater.errors import SettingsError
-from dspy_greater.lm import AsyncLocalEngine, LocalEngine
-
-from .budget import Budget, Usage, no_counters
-from .phrasebook import PHRASEBOOK, PhrasebookEngine
+from dspy_greater.lm.local import AsyncLocalEngine, LocalEngine
 
 _LOADING = ("device", "dtype", "revision", "trust_remote_code")
 _SAMPLING = ("temperature", "max_tokens", "top_p", "stop", "seed")
@@ -182,8 +181,8 @@ def prompt_model(name: str, seed: int, budget: Budget) -> dspy.LM:
 
 def _own_account(name: str) -> LocalEngine:
     """An engine with counters of its own on weights that may be the task model's as well."""
-    from dspy_greater.engine import Engine
-    from dspy_greater.weights import shared_engine
+    from dspy_greater.model.engine import Engine
+    from dspy_greater.model.registry import shared_engine
 
     shared = shared_engine(name)
     return LocalEngine(Engine(shared.model, shared.tokenizer, name=shared.name, revision=shared.revision))

@@ -19,11 +19,10 @@ from typing import Any
 
 from dspy import lm15
 
-from dspy_greater.lm_request import messages_of
+from benchmarks.harness.phrasebook_formats import Asked, answer, read_request
+from dspy_greater.lm.request import messages_of
 from dspy_greater.pocket import grammar
 from dspy_greater.pocket.tasks import TASKS
-
-from .phrasebook_formats import Asked, answer, read_request
 
 PHRASEBOOK = "phrasebook"
 

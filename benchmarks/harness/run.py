@@ -19,18 +19,17 @@ from typing import Any
 
 import dspy
 
+from benchmarks.harness import machine
+from benchmarks.harness.budget import Budget, BudgetSpent, Spent
+from benchmarks.harness.candidates import EvaluationWatch, instructions_of
+from benchmarks.harness.cells import Accuracy, Cell, CellKey, Cells
+from benchmarks.harness.config import RunConfig
+from benchmarks.harness.judging import Verdict, accuracy, decide
+from benchmarks.harness.models import TaskModel, prompt_model, task_model
+from benchmarks.harness.provider import served
 from benchmarks.optimizers import Context, DescribeTask, make
 from benchmarks.tasks import Task, load
 from dspy_greater.errors import ProgramError
-
-from . import machine
-from .budget import Budget, BudgetSpent, Spent
-from .candidates import EvaluationWatch, instructions_of
-from .cells import Accuracy, Cell, CellKey, Cells
-from .config import RunConfig
-from .judging import Verdict, accuracy, decide
-from .models import TaskModel, prompt_model, task_model
-from .provider import served
 
 ALARM_GRACE = 60.0  # seconds after the limit at which a main thread that asks nothing of the model is interrupted
 ALARM_AGAIN = 10.0

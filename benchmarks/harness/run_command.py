@@ -22,12 +22,12 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 from dspy_greater.errors import GreaterError
 
 if TYPE_CHECKING:
-    from .config import RunConfig
+    from benchmarks.harness.config import RunConfig
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the cells: 0 when all of them succeeded, 1 when some failed, 2 for settings that cannot work."""
-    from . import config
+    from benchmarks.harness import config
 
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         settings = config.from_flags(flags)
         if settings.dry_run:
             return _dry_run(settings, say)
-        from .run import run_all
+        from benchmarks.harness.run import run_all
 
         failed = run_all(settings, say)
     except GreaterError as error:
@@ -59,9 +59,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _dry_run(settings: RunConfig, say: Callable[[str], None]) -> int:
     """Say of every cell whether it would be run; an optimizer that cannot be loaded is found here as well."""
+    from benchmarks.harness.cells import FILE, read
     from benchmarks.optimizers import make
-
-    from .cells import FILE, read
 
     finished = {cell.key: cell for cell in read(settings.out / FILE)}
     for name in settings.optimizers:

@@ -1,5 +1,5 @@
 """The optimizers that are compared, one file for each of them or for a family."""
 
-from .optimizer import OPTIMIZERS, Context, DescribeTask, Optimizer, make, names
+from benchmarks.optimizers.optimizer import OPTIMIZERS, Context, DescribeTask, Optimizer, make, names
 
 __all__ = ["OPTIMIZERS", "Context", "DescribeTask", "Optimizer", "make", "names"]

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import dspy
 
-from .apo import PARAPHRASE
-from .textual import InstructionSearch, PaperPeer, TextualTeleprompter, distinct, ranked, shown_input, shown_label
+from benchmarks.optimizers.apo import PARAPHRASE
+from benchmarks.optimizers.textual import (
+    InstructionSearch,
+    PaperPeer,
+    TextualTeleprompter,
+    distinct,
+    ranked,
+    shown_input,
+    shown_label,
+)
 
 PROPOSALS, DEMONSTRATIONS, RESAMPLINGS = 50, 5, 3
 KEPT = 10  # of the 50, whose variations fill up the next population

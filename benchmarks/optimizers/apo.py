@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import dspy
 
-from .textual import (
+from benchmarks.optimizers.textual import (
     InstructionSearch,
     Outcome,
     PaperPeer,

@@ -14,7 +14,7 @@ from typing import Any
 
 import dspy
 
-from .optimizer import Context
+from benchmarks.optimizers.optimizer import Context
 
 
 class Copro:

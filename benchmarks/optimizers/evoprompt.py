@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .ape import ALONE, propose
-from .apo import PARAPHRASE
-from .textual import InstructionSearch, PaperPeer, TextualTeleprompter, between, distinct, ranked
+from benchmarks.optimizers.ape import ALONE, propose
+from benchmarks.optimizers.apo import PARAPHRASE
+from benchmarks.optimizers.textual import InstructionSearch, PaperPeer, TextualTeleprompter, between, distinct, ranked
 
 POPULATION, GENERATIONS, TEMPERATURE = 10, 10, 0.5
 POOL = 20  # prompts that the first population is chosen from

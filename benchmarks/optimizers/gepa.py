@@ -15,7 +15,7 @@ from typing import Any
 
 import dspy
 
-from .optimizer import Context, Metric
+from benchmarks.optimizers.optimizer import Context, Metric
 
 
 class Gepa:

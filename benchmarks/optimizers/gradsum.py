@@ -14,10 +14,9 @@ from typing import Any
 
 import dspy
 
+from benchmarks.optimizers.optimizer import Context
 from dspy_greater import GradSumTeleprompter
 from dspy_greater.run.events import Event, IterationTaken, Output
-
-from .optimizer import Context
 
 
 class GradSum:

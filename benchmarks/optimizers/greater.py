@@ -20,10 +20,9 @@ from typing import Any
 
 import dspy
 
+from benchmarks.optimizers.optimizer import Context
 from dspy_greater import GReaTerTeleprompter
 from dspy_greater.run.events import Evaluation, Event, SearchStarted, StepTaken, Validated
-
-from .optimizer import Context
 
 
 class Greater:

@@ -16,7 +16,7 @@ from typing import Any
 import dspy
 import optuna  # noqa: F401  MIPROv2 asks for it only after it has spent part of the budget
 
-from .optimizer import Context
+from benchmarks.optimizers.optimizer import Context
 
 
 class Mipro:

@@ -6,7 +6,14 @@ import re
 
 import dspy
 
-from .textual import InstructionSearch, PaperPeer, TextualTeleprompter, distinct, shown_input, shown_label
+from benchmarks.optimizers.textual import (
+    InstructionSearch,
+    PaperPeer,
+    TextualTeleprompter,
+    distinct,
+    shown_input,
+    shown_label,
+)
 
 STEPS, PER_STEP, HISTORY, EXEMPLARS, TEMPERATURE = 200, 8, 20, 3, 1.0
 LONGEST_TEXT = 500  # characters

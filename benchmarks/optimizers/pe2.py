@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .textual import (
+from benchmarks.optimizers.textual import (
     InstructionSearch,
     Outcome,
     PaperPeer,

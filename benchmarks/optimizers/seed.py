@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import dspy
 
-from .optimizer import Context
+from benchmarks.optimizers.optimizer import Context
 
 
 class Seed:

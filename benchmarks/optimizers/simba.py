@@ -20,7 +20,7 @@ from typing import Any
 import dspy
 from dspy.utils.callback import BaseCallback
 
-from .optimizer import Context
+from benchmarks.optimizers.optimizer import Context
 
 BATCH = 32
 

@@ -32,9 +32,8 @@ from typing import Any
 import dspy
 from dspy import lm15
 
-from dspy_greater.program import carrying
-
-from .optimizer import Context
+from benchmarks.optimizers.optimizer import Context
+from dspy_greater.program.predictors import carrying
 
 BATCH_SIZE = 3
 ITERATIONS = 12

@@ -22,10 +22,9 @@ from dspy.teleprompt.teleprompt import Teleprompter
 
 from benchmarks.harness.budget import BudgetSpent
 from benchmarks.harness.candidates import Candidate
+from benchmarks.optimizers.optimizer import Context, Metric
 from dspy_greater.errors import DataError, ProgramError
 from dspy_greater.metric import RowMetric
-
-from .optimizer import Context, Metric
 
 if TYPE_CHECKING:
     from benchmarks.harness.budget import Budget

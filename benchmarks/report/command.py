@@ -13,14 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness.cells import FILE, read
+from benchmarks.report.comparison import comparisons
+from benchmarks.report.findings import findings
+from benchmarks.report.html import to_html
+from benchmarks.report.markdown import to_markdown
+from benchmarks.report.report import build
+from benchmarks.report.transfer import TRANSFER_FILE, read_transfer, transfer_tables
 from dspy_greater.errors import DataError, GreaterError, RunDirectoryError
-
-from .comparison import comparisons
-from .findings import findings
-from .html import to_html
-from .markdown import to_markdown
-from .report import build
-from .transfer import TRANSFER_FILE, read_transfer, transfer_tables
 
 BASELINE = "greater"
 MARKDOWN, PAGE = "report.md", "report.html"

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.harness.cells import Accuracy, Cell, wilson
-
-from .statistics import Spread, average_ranks, holm, mcnemar_exact
+from benchmarks.report.statistics import Spread, average_ranks, holm, mcnemar_exact
 
 SEED_ROW = "(seed instruction)"
 

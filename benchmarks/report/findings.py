@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .comparison import Comparison, Paired, Result
-from .tables import p_value, percent, points
+from benchmarks.report.comparison import Comparison, Paired, Result
+from benchmarks.report.tables import p_value, percent, points
 
 SIGNIFICANT = 0.05
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from html import escape
 
-from .plots import Plot
-from .report import Report, Section
-from .tables import Table
+from benchmarks.report.plots import Plot
+from benchmarks.report.report import Report, Section
+from benchmarks.report.tables import Table
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; }

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from .comparison import SEED_ROW, Comparison, Result, shared_tasks
+from benchmarks.report.comparison import SEED_ROW, Comparison, Result, shared_tasks
 
 WIDTH, LABELS, ROW, MARGIN = 760, 190, 24, 36
 CURVES = 320  # height of the plot against cost

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.harness.cells import Cell
-
-from .comparison import Comparison, Setting, comparisons
-from .findings import findings
-from .plots import Plot, cost_plot, interval_plot
-from .tables import (
+from benchmarks.report.comparison import Comparison, Setting, comparisons
+from benchmarks.report.findings import findings
+from benchmarks.report.plots import Plot, cost_plot, interval_plot
+from benchmarks.report.tables import (
     Table,
     accuracy_table,
     cost_table,

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.harness.cells import Cell
-
-from .comparison import SEED_ROW, Comparison, Result
-from .statistics import Spread
+from benchmarks.report.comparison import SEED_ROW, Comparison, Result
+from benchmarks.report.statistics import Spread
 
 NOT_RUN, FAILED = "not run", "failed"
 

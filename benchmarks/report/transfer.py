@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.harness.cells import Accuracy, Cell, CellKey
+from benchmarks.report.comparison import SEED_ROW, Result
+from benchmarks.report.tables import Table, best_of, percent, result_text
 from dspy_greater.errors import RunDirectoryError
-
-from .comparison import SEED_ROW, Result
-from .tables import Table, best_of, percent, result_text
 
 TRANSFER_FILE = "transfer.jsonl"
 

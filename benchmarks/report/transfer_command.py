@@ -30,11 +30,10 @@ from benchmarks.harness.cells import Accuracy, Cell, CellKey, read
 from benchmarks.harness.judging import accuracy
 from benchmarks.harness.models import TaskModel, task_model
 from benchmarks.harness.run import seeded
+from benchmarks.report.tables import percent
+from benchmarks.report.transfer import TRANSFER_FILE, Transferred, append_transfer, read_transfer
 from benchmarks.tasks import load
 from dspy_greater.errors import DataError, GreaterError
-
-from .tables import percent
-from .transfer import TRANSFER_FILE, Transferred, append_transfer, read_transfer
 
 
 def main(argv: Sequence[str]) -> int:

@@ -26,10 +26,10 @@ from benchmarks.speed.shapes import SHAPES, build
 from benchmarks.speed.step import CLOCKS, Arm, Clock
 from benchmarks.speed.timing import ARMS, Run, run_all
 from benchmarks.speed.work import Work, pocket_work, random_work
-from dspy_greater.engine import Engine
 from dspy_greater.errors import GreaterError
+from dspy_greater.model.engine import Engine
+from dspy_greater.model.registry import POCKET
 from dspy_greater.settings import Settings
-from dspy_greater.weights import POCKET
 
 _REASONING_TOKENS = {POCKET: 64, "tiny": 8}  # of other shapes 300
 _GATE_ROWS, _GATE_REASONING, _GATE_PROMPT = 2 * BATCH + 2, 24, 160  # of the small version

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.speed.work import Work
-from dspy_greater.counters import Counters
+from dspy_greater.model.counters import Counters
 
 if TYPE_CHECKING:
     from benchmarks.speed.machine import Ceilings

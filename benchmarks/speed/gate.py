@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.speed.step import Arm, Clock, Reasonings, Step
 from benchmarks.speed.work import Work
-from dspy_greater.engine import Engine
+from dspy_greater.model.engine import Engine
 
 TOLERANCE = 1e-5
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from benchmarks.speed.rival import enough
 from benchmarks.speed.step import Clock, RowLosses, Step
 from benchmarks.speed.work import Work
-from dspy_greater.engine import Engine, GenerationRequest
-from dspy_greater.gradient import gradient_over_reasoning
-from dspy_greater.propose import propose
-from dspy_greater.scoring import score
+from dspy_greater.estimators.paper_gradient import gradient_over_reasoning
+from dspy_greater.model.engine import Engine, GenerationRequest
+from dspy_greater.model.fast.scoring import score
+from dspy_greater.search.proposals import propose
 
 
 def step(engine: Engine, work: Work, clock: Clock) -> Step:

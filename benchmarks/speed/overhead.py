@@ -109,10 +109,10 @@ def search(*, rows: int, steps: int, selections: int, clock: str = "wall") -> li
     """
     import dspy
 
-    from dspy_greater.lm import local_lm
+    from dspy_greater.lm.local import local_lm
+    from dspy_greater.optimizer import GReaTerTeleprompter
     from dspy_greater.pocket import tasks
     from dspy_greater.run.events import SearchStarted, StepTaken
-    from dspy_greater.teleprompter import GReaTerTeleprompter
 
     profile, found, now = Profile(CLOCKS[clock]), [], CLOCKS[clock]
 
@@ -167,11 +167,13 @@ def _wrapped(profile: Profile) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
     """(where, which attribute, what instead) for everything that is counted."""
     import dspy
 
-    from dspy_greater import algorithm, objective, rollout
-    from dspy_greater.encode import PromptEncoder
-    from dspy_greater.engine import Engine
-    from dspy_greater.layout import Layout
+    from dspy_greater.model.engine import Engine
+    from dspy_greater.objective.evaluator import evaluator as objective
+    from dspy_greater.program.predictors import rollout
+    from dspy_greater.prompt.encoder import PromptEncoder
+    from dspy_greater.prompt.layout import Layout
     from dspy_greater.run.journal import Journal
+    from dspy_greater.search.state import loop as algorithm
 
     yield Engine, "exclusive", _counted_exclusive(profile, Engine.exclusive)
     yield Engine, "complete", _counted_complete(profile, Engine.complete)

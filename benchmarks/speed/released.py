@@ -27,8 +27,8 @@ from benchmarks.speed.rival import (
 )
 from benchmarks.speed.step import Clock, Reasonings, RowLosses, Step
 from benchmarks.speed.work import Work
-from dspy_greater.engine import Engine
-from dspy_greater.spans import Supervised
+from dspy_greater.model.engine import Engine
+from dspy_greater.prompt.spans import Supervised
 
 BATCH = 9
 

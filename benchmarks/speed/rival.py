@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.speed.step import Reasonings
 from benchmarks.speed.work import Work
-from dspy_greater.engine import Engine
 from dspy_greater.errors import LossError
-from dspy_greater.spans import Span, Supervised
+from dspy_greater.model.engine import Engine
+from dspy_greater.prompt.spans import Span, Supervised
 
 
 def sampled(work: Work) -> list[list[tuple[int, ...]]]:

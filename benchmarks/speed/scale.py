@@ -9,7 +9,7 @@ from benchmarks.speed.report import save, write
 from benchmarks.speed.step import Arm
 from benchmarks.speed.timing import Spread, run_once
 from benchmarks.speed.work import Work
-from dspy_greater.engine import Engine
+from dspy_greater.model.engine import Engine
 
 AXES = {"n": "rows", "prompt": "prompt tokens", "reasoning": "reasoning tokens", "mu": "candidates"}
 _CHART_WIDTH = 40

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3Config
 
-from dspy_greater.engine import Engine
 from dspy_greater.errors import SettingsError
-from dspy_greater.weights import POCKET
+from dspy_greater.model.engine import Engine
+from dspy_greater.model.registry import POCKET
 
 _CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "llama-3-8b": (

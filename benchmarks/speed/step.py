@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.speed.work import Work
-from dspy_greater.counters import Counters
-from dspy_greater.engine import Engine
+from dspy_greater.model.counters import Counters
+from dspy_greater.model.engine import Engine
 
 PHASES: tuple[str, ...] = ("proposals", "reasoning", "gradient", "scoring")
 

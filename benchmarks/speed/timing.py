@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from benchmarks.speed import ours, plain, released
 from benchmarks.speed.step import CLOCKS, PHASES, Arm, Clock, peak_memory, reset_peak_memory
 from benchmarks.speed.work import Work
-from dspy_greater.counters import Counters
-from dspy_greater.engine import Engine
+from dspy_greater.model.counters import Counters
+from dspy_greater.model.engine import Engine
 
 ARMS: dict[str, Arm] = {"released": released.step, "plain": plain.step, "ours": ours.step}
 

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dspy_greater.engine import Engine
 from dspy_greater.errors import SettingsError
+from dspy_greater.model.engine import Engine
 from dspy_greater.pocket import tasks, transcript
-from dspy_greater.spans import Span, Supervised
+from dspy_greater.prompt.spans import Span, Supervised
 
 INSTRUCTION = "Work through the question one step at a time and then give the final answer."
 _ANSWER_HEADER_TOKENS, _ANSWER_TOKENS = 6, 2  # of random rows

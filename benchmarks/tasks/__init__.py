@@ -1,5 +1,5 @@
 """The tasks that optimizers are compared on."""
 
-from .task import Task, about_all, load, names
+from benchmarks.tasks.task import Task, about_all, load, names
 
 __all__ = ["Task", "about_all", "load", "names"]

@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from benchmarks.tasks import answers
+from benchmarks.tasks.task import SEED_INSTRUCTION, Task, from_hub, question_program, read_lines, row, shuffled
 from dspy_greater.errors import DataError
-
-from . import answers
-from .task import SEED_INSTRUCTION, Task, from_hub, question_program, read_lines, row, shuffled
 
 HUB = "lukaemon/bbh"
 TRAIN, DEV, TEST = 50, 100, 100

@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import answers
-from .task import SEED_INSTRUCTION, Task, from_hub, question_program, read_lines, row, shuffled
+from benchmarks.tasks import answers
+from benchmarks.tasks.task import SEED_INSTRUCTION, Task, from_hub, question_program, read_lines, row, shuffled
 
 HUB = "yale-nlp/FOLIO"
 TRAIN, DEV = 50, 100

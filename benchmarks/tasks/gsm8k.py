@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import answers
-from .task import SEED_INSTRUCTION, Task, from_hub, question_program, read_lines, row, shuffled
+from benchmarks.tasks import answers
+from benchmarks.tasks.task import SEED_INSTRUCTION, Task, from_hub, question_program, read_lines, row, shuffled
 
 HUB = "openai/gsm8k"
 TRAIN, DEV = 100, 100

@@ -9,10 +9,9 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+from benchmarks.tasks import answers, bbh
+from benchmarks.tasks.task import SEED_INSTRUCTION, Task, question_program, row
 from dspy_greater.pocket.tasks import TASKS, generate, work_out
-
-from . import answers, bbh
-from .task import SEED_INSTRUCTION, Task, question_program, row
 
 TRAIN, DEV, TEST = 50, 100, 300
 ABOUT = {f"pocket:{name}": f"generated rows like BIG-Bench Hard's {name.replace('_', ' ')}" for name in TASKS}

@@ -60,7 +60,7 @@ def names() -> tuple[str, ...]:
 
 def about_all() -> dict[str, str]:
     """name -> one line, for all tasks."""
-    from . import bbh, folio, gsm8k, pocket
+    from benchmarks.tasks import bbh, folio, gsm8k, pocket
 
     plain = {**bbh.ABOUT, **gsm8k.ABOUT, **folio.ABOUT, **pocket.ABOUT}
     twice = [name for name in plain if name.startswith("pocket:") or name == "gsm8k"]
@@ -86,7 +86,7 @@ def load(name: str, *, data_dir: Path | None, seed: int, limit: int | None = Non
         >>> len(task.train), task.metric(task.train[0], dspy.Prediction(answer=task.train[0].answer))
         (3, 1.0)
     """
-    from . import bbh, folio, gsm8k, pocket, two_step
+    from benchmarks.tasks import bbh, folio, gsm8k, pocket, two_step
 
     if limit is not None and limit < 1:
         raise SettingsError(f"limit={limit} leaves no rows; give at least 1.")

@@ -8,7 +8,7 @@ import dspy
 from dspy.signatures import make_signature
 from dspy.utils.exceptions import AdapterParseError
 
-from .task import SEED_INSTRUCTION, Task
+from benchmarks.tasks.task import SEED_INSTRUCTION, Task
 
 DECOMPOSE = "Break the question down into steps."
 

@@ -4,7 +4,7 @@
 bounded retries, `meter` what it costs, and `teleprompter` the optimizer.
 """
 
-from .settings import GradSumSettings
-from .teleprompter import GradSumTeleprompter
+from dspy_greater.gradsum.settings import GradSumSettings
+from dspy_greater.gradsum.teleprompter import GradSumTeleprompter
 
 __all__ = ["GradSumSettings", "GradSumTeleprompter"]

@@ -8,10 +8,10 @@ from typing import Any, Generic, TypeVar
 
 import dspy
 
-from ..errors import GreaterError
-from ..program import search_adapter
-from ..rollout import together
-from .meter import Meter, Module
+from dspy_greater.errors import GreaterError
+from dspy_greater.gradsum.meter import Meter, Module
+from dspy_greater.program.predictors import search_adapter
+from dspy_greater.program.rollout import together
 
 Answer = TypeVar("Answer")
 _LONGEST_PROBLEM = 500  # characters

@@ -9,14 +9,14 @@ from typing import Any
 
 import dspy
 
-from ..errors import JudgeError
-from ..metric import Score
-from ..rollout import Rollout, run_pairs, searching_copy
-from ..run.events import Output
-from .ask import Asker, MalformedAnswer, Question
-from .meter import Meter
-from .modules import Judge
-from .task import Prompts, Task
+from dspy_greater.errors import JudgeError
+from dspy_greater.gradsum.ask import Asker, MalformedAnswer, Question
+from dspy_greater.gradsum.meter import Meter
+from dspy_greater.gradsum.modules import Judge
+from dspy_greater.gradsum.task import Prompts, Task
+from dspy_greater.metric import Score
+from dspy_greater.program.rollout import Rollout, run_pairs, searching_copy
+from dspy_greater.run.events import Output
 
 NO_EXPECTED_ANSWER = "(none is known)"
 _WHOLE_NUMBER = re.compile(r"(-?\d+)(?:\.0+)?(?:\s*(?:/|out of)\s*\d+)?\.?")

@@ -9,13 +9,13 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from ..metric import refuse_useless_metric
-from ..run.events import IterationTaken, MemberEdited, Output, PromptsScored, TextGradient
-from .ask import Asker, MalformedAnswer, Question
-from .evaluate import NO_EXPECTED_ANSWER, Evaluator, mean_score
-from .meter import BudgetSpent, Meter
-from .modules import Edit, EditUnaware, Summarise, WriteGradient, WriteGradientOnOnePrompt
-from .task import Prompts, Task
+from dspy_greater.gradsum.ask import Asker, MalformedAnswer, Question
+from dspy_greater.gradsum.evaluate import NO_EXPECTED_ANSWER, Evaluator, mean_score
+from dspy_greater.gradsum.meter import BudgetSpent, Meter
+from dspy_greater.gradsum.modules import Edit, EditUnaware, Summarise, WriteGradient, WriteGradientOnOnePrompt
+from dspy_greater.gradsum.task import Prompts, Task
+from dspy_greater.metric import refuse_useless_metric
+from dspy_greater.run.events import IterationTaken, MemberEdited, Output, PromptsScored, TextGradient
 
 NO_CRITERIA = "(none but the evaluation)"
 ONE_CALL = "(one call only)"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import dspy
 
-from ..errors import GreaterError
+from dspy_greater.errors import GreaterError
 
 Module = Literal["generation", "evaluation", "gradients", "summarisation", "editing"]
 _TOKENS = ("prompt_tokens", "completion_tokens")

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from ..errors import SettingsError
-from ..settings import Auto, check_whole_numbers, chosen_knobs
+from dspy_greater.errors import SettingsError
+from dspy_greater.settings import Auto, check_whole_numbers, chosen_knobs
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ from typing import Any
 
 import dspy
 
-from ..errors import MetricError, ProgramError, SettingsError
-from ..identity import described, described_lm, fingerprint
-from ..metric import Metric, RowMetric
-from ..program import PredictorSite, check_examples, predictors_of, refuse_unusable
-from ..rollout import pin_lms
-from ..rows import split
-from ..run.serialise import JSON
-from .settings import GradSumSettings
+from dspy_greater.errors import MetricError, ProgramError, SettingsError
+from dspy_greater.gradsum.settings import GradSumSettings
+from dspy_greater.metric import Metric, RowMetric
+from dspy_greater.program.dataset import split
+from dspy_greater.program.fingerprint import described, described_lm, fingerprint
+from dspy_greater.program.predictors import PredictorSite, check_examples, predictors_of, refuse_unusable
+from dspy_greater.program.rollout import pin_lms
+from dspy_greater.run.serialise import JSON
 
 Prompts = dict[str, str]  # predictor name -> instruction
 

@@ -10,19 +10,19 @@ from typing import Any
 
 from dspy.teleprompt import Teleprompter
 
-from ..errors import SettingsError
-from ..metric import Metric
-from ..report.result import GradSumResult
-from ..run.events import BeamStarted, BeamValidated, Event, IterationTaken, Listener
-from ..run.journal import Journal
-from ..run.progress import Listeners, ProgressBar
-from ..settings import Auto
-from ..validation import winner
-from ..writeback import write_back
-from .loop import Loop
-from .meter import Meter
-from .settings import GradSumSettings
-from .task import Prompts, Task, pose
+from dspy_greater.errors import SettingsError
+from dspy_greater.gradsum.loop import Loop
+from dspy_greater.gradsum.meter import Meter
+from dspy_greater.gradsum.settings import GradSumSettings
+from dspy_greater.gradsum.task import Prompts, Task, pose
+from dspy_greater.metric import Metric
+from dspy_greater.program.roundtrip import write_back
+from dspy_greater.program.validation import winner
+from dspy_greater.report.result import GradSumResult
+from dspy_greater.run.events import BeamStarted, BeamValidated, Event, IterationTaken, Listener
+from dspy_greater.run.journal import Journal
+from dspy_greater.run.progress import Listeners, ProgressBar
+from dspy_greater.settings import Auto
 
 
 class GradSumTeleprompter(Teleprompter):

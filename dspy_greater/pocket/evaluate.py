@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from . import path
-from .grammar import DSPY_DEFAULT
-from .tasks import TASKS, generate, work_out
-from .transcript import ASSISTANT, END, SYSTEM, USER, system_head, user_message
+from dspy_greater.pocket import path
+from dspy_greater.pocket.grammar import DSPY_DEFAULT
+from dspy_greater.pocket.tasks import TASKS, generate, work_out
+from dspy_greater.pocket.transcript import ASSISTANT, END, SYSTEM, USER, system_head, user_message
 
 FITTING = {
     "boolean_expressions": "Evaluate the innermost brackets first, then each operator.",

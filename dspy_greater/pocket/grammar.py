@@ -16,7 +16,7 @@ import random
 import re
 from typing import Literal
 
-from .tasks import TASKS
+from dspy_greater.pocket.tasks import TASKS
 
 Style = Literal["full", "sketch", "direct"]
 

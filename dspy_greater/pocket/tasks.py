@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ..errors import DataError
+from dspy_greater.errors import DataError
 
 TASKS = ("boolean_expressions", "web_of_lies", "object_counting", "navigate")
 

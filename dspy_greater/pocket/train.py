@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..errors import LossError
-from .tasks import TASKS
-from .transcript import END, PAD, draw
-from .vocabulary import train_tokenizer
+from dspy_greater.errors import LossError
+from dspy_greater.pocket.tasks import TASKS
+from dspy_greater.pocket.transcript import END, PAD, draw
+from dspy_greater.pocket.vocabulary import train_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from . import grammar
-from .tasks import generate, work_out
+from dspy_greater.pocket import grammar
+from dspy_greater.pocket.tasks import generate, work_out
 
 SYSTEM, USER, ASSISTANT, END, PAD = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
 SPECIAL_TOKENS = (PAD, SYSTEM, USER, ASSISTANT, END)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..fidelity import spearman
-from ..run.events import Evaluation, IterationTaken, StepTaken
+from dspy_greater.fidelity import spearman
+from dspy_greater.run.events import Evaluation, IterationTaken, StepTaken
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, cast
 
-from ..errors import RunDirectoryError
-from . import lines
-from .events import Event
-from .lines import LineFile
-from .lock import DirectoryLock
-from .serialise import JSON, from_json, to_json
+from dspy_greater.errors import RunDirectoryError
+from dspy_greater.run import lines
+from dspy_greater.run.events import Event
+from dspy_greater.run.lines import LineFile
+from dspy_greater.run.lock import DirectoryLock
+from dspy_greater.run.serialise import JSON, from_json, to_json
 
 _FORMAT = "dspy_greater journal"
 _VERSION = 1

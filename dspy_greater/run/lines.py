@@ -13,7 +13,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import RunDirectoryError
+from dspy_greater.errors import RunDirectoryError
 
 _START = b'{"crc32":"'
 _MIDDLE = b'","payload":'

@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any, cast
 
-from ..errors import RunDirectoryError
+from dspy_greater.errors import RunDirectoryError
 
 _TAKEN = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
 _LOCKED_BYTE = 1 << 30  # beyond the text, which others may then read on Windows too

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from .events import (
+from dspy_greater.run.events import (
     BeamStarted,
     BeamValidated,
     Evaluation,

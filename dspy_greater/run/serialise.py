@@ -19,8 +19,8 @@ from numbers import Integral
 from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeAlias, Union, cast, get_args, get_origin
 from typing import get_type_hints as resolve_type_hints
 
-from ..errors import GreaterError
-from .events import Event
+from dspy_greater.errors import GreaterError
+from dspy_greater.run.events import Event
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 

@@ -1,0 +1,1 @@
+"""What a candidate promises before it is run: gradients and off-policy forecasts."""

@@ -1,0 +1,361 @@
+"""`local_lm`: a `dspy.LM` that runs on open weights inside this process."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import secrets
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import dspy
+from dspy import lm15
+
+from dspy_greater.errors import WeightsError
+from dspy_greater.lm.batcher import Batcher, Lockstep
+from dspy_greater.lm.request import (
+    PROVIDER,
+    SUPPORTED_PARAMETERS,
+    as_lm15_errors,
+    messages_of,
+    refuse_unsupported_features,
+)
+from dspy_greater.lm.streaming import TextWriter
+from dspy_greater.prompt.encoder import PromptEncoder
+
+if TYPE_CHECKING:
+    from dspy_greater.model.engine import Engine, Generation, GenerationRequest
+
+DEFAULT_MAX_TOKENS = 1024
+_REPEATS_REMEMBERED = 1024
+_LEAST_TOP_P = 1e-9  # top_p=0 leaves the likeliest token
+
+
+def local_lm(
+    name_or_path: Any,
+    *,
+    device: Any = None,
+    dtype: Any = None,
+    revision: str | None = None,
+    temperature: float = 0.0,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    trust_remote_code: bool = False,
+    cache: bool = True,
+    **kwargs: Any,
+) -> dspy.LM:
+    """A `dspy.LM` over an in-process Hugging Face model.
+
+    It is an ordinary `dspy.LM`: thread-safe (calls of many threads are answered in one batch), cached,
+    streamable, with real token counts. Copies and deep copies share the weights. The model string is
+    `local/name@revision:dtype`, so cached answers of other weights are never returned.
+
+    A program that carries such an LM is saved with it, and
+    `program.load(path, allow_unsafe_lm_state=True)` loads the same weights again, in a fresh process too
+    (DSPy asks for the flag for every LM that is not its own; no code comes from the file, and weights that
+    have changed since are an error). A program that takes its LM from `dspy.configure` needs no flag.
+
+    Args:
+        name_or_path: a hub id, a directory, `"pocket"` for the model inside this package, a loaded
+            `(model, tokenizer)` pair, or an `Engine`.
+        device: where to load to; an accelerator if there is one.
+        dtype: such as `"bfloat16"`; float32 on CPU, as saved elsewhere.
+        revision: a hub branch, tag or commit.
+        temperature: 0 is greedy. Otherwise each call draws anew; pass `seed=` to draw the same again.
+        max_tokens: the most tokens written per call.
+        trust_remote_code: run Python code that comes with the weights.
+        cache: let DSPy remember answers.
+        kwargs: more arguments of `dspy.LM` (`num_retries`, `top_p`, `stop`, `seed`, ...).
+
+    Raises:
+        WeightsError: the weights cannot be loaded, or the tokenizer has no chat template.
+
+    Example:
+        >>> lm = local_lm("pocket")  # doctest: +SKIP
+        >>> dspy.configure(lm=lm)  # doctest: +SKIP
+    """
+    from dspy_greater.model.registry import as_engine, shared_engine
+
+    if isinstance(name_or_path, str) or hasattr(name_or_path, "__fspath__"):
+        engine = shared_engine(
+            name_or_path, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+        )
+    else:
+        engine = as_engine(name_or_path)
+    if not getattr(engine.tokenizer, "chat_template", None):
+        raise WeightsError(
+            f"The tokenizer of {engine.name!r} has no chat template, so DSPy's chat messages cannot be "
+            "rendered; use an instruction-tuned model, or set tokenizer.chat_template and pass "
+            "(model, tokenizer)."
+        )
+    local = LocalEngine.over(engine)
+    return dspy.LM(
+        f"{PROVIDER}/{engine.identity}",
+        engine=local,
+        async_engine=AsyncLocalEngine(local),
+        temperature=temperature,
+        max_tokens=max_tokens,
+        cache=cache,
+        **kwargs,
+    )
+
+
+def weights_behind(lm: Any, *, weights: Any = None, predictor_name: str = "") -> Engine:
+    """The engine whose weights a `dspy.LM` runs on; see `dspy_greater.model.registry.weights_behind`."""
+    from dspy_greater.model.registry import weights_behind as find
+
+    return find(lm, weights=weights, predictor_name=predictor_name)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A request, tokenised: the engine's request, the text it writes, and the prompt's length."""
+
+    request: GenerationRequest
+    writer: TextWriter
+    prompt_tokens: int
+
+
+class LocalEngine:
+    """DSPy's engine contract (one lm15 request in, one response out) over an `Engine`.
+
+    Attributes:
+        engine: the weights.
+        batcher: what makes one batch of the calls of many threads.
+    """
+
+    supports_function_calling = False
+    supports_reasoning = False
+    supports_response_schema = False
+    supported_params = SUPPORTED_PARAMETERS
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.batcher = Batcher(engine.complete, most_rows=engine.max_batch_rows)
+        self._repeats: OrderedDict[int, tuple[lm15.Request, int]] = OrderedDict()
+        self._repeats_lock = threading.Lock()
+
+    @classmethod
+    def over(cls, engine: Engine) -> LocalEngine:
+        """The one local engine over these weights, so that all LMs on them share batches."""
+        with _over_lock:
+            local = _over.get(id(engine))
+            if local is None or local.engine is not engine:
+                local = _over[id(engine)] = cls(engine)
+            return local
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LocalEngine:
+        return self  # weights are never copied
+
+    def __copy__(self) -> LocalEngine:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load_local, (self.dump_state(),)
+
+    def complete(self, request: lm15.Request) -> lm15.Response:
+        """Answer one request; concurrent calls share a batch.
+
+        Raises:
+            lm15.LM15Error: a feature that is not supported, a prompt that is too long, a lack of memory.
+        """
+        with as_lm15_errors():
+            call = self._call(request)
+            generation = self.batcher.submit(call.request)
+            self._count_repeat(request)
+        return lm15.Response(
+            id=None,
+            model=request.model,
+            message=lm15.Message.assistant(call.writer.finish()),
+            finish_reason=generation.finish_reason,
+            usage=_usage(call, generation),
+        )
+
+    def stream(self, request: lm15.Request) -> Iterator[Any]:
+        """Answer one request in pieces of text; closing the iterator stops the generation."""
+        pieces: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        with as_lm15_errors():
+            call = self._call(request, on_text=pieces.put)
+        yield lm15.StreamStartEvent(model=request.model)
+        writer = threading.Thread(target=self._write, args=(call, pieces.put), name="local-lm-stream")
+        writer.start()
+        try:
+            with as_lm15_errors():
+                while isinstance(piece := pieces.get(), str):
+                    yield lm15.StreamDeltaEvent(lm15.TextDelta(piece))
+                if isinstance(piece, BaseException):
+                    raise piece
+        finally:
+            call.writer.cancel()
+            writer.join()
+        self._count_repeat(request)
+        if rest := call.writer.rest():
+            yield lm15.StreamDeltaEvent(lm15.TextDelta(rest))
+        yield lm15.StreamEndEvent(finish_reason=piece.finish_reason, usage=_usage(call, piece))
+
+    def lockstep(self, workers: int, *, stall_seconds: float = 60.0) -> AbstractContextManager[Lockstep]:
+        """Batches that start exactly when all `workers` threads wait, so that they do not depend on timing.
+
+        Every worker thread enters `.worker()` of what this yields for as long as it lives. Requests of
+        other threads go the ordinary way.
+
+        Example:
+            >>> with local.lockstep(2) as group:  # doctest: +SKIP
+            ...     with group.worker():  # in each of the two threads
+            ...         program(question="...")
+        """
+        return self.batcher.lockstep(workers, stall_seconds=stall_seconds)
+
+    def close(self) -> None:
+        """Nothing to close: no thread, no connection; the weights go when nothing holds them."""
+
+    def dump_state(self) -> dict[str, Any]:
+        """What `program.save` writes: how to load the same weights, and which they have to be."""
+        return {"identity": self.engine.identity, "origin": self.engine.origin}
+
+    @classmethod
+    def load_state(cls, state: dict[str, Any]) -> LocalEngine:
+        """The engine of a saved program: the weights that are loaded already, or the same loaded again.
+
+        Raises:
+            WeightsError: the weights are gone, have changed, or were handed in as objects.
+        """
+        from dspy_greater.model.registry import live_engine, shared_engine
+
+        identity, origin = state.get("identity"), state.get("origin")
+        engine = live_engine(str(identity))
+        if engine is None and isinstance(origin, dict) and isinstance(origin.get("name_or_path"), str):
+            engine = shared_engine(origin["name_or_path"], dtype=origin.get("dtype"), revision=origin.get("revision"))
+        if engine is None:
+            raise WeightsError(
+                f"The saved LM ran on {identity!r}, a model that was passed as an object and that nothing in "
+                "this process holds; load it, keep local_lm((model, tokenizer)), and load the program again."
+            )
+        if engine.identity != identity:
+            raise WeightsError(
+                f"The saved LM ran on {identity!r}, but {engine.identity!r} was found in its place; restore "
+                "those weights, or save the program again with an LM on the new ones."
+            )
+        return cls.over(engine)
+
+    @cached_property
+    def _encoder(self) -> PromptEncoder:
+        return PromptEncoder(self.engine.tokenizer)
+
+    def _call(self, request: lm15.Request, on_text: Callable[[str], object] | None = None) -> _Call:
+        from dspy_greater.model.engine import GenerationRequest
+        from dspy_greater.model.sampling import row_seed
+
+        refuse_unsupported_features(request)
+        tokenizer, config = self.engine.tokenizer, request.config
+        prompt = self._encoder.chat_ids(messages_of(request))  # the tokens that a search would score
+        room = self.engine.room(len(prompt))
+        most = config.max_tokens or DEFAULT_MAX_TOKENS
+        writer = TextWriter(tokenizer, stop=config.stop, on_text=on_text)
+        temperature = config.temperature or 0.0
+        seed = 0
+        if temperature > 0:
+            base = secrets.randbits(63) if config.seed is None else config.seed
+            # Different prompts draw differently: rows that share their draws would all err on the same side.
+            seed = row_seed(row_seed(base, zlib.crc32(repr(prompt).encode())), self._repeat(request))
+        generation = GenerationRequest(
+            prompt,
+            most if room is None else min(room, most),
+            temperature,
+            1.0 if config.top_p is None else max(config.top_p, _LEAST_TOP_P),
+            seed,
+            None,
+            writer.accept,
+        )
+        return _Call(generation, writer, len(prompt))
+
+    def _write(self, call: _Call, put: Callable[[object], object]) -> None:
+        try:
+            put(self.batcher.submit(call.request))
+        except BaseException as error:  # raised again by the thread that reads the stream
+            put(error)
+
+    def _repeat(self, request: lm15.Request) -> int:
+        """How often this request object was answered: DSPy asks for `n` samples by passing it `n` times."""
+        with self._repeats_lock:
+            return self._repeats.get(id(request), (request, 0))[1]
+
+    def _count_repeat(self, request: lm15.Request) -> None:
+        with self._repeats_lock:
+            # The request is kept with its count, so that its id is not given to another one.
+            self._repeats[id(request)] = (request, self._repeats.get(id(request), (request, 0))[1] + 1)
+            self._repeats.move_to_end(id(request))
+            while len(self._repeats) > _REPEATS_REMEMBERED:
+                self._repeats.popitem(last=False)
+
+
+class AsyncLocalEngine:
+    """The asynchronous side of a `LocalEngine`; shares its weights and its batches."""
+
+    supports_function_calling = False
+    supports_reasoning = False
+    supports_response_schema = False
+    supported_params = LocalEngine.supported_params
+
+    def __init__(self, local: LocalEngine) -> None:
+        self.local = local
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AsyncLocalEngine:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return AsyncLocalEngine, (self.local,)
+
+    async def complete(self, request: lm15.Request) -> lm15.Response:
+        """Answer one request without blocking the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(_waiters(), self.local.complete, request)
+
+    async def stream(self, request: lm15.Request) -> AsyncIterator[Any]:
+        """Answer one request in pieces of text."""
+        loop, end = asyncio.get_running_loop(), object()
+        events: Any = self.local.stream(request)
+        try:
+            while (event := await loop.run_in_executor(_waiters(), next, events, end)) is not end:
+                yield event
+        finally:
+            await loop.run_in_executor(_waiters(), events.close)
+
+    async def aclose(self) -> None:
+        """Nothing to close."""
+
+    def dump_state(self) -> dict[str, Any]:
+        """What `program.save` writes; the same as the synchronous engine's."""
+        return self.local.dump_state()
+
+    @classmethod
+    def load_state(cls, state: dict[str, Any]) -> AsyncLocalEngine:
+        """The asynchronous engine of a saved program; raises what `LocalEngine.load_state` raises."""
+        return cls(LocalEngine.load_state(state))
+
+
+_over: WeakValueDictionary[int, LocalEngine] = WeakValueDictionary()
+_over_lock = threading.Lock()
+_pool: list[ThreadPoolExecutor] = []
+
+
+def _waiters() -> ThreadPoolExecutor:
+    """Threads that only wait for their batch: many, so that asynchronous calls share one."""
+    with _over_lock:
+        if not _pool:
+            _pool.append(ThreadPoolExecutor(max_workers=256, thread_name_prefix="local-lm"))
+        return _pool[0]
+
+
+def _load_local(state: dict[str, Any]) -> LocalEngine:
+    return LocalEngine.load_state(state)
+
+
+def _usage(call: _Call, generation: Generation) -> lm15.Usage:
+    return lm15.Usage(input_tokens=call.prompt_tokens, output_tokens=len(generation.token_ids))

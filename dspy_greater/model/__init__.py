@@ -1,0 +1,1 @@
+"""Token ids in, tokens and log-probabilities out. Nothing here imports DSPy."""

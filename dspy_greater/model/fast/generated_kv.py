@@ -1,0 +1,202 @@
+"""The key-value states of rows that were just written, kept so that what comes after them costs no second reading.
+
+When a row has written its reasoning, the states of its prompt and its reasoning are in the cache of the batch. What
+is asked next is how likely the gold answer is after them: a few tokens more. `WrittenStates` keeps the states of
+finished rows; `find` picks, for a sequence, the row that begins most like it: a `Continuation`.
+
+Shapes: n rows of one batch, S slots of its cache, T tokens that are read after them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from dspy_greater.model.fast.prefix_cache import shared_length
+from dspy_greater.model.fast.scoped import Scoped
+from dspy_greater.model.kv_cache import Move, join
+
+MOST_BYTES = 2 << 30  # of states; the oldest go first
+_SHARE_OF_DEVICE = 0.1  # of an accelerator's memory
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a row lie in a cache: [first pads | `shared` tokens | pads between | its other tokens]."""
+
+    first: int
+    shared: int
+    between: int
+
+
+def slot_mask(places: Sequence[Places], lengths: Sequence[int], slots: int) -> Tensor:
+    """[n, S], S = `slots`: 1 where one of the first `lengths[j]` tokens of row j lies.
+
+    >>> slot_mask([Places(first=1, shared=2, between=1)], [4], 7).tolist()
+    [[0, 1, 1, 0, 1, 1, 0]]
+    """
+    slot = torch.arange(slots)[None]  # [1, S]
+    first, shared, between = torch.tensor([(each.first, each.shared, each.between) for each in places]).T[..., None]
+    length = torch.tensor(lengths)[:, None]
+    before = (slot >= first) & (slot < first + torch.minimum(shared, length))
+    own = (slot >= first + shared + between) & (slot < first + between + length)
+    return (before | own).long()
+
+
+@dataclass(frozen=True, eq=False)
+class WrittenRows:
+    """Rows that left a decode batch together, as its cache held them."""
+
+    token_ids: tuple[tuple[int, ...], ...]  # n rows: the tokens whose states are held
+    places: tuple[Places, ...]  # [n]
+    layers: tuple[tuple[Tensor, Tensor], ...]  # keys and values, each [n, heads, S, head size]
+
+    @property
+    def slots(self) -> int:
+        """S: places in the cache, pads and leftovers included."""
+        return self.layers[0][0].shape[-2]
+
+    @property
+    def bytes(self) -> int:
+        """What the states take."""
+        return sum(each.numel() * each.element_size() for layer in self.layers for each in layer)
+
+    def cache(self, model: Any) -> DynamicCache:
+        """A new cache that holds the states as they are, without copying them."""
+        cache, layers = DynamicCache(config=model.config), [DynamicLayer() for _ in self.layers]
+        cache.layers[:] = layers
+        for layer, (keys, values) in zip(layers, self.layers, strict=True):
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+        return cache
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A sequence that begins as a kept row does."""
+
+    rows: WrittenRows
+    row: int
+    known: int  # tokens that they have in common
+
+
+def continued(model: Any, found: Sequence[Continuation], room: int) -> tuple[DynamicCache, Tensor]:
+    """A copy of the states of n rows in one cache with `room` tokens to spare, and [n, S]: 1 where they are known.
+
+    The rows may have been written in different batches: each ends at the last of S slots.
+    """
+    apart = list({id(each.rows): each.rows for each in found}.values())
+    slots = max(each.slots for each in apart)
+    moves: list[Move] = []
+    for part, rows in enumerate(apart):
+        mine = [number for number, each in enumerate(found) if each.rows is rows]
+        moves.append((part, [found[number].row for number in mine], mine, 0))
+    cache = join(model, slots + room, [each.cache(model) for each in apart], moves, slots)
+    held = [(each.rows.places[each.row], slots - each.rows.slots) for each in found]
+    places = [replace(place, first=place.first + pads) for place, pads in held]
+    return cache, slot_mask(places, [each.known for each in found], slots)
+
+
+@dataclass(eq=False)
+class _Kept:
+    """What one block keeps."""
+
+    rows: list[WrittenRows] = field(default_factory=list[WrittenRows])
+    order: list[tuple[tuple[int, ...], int, int]] | None = None  # tokens, which rows, which of them; sorted
+
+    @property
+    def bytes(self) -> int:
+        return sum(each.bytes for each in self.rows)
+
+    def clear(self) -> None:
+        self.rows, self.order = [], None
+
+
+class WrittenStates:
+    """Keeps the states of finished rows between `open` and the end of the outermost such block.
+
+    Args:
+        lock: guards what is kept; the engine's own.
+
+    >>> states = WrittenStates()
+    >>> states.wanted
+    False
+    >>> with states.open():
+    ...     states.wanted
+    True
+    """
+
+    def __init__(self, lock: Any = None) -> None:
+        self._lock = lock or threading.RLock()
+        self._keeping = Scoped[_Kept]()
+
+    def open(self) -> AbstractContextManager[object]:
+        """Keep what is written until the outermost of the open blocks ends, for the threads that carry its context."""
+        return self._keeping.open(_Kept)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything would be kept."""
+        return self._keeping.value is not None
+
+    @property
+    def bytes(self) -> int:
+        """What is kept at the moment, by whomever."""
+        return sum(each.bytes for each in self._keeping.everywhere)
+
+    def drop(self) -> None:
+        """Give the memory back, whoever keeps it; what is needed again is read again."""
+        with self._lock:
+            for each in self._keeping.everywhere:
+                each.clear()
+
+    def make_room(self, size: int, device: torch.device) -> bool:
+        """Let the caller's oldest go where `size` bytes more would be too many; False: they are by themselves."""
+        limit, kept = _most_bytes(device), self._keeping.value
+        with self._lock:
+            while kept and kept.rows and kept.bytes + size > limit:
+                kept.rows.pop(0)
+                kept.order = None
+        return size <= limit
+
+    def keep(self, rows: WrittenRows) -> None:
+        """Keep these rows; for the room see `make_room`."""
+        kept = self._keeping.value
+        with self._lock:
+            if kept:
+                kept.rows.append(rows)
+                kept.order = None
+
+    def find(self, sequence: Sequence[int], *, least: int, most: int) -> Continuation | None:
+        """The kept row that begins most like the sequence, if at least `least` tokens; `most` of them count."""
+        kept = self._keeping.value
+        if not kept or not kept.rows:
+            return None
+        if kept.order is None:
+            kept.order = sorted(
+                (tokens, at, row) for at, each in enumerate(kept.rows) for row, tokens in enumerate(each.token_ids)
+            )
+        wanted = tuple(sequence)
+        place = bisect.bisect_left(kept.order, (wanted, 0, 0))
+        # Whatever has the longest beginning in common with it stands next to it in sorted order.
+        near = kept.order[max(0, place - 1) : place + 1]
+        found = [(min(most, shared_length([wanted, tokens])), at, row) for tokens, at, row in near]
+        known, at, row = max(found, key=lambda each: each[0])
+        return Continuation(kept.rows[at], row, known) if known >= least else None
+
+
+def _most_bytes(device: torch.device) -> float:
+    if device.type != "cuda":
+        return MOST_BYTES
+    # Of all there is, not of what is free: a run that is resumed has to keep the same rows.
+    _, total = torch.cuda.mem_get_info(device)
+    return max(MOST_BYTES, _SHARE_OF_DEVICE * total)

@@ -1,0 +1,205 @@
+"""The decode loop: rows of token ids in, written tokens out, on a left-padded batch with a key-value cache.
+
+Prompts are read in parts (`prefill`), finished rows leave the batch, and the cache is written in place (`states`).
+A row's result does not depend on which rows it shares a batch with, nor on its draft: its random numbers are its own.
+
+Shapes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from dspy_greater.model.fast.generated_kv import Places, WrittenRows, WrittenStates, slot_mask
+from dspy_greater.model.fast.prefix_cache import PrefixStore, Tally
+from dspy_greater.model.kv_cache import InPlaceLayer, Move, bytes_of, join, storage
+from dspy_greater.model.prefill import Prefilled, parts_of, prefill
+from dspy_greater.model.sampling import Row, choose
+
+_COMPACT_BELOW = 0.9  # finished rows leave once they are a tenth of the batch
+_MOST_SPARE = 1.3  # times what kept states need may stay in memory with them
+
+
+@torch.no_grad()
+def decode(
+    model: Any,
+    rows: Sequence[Row],
+    *,
+    pad_token_id: int,
+    tally: Tally,
+    prefixes: PrefixStore,
+    written: WrittenStates | None = None,
+) -> None:
+    """Write every row to its end, greedily where its temperature is 0, by its own random numbers otherwise.
+
+    Rows are changed in place, so what was written before an out-of-memory error is not lost. What all of them
+    begin with comes from `prefixes`; the states of finished rows go to `written`, where they are wanted.
+    """
+    batch = _Batch(model, rows, pad_token_id, tally, written)
+    logits = batch.read(prefixes)  # [rows, V]
+    while batch.rows:
+        before = sum(len(row.written) for row in batch.rows)
+        for row, token in zip(batch.rows, choose(logits, batch.rows), strict=True):
+            if row.finish_reason is None:
+                row.accept(token)
+        tally(generated_tokens=sum(len(row.written) for row in batch.rows) - before)
+        if not batch.drop_finished():
+            return
+        logits = batch.step()
+
+
+class _Batch:
+    """The tensors of one batch: cache, mask, positions. Where a row's tokens lie in the cache is in its `Places`."""
+
+    def __init__(
+        self, model: Any, rows: Sequence[Row], pad_token_id: int, tally: Tally, written: WrittenStates | None
+    ) -> None:
+        self.model, self.rows, self.tally, self._pad = model, list(rows), tally, pad_token_id
+        self._written = written
+        self._device = model.get_input_embeddings().weight.device
+        keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if keep else {}
+
+    def read(self, prefixes: PrefixStore) -> Tensor:
+        """Prefill. Returns the next-token logits [rows, V] of the rows that are not finished by it."""
+        contexts = [row.context for row in self.rows]
+        lengths = [len(row.context) + len(row.expected) for row in self.rows]
+        # Drafts need no room of their own at the end, but may leave unused slots in the middle of a part.
+        self._capacity = max(lengths) + max(row.max_new_tokens - len(row.written) for row in self.rows)
+        self._reach = prefixes.reach
+        plain = self._capacity <= self._reach
+        if not plain:
+            for row in self.rows:
+                row.draft = ()
+            self._capacity = max(len(row.context) + row.max_new_tokens - len(row.written) for row in self.rows)
+        parts = parts_of(contexts, lengths, divide=plain)
+        options = {"pad": self._pad, "tally": self.tally, "prefixes": prefixes, "capacity": self._capacity}
+        read = [prefill(self.model, self.rows, part, **options) for part in parts]
+        for each in read:
+            finished = [j for j, row in enumerate(each.rows) if self.rows[row].finish_reason]
+            mine = [self.rows[row] for row in each.rows]
+            self._hand_over(each.cache, each.length, mine, each.places, each.known, finished)
+        return self._begin(read)
+
+    def _begin(self, read: Sequence[Prefilled]) -> Tensor:
+        """Put together what goes on: cache, mask, positions and logits."""
+        going = [
+            (part, j, row)
+            for part, each in enumerate(read)
+            for j, row in enumerate(each.rows)
+            if self.rows[row].finish_reason is None
+        ]
+        going.sort(key=lambda each: (each[0], read[each[0]].rejected[each[1]], each[1]))  # neighbours move together
+        slots = max((read[part].length - read[part].rejected[j] for part, j, _ in going), default=0)
+        places = [(read[part].places[j], read[part].length - read[part].rejected[j]) for part, j, _ in going]
+        self._places = [Places(slots - filled, each.shared, each.between) for each, filled in places]
+        self._known = [read[part].known[j] for part, j, _ in going]
+        self.rows = [self.rows[row] for *_, row in going]
+        self.cache, self._length = self._joined(read, [(part, j) for part, j, _ in going], slots), slots
+        if not going:
+            return torch.empty(0)
+        mask = torch.ones(len(going), self._capacity + slots, dtype=torch.long)
+        mask[:, :slots] = slot_mask(self._places, self._known, slots)
+        self._mask = mask.to(self._device)
+        self._positions = torch.tensor(self._known, device=self._device)[:, None] - 1  # [rows, 1], of the newest token
+        return torch.stack([read[part].logits[j] for part, j, _ in going])
+
+    def _joined(self, read: Sequence[Prefilled], going: Sequence[tuple[int, int]], slots: int) -> DynamicCache:
+        """One cache for the rows that go on, without what was read of drafts for nothing."""
+        as_read = [j for _, j in going] == list(range(len(read[0].rows))) and not any(read[0].rejected)
+        if len(read) == 1 and as_read:
+            return read[0].cache
+        together: dict[tuple[int, int], tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+        for number, (part, j) in enumerate(going):
+            leaving, numbers = together[part, read[part].rejected[j]]
+            leaving.append(j)
+            numbers.append(number)
+        moves: list[Move] = [(part, *rows, rejected) for (part, rejected), rows in together.items()]
+        return join(self.model, self._capacity, [each.cache for each in read], moves, slots)
+
+    def step(self) -> Tensor:
+        """Read the newest token of every row; rows that have finished but not left read a pad token."""
+        live = [row.finish_reason is None for row in self.rows]
+        pairs = zip(self.rows, live, strict=True)
+        newest = [[row.written[-1] if alive else self._pad] for row, alive in pairs]
+        self._length += 1
+        self._positions = self._positions + torch.tensor(live, device=self._device)[:, None]
+        output = self.model(
+            input_ids=torch.tensor(newest, device=self._device),
+            attention_mask=self._mask[:, : self._length],
+            position_ids=self._positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            **self._last_only,
+        )
+        rows = output.logits.shape[0] * output.logits.shape[1]
+        self.tally(forwards=1, lm_head_rows=rows, padded_tokens=len(live) - sum(live))
+        return output.logits[:, -1]
+
+    def drop_finished(self) -> bool:
+        """Let finished rows leave once they are enough to pay for moving the others; False: none left."""
+        keep = [index for index, row in enumerate(self.rows) if row.finish_reason is None]
+        if len(keep) <= _COMPACT_BELOW * len(self.rows):
+            finished = [index for index, row in enumerate(self.rows) if row.finish_reason]
+            self._hand_over(self.cache, self._length, self.rows, self._places, self._known, finished)
+            if keep:
+                self._keep(keep)
+        return bool(keep)
+
+    def _keep(self, rows: Sequence[int]) -> None:
+        """Let the others go, and with them the slots that only they had used; the last rows take their places."""
+        first, last = min(self._places[row].first for row in rows), iter(rows[::-1])
+        staying = {row for row in rows if row < len(rows)}
+        order = [row if row in staying else next(last) for row in range(len(rows))]
+        if all(isinstance(layer, InPlaceLayer) for layer in self.cache.layers):
+            for layer in self.cache.layers:
+                layer.keep(order, first)  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            first = 0
+            self.cache.batch_select_indices(torch.tensor(order))
+        self._mask, self._positions = self._mask[order, first:], self._positions[order]
+        self._length -= first
+        self.rows = [self.rows[row] for row in order]
+        self._known = [self._known[row] for row in order]
+        self._places = [replace(self._places[row], first=self._places[row].first - first) for row in order]
+
+    def _hand_over(
+        self,
+        cache: DynamicCache,
+        slots: int,
+        rows: Sequence[Row],
+        places: Sequence[Places],
+        known: Sequence[int],
+        finished: Sequence[int],
+    ) -> None:
+        """Let `written` keep the states of these rows, if it wants them and the cache still holds them all."""
+        if self._written is None or not self._written.wanted or not finished:
+            return
+        held: list[Any] = list(cache.layers)
+        filled = all(getattr(layer, "keys", None) is not None and layer.keys.shape[-2] == slots for layer in held)
+        if not filled or self._capacity > self._reach:
+            return
+        bytes_of_row = sum(bytes_of(each[:1]) for layer in held for each in (layer.keys, layer.values))
+        if not self._written.make_room(bytes_of_row * len(finished), held[0].keys.device):
+            return
+        index = torch.tensor(finished)
+        # As they are, where that keeps little else in memory.
+        whole = len(finished) == len(rows) and storage(held[0].keys) <= _MOST_SPARE * bytes_of(held[0].keys)
+        self._written.keep(
+            WrittenRows(
+                # The last token that a row wrote may not have been read.
+                token_ids=tuple(rows[i].context[: max(known[i], len(rows[i].context) - 1)] for i in finished),
+                places=tuple(places[i] for i in finished),
+                layers=tuple(
+                    (each.keys, each.values) if whole else (each.keys[index], each.values[index]) for each in held
+                ),
+            )
+        )

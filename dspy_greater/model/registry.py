@@ -1,0 +1,255 @@
+"""Which open weights stand behind a language model, and how they are loaded and shared."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+
+from dspy_greater.errors import WeightsError
+from dspy_greater.model.engine import Engine
+
+POCKET = "pocket"  # the name of the model that travels with the package
+
+# Provider prefixes of DSPy's model strings that stand for an OpenAI-compatible or local server.
+_SERVING = frozenset({"hosted_vllm", "vllm", "sglang", "huggingface", "lm_studio", "llamafile"})
+_PREFIXES = _SERVING | {"openai", "text-completion-openai", "custom_openai", "openai_like", "litellm_proxy"}
+_TAGGED = frozenset({"ollama", "ollama_chat"})  # these name models by tags of their own
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+_shared: WeakValueDictionary[Any, Engine] = WeakValueDictionary()
+
+
+def weights_behind(lm: Any, *, weights: Any = None, predictor_name: str = "") -> Engine:
+    """The engine whose weights a `dspy.LM` runs on.
+
+    In this order: `weights`; the engine of a `local_lm`; the model string without its provider prefix, as
+    a local directory, as what the server behind `api_base` says it serves, as a hub id. Nothing is
+    downloaded for a model that is not served locally. Engines are shared: the same weights load once.
+
+    Args:
+        lm: the LM of a predictor.
+        weights: an `Engine`, a `local_lm`, a loaded `(model, tokenizer)` pair, a name or path, or a
+            mapping to one of these from the predictor's name or the LM's model string.
+        predictor_name: the predictor's path in its program.
+
+    Raises:
+        WeightsError: no weights are known; names the predictor, the LM and what to pass.
+
+    Example:
+        >>> engine = weights_behind(dspy.settings.lm, weights="Qwen/Qwen3-4B")  # doctest: +SKIP
+    """
+    name = str(getattr(lm, "model", lm))
+    if isinstance(weights, Mapping):
+        weights = weights.get(predictor_name, weights.get(name))
+    if weights is not None:
+        return as_engine(weights)
+    own = getattr(getattr(lm, "engine", None), "engine", None)
+    if isinstance(own, Engine):
+        return own
+    tried: list[str] = []
+    options = getattr(lm, "kwargs", None) or {}
+    for candidate, may_download in _candidates(name, options):
+        try:
+            if not os.path.isdir(candidate):
+                return shared_engine(candidate, local_files_only=True)
+            return shared_engine(candidate)
+        except WeightsError as error:
+            tried.append(f"{candidate!r} ({_first_line(error.__cause__ or error)})")
+        if may_download and not os.path.isdir(candidate):
+            try:
+                return shared_engine(candidate)
+            except WeightsError as error:
+                tried[-1] = f"{candidate!r} ({_first_line(error.__cause__ or error)})"
+    raise WeightsError(_no_weights(name, predictor_name, tried))
+
+
+def as_engine(weights: Any) -> Engine:
+    """An engine from an engine, a `local_lm`, a `(model, tokenizer)` pair, or a name or path.
+
+    Raises:
+        WeightsError: it is none of these, or cannot be loaded.
+    """
+    if isinstance(weights, Engine):
+        remember(weights)
+        return weights
+    if isinstance(weights, (str, os.PathLike)):
+        return shared_engine(os.fspath(weights))
+    for holder in (weights, getattr(weights, "engine", None)):
+        inner = getattr(holder, "engine", None)
+        if isinstance(inner, Engine):
+            return inner
+    if isinstance(weights, (tuple, list)) and len(weights) == 2:
+        return _from_pair(*weights)
+    raise WeightsError(
+        f"weights is a {type(weights).__name__}; pass an Engine, a local_lm, a loaded "
+        "(model, tokenizer) pair, a name or path, or a mapping to one of these from the predictor's name or the LM's "
+        "model string."
+    )
+
+
+def shared_engine(
+    name_or_path: str | os.PathLike[str],
+    *,
+    device: Any = None,
+    dtype: Any = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    local_files_only: bool = False,
+    **settings: Any,
+) -> Engine:
+    """`Engine.from_pretrained`, or the engine that already holds these weights; same arguments and errors."""
+    name = os.fspath(name_or_path)
+    place = os.path.realpath(name) if os.path.isdir(name) else name
+    key = (place, str(device), str(dtype).removeprefix("torch."), revision, trust_remote_code, repr(settings))
+    engine = _shared.get(key)
+    if engine is None:
+        engine = Engine.from_pretrained(
+            name,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            local_files_only=local_files_only,
+            **settings,
+        )
+        # Weights that were loaded before under another spelling are not kept twice.
+        engine = _shared.setdefault((engine.identity, str(engine.device), repr(settings)), engine)
+        _shared[key] = engine
+    return engine
+
+
+def live_engine(identity: str) -> Engine | None:
+    """The engine with this identity that some part of this process still holds, if any."""
+    return next((engine for engine in list(_shared.values()) if engine.identity == identity), None)
+
+
+def remember(engine: Engine) -> None:
+    """Let `live_engine` find an engine that the caller built, so that a program saved with it can be loaded."""
+    _shared[(engine.identity, id(engine))] = engine
+
+
+def load_pretrained(
+    name: str,
+    *,
+    device: Any,
+    dtype: Any,
+    revision: str | None,
+    trust_remote_code: bool,
+    local_files_only: bool,
+    **settings: Any,
+) -> tuple[Any, Any]:
+    """Model and tokenizer from safetensors; what `Engine.from_pretrained` does first, with its errors."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = str(import_module("dspy_greater.pocket").path()) if name == POCKET else name
+    target = torch.device(device) if device is not None else _best_device()
+    if dtype is None:
+        dtype = torch.float32 if target.type == "cpu" else "auto"
+    common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
+    if revision is not None:
+        common["revision"] = revision
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, **common)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype, use_safetensors=True, output_loading_info=True, **common, **settings
+        )
+        model, report = loaded
+        if "device_map" not in settings:
+            model = model.to(target)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise WeightsError(
+            f"The weights of {name!r} could not be loaded ({_first_line(error)}); pass a hub id or a "
+            "directory with config.json, a tokenizer and *.safetensors (pickled weights are not read; "
+            "trust_remote_code=True is needed for models that bring code of their own)."
+        ) from error
+    missing = sorted(report.get("missing_keys", ()))
+    if missing:
+        raise WeightsError(
+            f"The weights of {name!r} lack {len(missing)} parameters of their own architecture, such as "
+            f"{missing[0]!r}, which would be random; the files are incomplete or of another model."
+        )
+    return model, tokenizer
+
+
+def _best_device() -> torch.device:
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _from_pair(model: Any, tokenizer: Any) -> Engine:
+    key = ("pair", id(model), id(tokenizer))
+    engine = _shared.get(key)
+    if engine is None or engine.model is not model:
+        config = getattr(model, "config", None)
+        name = getattr(config, "_name_or_path", "") or type(model).__name__
+        engine = Engine(model, tokenizer, name=name)
+        _shared[key] = engine
+    return engine
+
+
+def _candidates(model: str, options: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    """(name or path, whether it may be downloaded) for an LM's model string, best first."""
+    prefix, _, rest = model.partition("/")
+    name = rest if prefix in _PREFIXES and rest else model
+    base = options.get("api_base") or options.get("base_url")
+    served = bool(base) or prefix in _SERVING
+    if name.startswith("local:"):
+        name, served = name.removeprefix("local:"), True
+    if os.path.isdir(name) or name == POCKET:
+        return [(name, False)]
+    names = [*_served_names(str(base), name, options.get("api_key"))] if base else []
+    if prefix not in _TAGGED:
+        names.append(name)
+    usable = [each for each in dict.fromkeys(names) if os.path.isdir(each) or _HUB_ID.fullmatch(each)]
+    return [(each, served) for each in usable] if served else []
+
+
+class _StayHere(urllib.request.HTTPRedirectHandler):
+    """Follow no redirect: the key in the request is for this server only."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+def _served_names(base: str, name: str, key: Any) -> list[str]:
+    """What the server at `base` says the model `name` is made from; nothing if it does not say."""
+    if not base.startswith(("http://", "https://")):
+        return []
+    headers = {"Authorization": f"Bearer {key}"} if isinstance(key, str) else {}
+    request = urllib.request.Request(base.rstrip("/") + "/models", headers=headers)
+    try:
+        with urllib.request.build_opener(_StayHere).open(request, timeout=2.0) as answer:
+            listed = json.loads(answer.read(1_000_000)).get("data", [])
+        entries = [entry for entry in listed if isinstance(entry, dict)]
+    except (OSError, ValueError, AttributeError, TypeError):
+        return []
+    same = [entry for entry in entries if entry.get("id") == name] or (entries if len(entries) == 1 else [])
+    return [str(entry[field]) for entry in same for field in ("root", "id") if entry.get(field)]
+
+
+def _no_weights(name: str, predictor: str, tried: list[str]) -> str:
+    who = f"predictor {predictor!r}" if predictor else "this predictor"
+    attempts = f" Tried {'; '.join(tried)}." if tried else ""
+    tags = " Ollama tags are not hub ids." if name.partition("/")[0] in _TAGGED else ""
+    return (
+        f"No open weights are known for {who}, which runs on the LM {name!r}; a gradient needs them."
+        f"{tags}{attempts} Pass weights= with the model the LM serves, such as "
+        f"weights={{{name!r}: 'ORG/NAME'}} (a hub id, a directory, or a loaded "
+        "(model, tokenizer) pair), or use "
+        "dspy_greater.local_lm(...) as the LM."
+    )

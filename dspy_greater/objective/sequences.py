@@ -1,0 +1,187 @@
+"""A run on a row -> what is remembered of it, and remembered runs -> token sequences under any instruction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from dspy_greater.objective.replay import ReasonedSequence
+from dspy_greater.program.predictors import PredictorSite, calls_of
+from dspy_greater.program.rollout import Rollout, plain
+from dspy_greater.prompt.layout import Layout
+from dspy_greater.prompt.spans import Span, Supervised
+from dspy_greater.run.events import CallOutcome, RowOutcome
+
+_MOST_CUTS = 8  # attempts to make a row fit the context by shortening its reasoning
+_MARK = "\ue000value\ue000"
+
+
+class Examples:
+    """The training rows as one predictor sees them.
+
+    Args:
+        layout: of the predictor's prompt.
+        site: the predictor.
+        field: its output field with gold values; None where there is none.
+        rows: the training rows.
+        context_length: the most tokens of a sequence, None for no limit.
+        header_counts: where the adapter found no answer, the model is asked for the field's header as well as for
+            the gold value.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        site: PredictorSite,
+        field: str | None,
+        rows: Sequence[Any],
+        context_length: int | None,
+        *,
+        header_counts: bool = False,
+    ) -> None:
+        self._layout, self._site, self._field = layout, site, field
+        self._rows, self._limit, self._header_counts = tuple(rows), context_length, header_counts
+        self._openings = openings(site)
+        self._headers = headers(site, field) if field else ()
+        self._tails: dict[str, int] = {}  # inputs of a call -> tokens of its prompt behind the instruction
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def outcome(self, index: int, rollout: Rollout) -> RowOutcome:
+        """What is kept of a run on row `index`; its loss is not taken yet."""
+        call = rollout.calls.get(self._site.name)
+        if call is None:
+            why = rollout.error or f"predictor `{self._site.name}` was not called"
+            return RowOutcome(index, rollout.score, {}, {}, math.nan, why)
+        names = self._site.output_fields
+        earlier = names[: names.index(self._field)] if self._field else ()
+        written = {name: plain(call.outputs.get(name, "")) for name in earlier}
+        preamble, body = split_completion(self._openings, call.completion or "")
+        reasoning, header, _ = partition(body, self._headers)
+        failed = call.error is not None and call.completion is not None
+        unparsed = failed and self._field is not None and self._field not in call.outputs and not header
+        if call.error is not None and earlier and not any(written.values()):
+            written[earlier[0]] = (
+                reasoning.rstrip() if header else body
+            )  # what did not parse is still what the model reasoned
+        inputs = {name: plain(value) for name, value in call.inputs.items()}
+        calls = () if self._field else calls_of(rollout.trace, self._site.name)
+        told = tuple(
+            CallOutcome({name: plain(value) for name, value in each.inputs.items()}, each.completion)
+            for each in calls
+            if each.completion is not None  # None: the language model could not be called
+        )
+        return RowOutcome(index, rollout.score, inputs, written, math.nan, rollout.error, preamble, told, unparsed)
+
+    def supervised(
+        self, instruction: str, row: RowOutcome, *, reasoned: bool = True, cut: bool = True
+    ) -> Supervised | None:
+        """The row's tokens up to its gold value, the reasoning cut to what fits the context.
+
+        None when the predictor was not called on it, has no gold value, or nothing can make it fit. Without
+        `reasoned` the reasoning is left empty, without `cut` it is all there, whether or not it fits.
+        """
+        if not row.inputs or self._field is None:
+            return None
+        gold, from_header = self._rows[row.row].labels()[self._field], self._header_counts and row.unparsed
+        written, preamble = dict(row.written), row.preamble
+        if not reasoned:
+            written, preamble = dict.fromkeys(written, ""), ""
+        for _ in range(_MOST_CUTS):
+            found = self._layout.supervised(
+                instruction, row.inputs, written, self._field, gold, preamble=preamble, from_header=from_header
+            )
+            surplus = len(found.token_ids) - self._limit if cut and self._limit is not None else 0
+            if surplus <= 0:
+                return found
+            texts = {name: text for name, text in written.items() if isinstance(text, str)}
+            longest = max(texts, key=lambda name: len(texts[name]), default=None)
+            kept = 1 - min(1.0, (surplus + 8) / max(1, len(found.reasoning)))
+            preamble = preamble[: int(kept * len(preamble))]
+            if longest is not None:
+                written[longest] = texts[longest][: int(kept * len(texts[longest]))]
+        return None
+
+    def sequences(self, instruction: str, row: RowOutcome, *, cut: bool = True) -> tuple[ReasonedSequence, ...]:
+        """What the predictor wrote on the row, as tokens: with a gold value the reasoning before it and the value.
+
+        With `cut` all of them fit the context: a reasoning is shortened, a call without gold value left out.
+        """
+        if self._field is not None:
+            found = self.supervised(instruction, row, cut=cut)
+            if found is None:
+                return ()
+            return (ReasonedSequence(found.token_ids, found.instruction, found.reasoning, found.answer),)
+        laid_out = [self._layout.written(instruction, call.inputs, call.completion) for call in row.calls]
+        limit = self._limit if cut and self._limit is not None else math.inf
+        return tuple(
+            ReasonedSequence(each.token_ids, each.instruction, each.completion)
+            for each in laid_out
+            if len(each.token_ids) <= limit
+        )
+
+    def prompt_length(self, sequence: ReasonedSequence, instruction: str, row: RowOutcome) -> int:
+        """How many tokens of a sequence of the row are its prompt; the rest the predictor wrote, or the gold value."""
+        if self._field is None:
+            return sequence.written.start
+        inputs = repr(row.inputs)
+        if inputs not in self._tails:
+            prompt = self._layout.prompt(instruction, row.inputs)
+            self._tails[inputs] = len(prompt.token_ids) - prompt.instruction.stop
+        return sequence.instruction.stop + self._tails[inputs]
+
+    def fluency_sequence(self, instruction: str, row: RowOutcome) -> Supervised | None:
+        """A sequence to read the instruction's likelihood from, and the gold answer's where there is one."""
+        if self._field is not None:
+            return self.supervised(instruction, row)
+        for each in self.sequences(instruction, row)[:1]:
+            return Supervised(
+                each.token_ids, each.instruction, Span(each.written.start, each.written.start), each.written
+            )
+        return None
+
+
+def written_key(row: RowOutcome) -> str:
+    """Two runs on a row with the same key were given and wrote the same."""
+    calls = [(call.inputs, call.completion) for call in row.calls]
+    return repr((row.inputs, row.written, row.preamble, calls, row.unparsed))
+
+
+def openings(site: PredictorSite) -> tuple[str, ...]:
+    """How the header of a predictor's first field begins, as its adapter writes it."""
+    header = _header(site, 0)
+    # Models space JSON in their own way.
+    return tuple(filter(None, dict.fromkeys([header, *header.split()[:1]])))
+
+
+def headers(site: PredictorSite, field: str) -> tuple[str, ...]:
+    """How the header of an output field ends, as the predictor's adapter writes it."""
+    line = _header(site, site.output_fields.index(field)).rpartition("\n")[2].strip()
+    return tuple(filter(None, dict.fromkeys([line, line.partition(":")[0]])))  # JSON, as above
+
+
+def split_completion(openings: Sequence[str], completion: str) -> tuple[str, str]:
+    """What a model wrote before the header of its first field (a native <think> block), and what after it.
+
+    A completion without that header is all body.
+    """
+    before, found, after = partition(completion, openings)
+    return (before, after.lstrip("\n")) if found else ("", completion)
+
+
+def partition(text: str, separators: Sequence[str]) -> tuple[str, str, str]:
+    """`str.partition` at the first of the separators that occurs.
+
+    >>> partition("I look. <answer>yes", ["[[ ## answer ## ]]", "<answer>"]), partition("I look.", ["<answer>"])
+    (('I look. ', '<answer>', 'yes'), ('I look.', '', ''))
+    """
+    found = next((each for each in separators if each in text), None)
+    return text.partition(found) if found else (text, "", "")
+
+
+def _header(site: PredictorSite, place: int) -> str:
+    """What the adapter writes before the value of an output field and after the value before that."""
+    values = dict.fromkeys(site.output_fields, _MARK)
+    return str(site.adapter.format_assistant_message_content(site.signature, values)).split(_MARK)[place].strip()

@@ -1,0 +1,1 @@
+"""A DSPy program, in and out: its predictors, its runs, its rows, and copies with other instructions."""

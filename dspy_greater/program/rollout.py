@@ -1,0 +1,275 @@
+"""Run a program with one or more instructions on rows: what the model reasoned and how the metric scored it.
+
+All (instruction, row) pairs run at once. On an in-process model they move in lockstep, so
+that every wave of calls is one batch whose make-up does not depend on thread timing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dspy.adapters.utils import serialize_for_json
+
+from dspy_greater.errors import ProgramError
+from dspy_greater.lm.local import LocalEngine
+from dspy_greater.metric import RowMetric, Score
+from dspy_greater.program.predictors import (
+    PredictorCall,
+    Result,
+    carrying,
+    predictor_names,
+    predictors_of,
+    trace_calls,
+    with_instructions,
+)
+
+if TYPE_CHECKING:
+    from dspy_greater.model.engine import Engine
+
+Worker = Callable[[], AbstractContextManager[None]]
+_MOST_IN_LOCKSTEP = 512  # threads that wait for one model together
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One run of a program on one row: the last call of each predictor, and the metric's score.
+
+    `error` says why the run or the metric failed; such a row scores 0. `lm_failed` when it was that the
+    language model could not be called. `feedback` is the metric's, and `trace` every call in its order.
+    """
+
+    calls: Mapping[str, PredictorCall]
+    score: float
+    error: str | None = None
+    lm_failed: bool = False
+    feedback: str | None = None
+    trace: tuple[PredictorCall, ...] = ()
+    prediction: Any = field(default=None, compare=False)
+
+
+def roll_out(
+    programs: Sequence[Any], rows: Sequence[Any], metric: RowMetric, *, threads: int, deployed: bool = False
+) -> list[list[Rollout]]:
+    """Run every program on every row.
+
+    Args:
+        programs: DSPy programs that differ in their instructions.
+        rows: examples with inputs set.
+        metric: scores (example, prediction).
+        threads: how many runs are under way at a time where an LM is a server; where the LM is
+            an in-process model, all of them are.
+        deployed: let the adapter ask again in JSON where an answer does not parse, as it will when the
+            program is used; while searching, only the prompt that is searched counts.
+
+    Returns:
+        For each program the rollouts of the rows, in their order.
+
+    Raises:
+        MetricError: the metric returned something that is not a score.
+        ProgramError: the language model could not be called, not even once.
+
+    ```python
+    [[rollout]] = roll_out([dspy.ChainOfThought("question -> answer")], rows[:1], RowMetric(metric), threads=8)
+    rollout.score, rollout.calls["predict"].outputs["reasoning"]
+    ```
+    """
+    pairs = [(program, row) for program in programs for row in rows]
+    done = run_pairs(pairs, metric, threads=threads, deployed=deployed)
+    return (
+        [done[start : start + len(rows)] for start in range(0, len(done), len(rows))]
+        if rows
+        else [[] for _ in programs]
+    )
+
+
+def run_pairs(
+    pairs: Sequence[tuple[Any, Any]],
+    metric: Callable[[Any, Any], Score],
+    *,
+    threads: int,
+    refuse_dead: bool = True,
+    deployed: bool = False,
+) -> list[Rollout]:
+    """Run programs on rows, each (program, row) once; see `roll_out`. Without `refuse_dead` all may fail.
+
+    Recorded are the calls of predictors that a program has before its first run.
+    """
+    programs = {id(program): program for program, _ in pairs}
+    lms = [site.lm for program in programs.values() for site in predictors_of(program)]
+    names = {id(program): predictor_names(program) for program in programs.values()}
+
+    def run(program: Any, row: Any) -> Rollout:
+        return _run(program, row, metric, deployed, names[id(program)])
+
+    done = together(run, pairs, lms=lms, threads=threads)
+    if refuse_dead:
+        refuse_dead_lm(done, len(pairs) // max(1, len(programs)))
+    return done
+
+
+def together(
+    run: Callable[..., Result], jobs: Sequence[tuple[Any, ...]], *, lms: Sequence[Any], threads: int
+) -> list[Result]:
+    """`run(*job)` for all jobs at once, with the caller's DSPy settings; the results in the order of the jobs.
+
+    Args:
+        run: what to do.
+        jobs: its arguments.
+        lms: every LM that is called. Where only one of them is in-process, the calls move in lockstep,
+            some hundred jobs at a time.
+        threads: how many jobs are under way at a time otherwise.
+    """
+    if len(jobs) <= _MOST_IN_LOCKSTEP:
+        return _together(run, jobs, lms, threads)
+    parts = [jobs[start : start + _MOST_IN_LOCKSTEP] for start in range(0, len(jobs), _MOST_IN_LOCKSTEP)]
+    return [result for part in parts for result in _together(run, part, lms, threads)]
+
+
+def _together(
+    run: Callable[..., Result], jobs: Sequence[tuple[Any, ...]], lms: Sequence[Any], threads: int
+) -> list[Result]:
+    with _in_lockstep(lms, len(jobs)) as worker:
+        size = threads if worker is None else len(jobs)
+        enter: Worker = worker or nullcontext
+
+        @carrying
+        def enter_and_run(*job: Any) -> Result:
+            with enter():
+                return run(*job)
+
+        return _all(enter_and_run, jobs, size)
+
+
+def engines_behind(program: Any) -> list[Engine]:
+    """The in-process models that the program's predictors call, each once."""
+    return [local.engine for local in _local_engines(site.lm for site in predictors_of(program))]
+
+
+def runs_at_once(program: Any, threads: int) -> int:
+    """How many runs of the program it takes to keep its language model busy.
+
+    One decode batch of an in-process model; where there is none, or several, two runs for each thread,
+    so that few threads wait for the last.
+    """
+    engines = engines_behind(program)
+    return engines[0].max_batch_rows if len(engines) == 1 else 2 * threads
+
+
+def asked_of_servers(program: Any, rollouts: Iterable[Rollout]) -> Iterator[str]:
+    """What language models that are not in-process answered in these runs, call by call."""
+    served = {site.name for site in predictors_of(program) if _local_engine(site.lm) is None}
+    for rollout in rollouts:
+        yield from (call.completion for call in rollout.trace if call.predictor in served and call.completion)
+
+
+def searching_copy(program: Any, texts: Mapping[str, str], seed: int = 0) -> Any:
+    """A copy of the program with other instructions, whose in-process models do not answer from a cache.
+
+    The counters then say what the search cost; a server's cache, which saves money, is left on. A model
+    that has no seed gets one from `seed`, another for each predictor, so that a search at a temperature can
+    be repeated. A prompt that a predictor asks twice is then answered alike; `n=` gives several samples.
+    """
+    copied = with_instructions(program, texts)
+    for place, (_, predictor) in enumerate(copied.named_predictors()):
+        lm = predictor.lm
+        if _local_engine(lm) is not None:
+            own = lm.kwargs.get("seed")
+            predictor.lm = lm.copy(cache=False, seed=seed + place if own is None else own)
+    return copied
+
+
+def sampling_copy(program: Any, name: str, text: str, temperature: float, seed: int) -> Any:
+    """A searching copy in which predictor `name` has the instruction `text` and writes at a temperature."""
+    copied = searching_copy(program, {name: text}, seed)
+    predictor = dict(copied.named_predictors())[name]
+    predictor.lm = predictor.lm.copy(temperature=temperature, seed=seed, cache=False)
+    return copied
+
+
+def pin_lms(program: Any) -> Any:
+    """A copy of the program in which every predictor holds the LM that it would use now.
+
+    DSPy's settings are local to a thread; a predictor that carries its LM does not depend on them.
+    """
+    copied = with_instructions(program, {})
+    lms = {site.name: site.lm for site in predictors_of(program)}
+    for name, predictor in copied.named_predictors():
+        predictor.lm = lms.get(name, predictor.lm)
+    return copied
+
+
+def plain(value: Any) -> object:
+    """A value that a journal can hold and that DSPy writes into a prompt exactly as it writes the original.
+
+    Example:
+        >>> import datetime
+        >>> plain(datetime.date(2024, 12, 12)), plain(("a", 1))
+        ('2024-12-12', ('a', 1))
+    """
+    # DSPy writes a list that stands for text differently from a tuple.
+    if isinstance(value, tuple):
+        return tuple(map(serialize_for_json, value))
+    return value if type(value) is str else serialize_for_json(value)
+
+
+def _run(
+    program: Any, row: Any, metric: Callable[[Any, Any], Score], deployed: bool, names: Mapping[int, str]
+) -> Rollout:
+    trace = trace_calls(program, row, deployed=deployed, names=names)
+    calls = {call.predictor: call for call in trace.calls}
+    if trace.error is not None:
+        return Rollout(calls, 0.0, trace.error, trace.failure == "lm", trace=trace.calls)
+    score = metric(row, trace.prediction)
+    return Rollout(calls, score.value, score.error, False, score.feedback, trace.calls, trace.prediction)
+
+
+def _all(run: Callable[..., Result], jobs: Sequence[tuple[Any, ...]], size: int) -> list[Result]:
+    """Run all jobs in `size` threads; the first error, or an interrupt, abandons the rest."""
+    if not jobs:
+        return []
+    pool = ThreadPoolExecutor(size, thread_name_prefix="rollout")
+    futures: list[Future[Result]] = []
+    try:
+        futures = [pool.submit(run, *job) for job in jobs]
+        return [future.result() for future in futures]
+    finally:
+        finished = all(future.done() for future in futures)
+        pool.shutdown(wait=finished, cancel_futures=True)
+
+
+def refuse_dead_lm(done: Sequence[Rollout], rows: int) -> None:
+    """A search over answers that never came would go on to the end and find nothing.
+
+    Raises:
+        ProgramError: the language model could not be called, not even once.
+    """
+    if done and all(each.lm_failed for each in done):
+        raise ProgramError(
+            f"The language model could not be called on any of the {rows} rows; on the first, {done[0].error}. "
+            "Try program(**trainset[0].inputs()). A run with a log_dir goes on from its last step once that works."
+        )
+
+
+@contextmanager
+def _in_lockstep(lms: Sequence[Any], runs: int) -> Iterator[Worker | None]:
+    """Lockstep on the one in-process engine of the LMs; None when there is none, or several."""
+    engines = _local_engines(lms)
+    if len(engines) != 1 or runs == 0:
+        yield None
+        return
+    (engine,) = engines
+    with engine.lockstep(runs) as group:
+        yield group.worker
+
+
+def _local_engines(lms: Iterable[Any]) -> list[LocalEngine]:
+    return list({id(engine): engine for lm in lms if (engine := _local_engine(lm)) is not None}.values())
+
+
+def _local_engine(lm: Any) -> LocalEngine | None:
+    engine = getattr(lm, "engine", None)
+    return engine if isinstance(engine, LocalEngine) else None

@@ -1,0 +1,47 @@
+"""Finalists and the seed on the validation rows: the floor under every optimizer's result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dspy_greater.metric import RowMetric, refuse_useless_metric
+from dspy_greater.program.rollout import roll_out, searching_copy
+
+
+def validation_scores(
+    program: Any,
+    finalists: Sequence[Mapping[str, str]],
+    rows: Sequence[Any],
+    metric: RowMetric,
+    *,
+    threads: int,
+) -> list[float]:
+    """Mean metric of each finalist on the rows, run as it will be deployed.
+
+    Args:
+        program: a program in which every predictor holds its LM.
+        finalists: instructions by predictor name; what is not named stays as it is in `program`.
+        rows: the validation rows.
+        metric: the user's metric.
+        threads: see `roll_out`.
+
+    Raises:
+        MetricError: the metric failed on every row of every finalist, so that its zeros compare nothing.
+    """
+    programs = [searching_copy(program, texts) for texts in finalists]
+    rollouts = roll_out(programs, rows, metric, threads=threads, deployed=True)
+    refuse_useless_metric(*([each.error for each in group] for group in rollouts), rows="validation rows")
+    return [sum(each.score for each in group) / len(group) for group in rollouts]
+
+
+def winner(scores: Sequence[float] | Sequence[tuple[float, ...]]) -> int:
+    """Index of the best score, the first of equals: with the seed at 0, a tie keeps the seed.
+
+    Scores of several parts are compared from left to right.
+
+    Example:
+        >>> winner([0.5, 0.75, 0.75]), winner([0.5, 0.5])
+        (1, 0)
+    """
+    return max(range(len(scores)), key=lambda index: scores[index])

@@ -1,0 +1,348 @@
+"""A rendered, chat-templated DSPy prompt as token ids, with the spans that the search works on.
+
+The tokens that are searched over are the tokens that will be deployed: the prompt is rendered by the
+predictor's own adapter and the model's own chat template, tokenised as one text, and the instruction's
+tokens are those that cover its characters. Tokenising the instruction on its own gives other tokens: its
+first one usually takes in the last blank of the adapter's indentation.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dspy_greater.errors import LayoutError
+from dspy_greater.prompt.chat_template import end_of_turn_ids
+from dspy_greater.prompt.encoder import EncodedText, PromptEncoder, RenderedText
+from dspy_greater.prompt.spans import Prompt, Span, Supervised, Written, covering
+from dspy_greater.prompt.target import AssistantTexts
+from dspy_greater.prompt.template import Frame, Frames, remember
+from dspy_greater.prompt.token_filter import LegalText
+
+__all__ = ["Layout", "Prompt", "Span", "Supervised", "Written"]
+
+
+class Layout:
+    """Maps one predictor's prompts to token ids: which tokens are the instruction, reasoning and answer.
+
+    Arguments: the model's tokenizer, the DSPy adapter and signature of the predictor, its
+    demonstrations, and optionally the text between reasoning and gold value (`extractor`, by default the
+    adapter's header of the answer field) and the leading text of the instruction that no edit may change
+    (`fixed`; what follows it is searched). None of them is changed.
+
+    Special tokens that occur in the data are tokenised as plain text, with one warning; send prompts to
+    the model with `PromptEncoder.chat_ids` and it sees the same tokens.
+
+    Raises `LayoutError` when the instruction cannot be found exactly once in the rendered prompt, or `fixed` is
+    not as DSPy keeps an instruction.
+
+    ```python
+    layout = Layout(tokenizer, dspy.ChatAdapter(), dspy.Signature("question -> reasoning, answer"))
+    prompt = layout.prompt("Think step by step.", {"question": "2 + 2?"})
+    ids = layout.instruction_ids("Think step by step.")
+    layout.replace(ids, 1, new_token)  # (canonical ids, new instruction), or None
+    ```
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        adapter: Any,
+        signature: Any,
+        *,
+        demos: Sequence[Any] = (),
+        extractor: str | None = None,
+        fixed: str = "",
+    ) -> None:
+        self.encoder = PromptEncoder(tokenizer)
+        self.tokenizer = tokenizer
+        self.adapter = adapter
+        self.signature = signature
+        self.demos = list(demos)
+        self.extractor = extractor
+        self.fixed = fixed
+        if inspect.cleandoc(fixed) != fixed:
+            raise LayoutError(
+                f"The fixed text {fixed[:60]!r} is not as DSPy keeps an instruction, without indentation and empty "
+                "lines around it. Pass `signature.instructions`."
+            )
+        self._assistant = AssistantTexts(adapter, signature, extractor)
+        self._legal = LegalText(self.encoder, signature)
+        self._frames = Frames(self.encoder, adapter, signature, self.demos)
+        self._ids: dict[str, tuple[int, ...]] = {}
+        self._fixed_tokens: dict[str, int] = {}
+        self._end_of_turn = end_of_turn_ids(tokenizer) or _end_of_text(tokenizer)
+
+    # ------------------------------------------------------------------ prompts
+
+    def prompt(self, instruction: str, inputs: Mapping[str, Any]) -> Prompt:
+        """The prompt that DSPy would send with this instruction and these inputs.
+
+        Raises `LayoutError` when the instruction's tokens differ from those in other prompts.
+        """
+        encoded, span, _ = self._encode(self._frames.frame(inputs), self._frames.spell(instruction), RenderedText(""))
+        self._require_same_ids(instruction, encoded.token_ids, span)
+        return Prompt(encoded.token_ids, span)
+
+    def supervised(
+        self,
+        instruction: str,
+        inputs: Mapping[str, Any],
+        written: Mapping[str, object],
+        field: str,
+        gold: object,
+        *,
+        preamble: str = "",
+        from_header: bool = False,
+    ) -> Supervised:
+        """The prompt followed by the assistant's text up to the end of the gold value of `field`.
+
+        `written` maps the output fields before `field` to what the model wrote for them; `preamble` is
+        what it wrote before its first field (a native `<think>` block), counted as reasoning. With `from_header` the
+        answer begins where the field's header does.
+
+        Raises `LayoutError` or `DataError`, see `assistant_text`.
+        """
+        content = self._assistant.text(written, field, gold)
+        text = preamble + content.text
+        tail = RenderedText(text, self.encoder.special_ranges(text))
+        encoded, span, begin = self._encode(self._frames.frame(inputs), self._frames.spell(instruction), tail)
+        self._require_same_ids(instruction, encoded.token_ids, span)
+        starts = [start for start, _ in encoded.offsets]
+        stops = [stop for _, stop in encoded.offsets]
+        header = begin + len(preamble) + content.header
+        gold_start = begin + len(preamble) + content.gold
+        first = next(i for i, stop in enumerate(stops) if stop > begin)
+        # A token that straddles the end of the reasoning (".\n\n") is the model's way to end it.
+        reasoning_stop = next((i for i in range(first, len(starts)) if starts[i] >= header), len(starts))
+        answer = next(i for i, stop in enumerate(stops) if stop > gold_start)
+        reasoning = Span(first, min(reasoning_stop, answer)) if header > begin else Span(first, first)
+        begins = min(reasoning_stop, answer) if from_header else answer
+        return Supervised(encoded.token_ids, span, reasoning, Span(begins, len(starts)))
+
+    def written(
+        self, instruction: str, inputs: Mapping[str, Any], completion: str, *, limit: int | None = None
+    ) -> Written:
+        """The prompt followed by what the model wrote, and the token that ends its turn.
+
+        The probability that the model writes `completion` and then stops is the product over the completion's
+        tokens. Where its text is tokenised as the model wrote it, these are the prompt's ids and the ids that
+        were generated. `limit` is the most tokens that the model could write: a completion of that many was cut
+        off, so no end of the turn follows it.
+
+        Raises `LayoutError` as `prompt` does.
+        """
+        prompt = self.prompt(instruction, inputs)
+        tail = RenderedText(completion, self.encoder.special_ranges(completion))
+        encoded, _, _ = self._encode(self._frames.frame(inputs), self._frames.spell(instruction), tail)
+        begin = len(prompt.token_ids)
+        added = encoded.token_ids[begin:]
+        if encoded.token_ids[:begin] != prompt.token_ids:
+            added = self._after_a_wall(tail)  # the model read the prompt before there was anything to merge with
+        if limit is None or len(added) < limit:
+            added += self._end_of_turn
+        return Written((*prompt.token_ids, *added), prompt.instruction, Span(begin, begin + len(added)))
+
+    def proposal_prefix(self, inputs: Mapping[str, Any]) -> tuple[int, ...]:
+        """Token ids of a user's turn, left open, that holds the inputs and waits for an instruction.
+
+        This is the paper's layout (input first, prompt after it), in which the next tokens that the
+        model proposes for the instruction depend on the input.
+        """
+        content = self.adapter.format_user_message_content(self.signature, dict(inputs), main_request=False)
+        messages = [{"role": "user", "content": f"{content}\n\n{self._frames.sentinel}"}]
+        rendered = self.encoder.render(messages, add_generation_prompt=False)
+        if rendered.text.count(self._frames.sentinel) != 1:
+            raise LayoutError(
+                "The chat template does not keep a user's message as it is, so the inputs cannot be put "
+                "before the instruction. Check tokenizer.chat_template."
+            )
+        return self.encoder.encode(_cut(rendered, rendered.text.index(self._frames.sentinel))).token_ids
+
+    def longest(self, inputs_list: Sequence[Mapping[str, Any]], instruction: str) -> tuple[int, int]:
+        """Index of the inputs with the longest prompt, and its length in tokens.
+
+        Raises `LayoutError` when there are no inputs.
+        """
+        if not inputs_list:
+            raise LayoutError("There are no inputs to measure. Pass at least one row.")
+        lengths = [len(self.prompt(instruction, inputs).token_ids) for inputs in inputs_list]
+        index = max(range(len(lengths)), key=lengths.__getitem__)
+        return index, lengths[index]
+
+    # -------------------------------------------------------------- instructions
+
+    def instruction_ids(self, instruction: str) -> tuple[int, ...]:
+        """The token ids that cover the instruction, the same in every prompt.
+
+        Raises `LayoutError` when the instruction is empty or only blanks.
+        """
+        if instruction not in self._ids:
+            encoded, span, _ = self._encode(self._frames.reference, self._frames.spell(instruction), RenderedText(""))
+            remember(self._ids, instruction, encoded.token_ids[span.start : span.stop])
+        return self._ids[instruction]
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The instruction that these ids deploy.
+
+        Raises `LayoutError` when no instruction is tokenised to them.
+        """
+        found = self._resolve(tuple(ids), frozenset())
+        if found is None:
+            raise LayoutError(
+                f"No instruction is tokenised to the {len(ids)} ids {list(ids)[:8]}: they do not survive "
+                "decoding, rendering and tokenising. Use ids from instruction_ids, replace or append."
+            )
+        return found[1]
+
+    def positions(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """The positions that may be edited: all but line breaks, the indentation after them, and `fixed`.
+
+        Raises `LayoutError` when there is a fixed text and these ids are of an instruction without it.
+        """
+        old = tuple(ids)
+        first = self._tokens_of_fixed(old) if self.fixed else 0
+        return tuple(position for position in self._legal.positions(old) if position >= first)
+
+    def replace(self, ids: Sequence[int], position: int, token: int) -> tuple[tuple[int, ...], str] | None:
+        """The instruction with `token` at `position`: its ids and text, or None when it is not legal.
+
+        A candidate is legal when writing its text into the signature, rendering and tokenising gives the
+        same ids: the length and all other positions unchanged. At both ends the token may take in the
+        blanks around the instruction, so that there the id of "Think" comes back as that of " Think".
+        The text begins with `fixed`, to the byte, and no word grows on to its last one.
+        """
+        old = tuple(ids)
+        if position not in self.positions(old):
+            return None
+        return self._edit(old, position, (*old[:position], token, *old[position + 1 :]), token)
+
+    def append(self, ids: Sequence[int], token: int) -> tuple[tuple[int, ...], str] | None:
+        """The instruction with one token more at its end, under the contract of `replace`."""
+        return self.insert(ids, len(ids), token)
+
+    def insert(self, ids: Sequence[int], position: int, token: int) -> tuple[tuple[int, ...], str] | None:
+        """The instruction with `token` before `position`, under the contract of `replace`."""
+        old = tuple(ids)
+        return self._edit(old, position, (*old[:position], token, *old[position:]), token)
+
+    def delete(self, ids: Sequence[int], position: int) -> tuple[tuple[int, ...], str] | None:
+        """The instruction without the token at `position`, under the contract of `replace`."""
+        old = tuple(ids)
+        return self._edit(old, position, (*old[:position], *old[position + 1 :]), None)
+
+    # ------------------------------------------------------------------ internals
+
+    def _edit(
+        self, old: tuple[int, ...], position: int, new: tuple[int, ...], token: int | None
+    ) -> tuple[tuple[int, ...], str] | None:
+        editable = self.positions(old)
+        appending = position == len(old) and len(new) == len(old) + 1
+        if not new or not (appending or position in editable):
+            return None
+        if token is not None and not self._legal.token(token):
+            return None
+        # Only the tokens at both ends can take in characters around the instruction.
+        free = {position} & {0, len(new) - 1}
+        if appending or (token is None and position == len(old) - 1):
+            free.add(position - 1)
+        found = self._resolve(new, frozenset(free))
+        if found is None or not self._keeps_fixed(found[1]):
+            return None
+        return found if self._legal.no_worse(found[1], self.text_of(old)) else None
+
+    def _keeps_fixed(self, text: str) -> bool:
+        added = text[len(self.fixed) :]
+        return text.startswith(self.fixed) and not (self.fixed[-1:].isalnum() and added[:1].isalnum())
+
+    def _tokens_of_fixed(self, ids: tuple[int, ...]) -> int:
+        """How many leading tokens overlap the fixed text."""
+        text = self.text_of(ids)
+        if text not in self._fixed_tokens:
+            spelled, fixed = self._frames.spell(text), self._frames.spell(self.fixed)
+            if not text.startswith(self.fixed) or not spelled.startswith(fixed):
+                raise LayoutError(
+                    f"The instruction {text[:60]!r} does not begin with the fixed text {self.fixed[:60]!r}, which has "
+                    "to stay. Use ids from instruction_ids(fixed), append, insert or replace."
+                )
+            encoded, span, _ = self._encode(self._frames.reference, spelled, RenderedText(""))
+            stop = len(self._frames.reference.before) + len(fixed)
+            starts = [start for start, _ in encoded.offsets[span.start : span.stop]]
+            remember(self._fixed_tokens, text, sum(start < stop for start in starts))
+        return self._fixed_tokens[text]
+
+    def _resolve(self, ids: tuple[int, ...], free: frozenset[int]) -> tuple[tuple[int, ...], str] | None:
+        """Canonical ids and text; they may differ from `ids` at the `free` positions only."""
+        for text in self._readings(self._decoded(ids)):
+            if not text or inspect.cleandoc(text) != text:
+                continue
+            canonical = self.instruction_ids(text)
+            if len(canonical) == len(ids) and all(
+                a == b or i in free for i, (a, b) in enumerate(zip(canonical, ids, strict=True))
+            ):
+                return canonical, text
+        return None
+
+    def _decoded(self, ids: tuple[int, ...]) -> str:
+        """The text of these ids in a prompt; a fixed text is known, and may hold what its tokens do not spell."""
+        if not self.fixed:
+            return self.encoder.decode(ids)
+        fixed = self.instruction_ids(self.fixed)
+        if ids[: len(fixed) - 1] != fixed[:-1]:  # its last token may take in what follows it
+            return self.encoder.decode(ids)
+        return self._frames.spell(self.fixed) + self.encoder.decode(ids[len(fixed) :])
+
+    def _readings(self, decoded: str) -> list[str]:
+        """The instructions that a decoded span may stand for: its ends may carry text from around it."""
+        before, after = self._frames.reference.before, self._frames.reference.after
+        core = decoded.strip()
+        lefts = [k for k in range(1, min(len(core), 16)) if before.rstrip().endswith(core[:k])]
+        rights = [k for k in range(1, min(len(core), 16)) if after.lstrip().startswith(core[-k:])]
+        pairs = [(0, 0), *((k, 0) for k in lefts), *((0, k) for k in rights)]
+        texts = [core[left : len(core) - right].strip() for left, right in pairs]
+        if decoded.endswith(" "):
+            texts.append(decoded.lstrip())  # DSPy keeps blanks at the end of a seed, and some templates too
+        if "\n" not in self._frames.joiner:
+            return texts
+        return [text.replace(self._frames.joiner, "\n") for text in texts]
+
+    def _encode(self, frame: Frame, spelled: str, tail: RenderedText) -> tuple[EncodedText, Span, int]:
+        """Tokenise a prompt jointly; also the instruction's span and the character the tail starts at."""
+        start, stop = len(frame.before), len(frame.before) + len(spelled)
+        begin = stop + len(frame.after)
+        plain = [
+            *frame.plain_before,
+            *((a + start, b + start) for a, b in self.encoder.special_ranges(spelled)),
+            *((a + stop, b + stop) for a, b in frame.plain_after),
+            *((a + begin, b + begin) for a, b in tail.plain),
+        ]
+        text = frame.before + spelled + frame.after + tail.text
+        encoded = self.encoder.encode(RenderedText(text, tuple(plain)))
+        return encoded, covering(encoded.offsets, start, stop), begin
+
+    def _after_a_wall(self, tail: RenderedText) -> tuple[int, ...]:
+        """A text's tokens after a special token, with which nothing merges."""
+        wall = next(iter(self.encoder.special_texts), "")
+        plain = tuple((a + len(wall), b + len(wall)) for a, b in tail.plain)
+        encoded = self.encoder.encode(RenderedText(wall + tail.text, plain))
+        return tuple(
+            token for token, (_, stop) in zip(encoded.token_ids, encoded.offsets, strict=True) if stop > len(wall)
+        )
+
+    def _require_same_ids(self, instruction: str, token_ids: tuple[int, ...], span: Span) -> None:
+        if token_ids[span.start : span.stop] != self.instruction_ids(instruction):
+            raise LayoutError(
+                f"The instruction {instruction[:60]!r} is tokenised differently in different prompts: the "
+                "tokenizer merges text of the row into its last token. End the instruction with a full stop, "
+                "or use a chat template that closes the system message."
+            )
+
+
+def _cut(rendered: RenderedText, stop: int) -> RenderedText:
+    return RenderedText(rendered.text[:stop], tuple(pair for pair in rendered.plain if pair[1] <= stop))
+
+
+def _end_of_text(tokenizer: Any) -> tuple[int, ...]:
+    end = getattr(tokenizer, "eos_token_id", None)
+    return () if end is None else (end,)

@@ -1,0 +1,1 @@
+"""The search over instructions: problem, loop, steps, selection."""

@@ -1,0 +1,306 @@
+"""Student, rows, metric and LMs -> a checked problem, or an error that says what to do.
+
+Everything that can be refused is refused here, before the first token is generated.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from dspy_greater.errors import (
+    ContextLengthError,
+    DataError,
+    GreaterError,
+    MetricError,
+    ProgramError,
+    SettingsError,
+    WeightsError,
+)
+from dspy_greater.lm.local import weights_behind
+from dspy_greater.metric import Metric, RowMetric
+from dspy_greater.model.engine import Engine
+from dspy_greater.program.dataset import (
+    CALL_OF_COMPILE,
+    as_list,
+    refuse_missing_gold,
+    refuse_unfit_gold,
+    split,
+    supervised_field,
+)
+from dspy_greater.program.fingerprint import described, fingerprint
+from dspy_greater.program.predictors import (
+    PredictorSite,
+    check_examples,
+    predictors_of,
+    refuse_unsupported,
+    refuse_unusable,
+)
+from dspy_greater.program.rollout import pin_lms
+from dspy_greater.prompt.layout import Layout
+from dspy_greater.run.serialise import JSON
+from dspy_greater.settings import Settings
+
+# Settings that say how the work is done and not what comes out: a run may go on with others.
+_OF_THE_MACHINE = ("threads", "max_batch_tokens")
+
+
+Mode = Literal["rewrite", "append"]
+Modes = Mode | Mapping[str, Mode] | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """A predictor that will be optimised, the field it is supervised on and the weights behind it.
+
+    `field` is None for a predictor without gold values, which only the program's metric can judge. With `append`
+    its instruction stays to the byte, and a sentence after it is searched.
+    """
+
+    site: PredictorSite
+    field: str | None
+    engine: Engine
+    append: bool = False
+
+    @property
+    def fixed(self) -> str:
+        """The leading text of its instruction that may not change."""
+        return self.site.instruction if self.append else ""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All that the search needs, checked."""
+
+    program: Any  # a copy of the student in which every predictor holds its LM
+    targets: tuple[Target, ...]
+    train: tuple[Any, ...]
+    validation: tuple[Any, ...]
+    metric: RowMetric
+    settings: Settings
+    seed: int
+    extractor: str | None = None
+
+    def identity(self) -> dict[str, JSON]:
+        """What must be the same for an interrupted run to be continued."""
+        sites = {site.name: described(site) for site in predictors_of(self.program)}
+        for target in self.targets:
+            sites[target.site.name] |= {
+                "field": target.field,
+                "weights": target.engine.identity,
+                "mode": "append" if target.append else "rewrite",
+            }
+        settings = asdict(self.settings)
+        return {
+            "settings": {name: value for name, value in settings.items() if name not in _OF_THE_MACHINE},
+            "seed": self.seed,
+            "extractor": self.extractor,
+            "metric": self.metric.name,
+            "predictors": sites,
+            "train": fingerprint(self.train),
+            "validation": fingerprint(self.validation),
+        }
+
+
+def pose(
+    student: Any,
+    trainset: Iterable[Any],
+    metric: Metric | None,
+    valset: Iterable[Any] | None,
+    *,
+    settings: Settings,
+    seed: int,
+    weights: Any = None,
+    extractor: str | None = None,
+    predictors: Sequence[str] | None = None,
+    mode: Modes = None,
+) -> Problem:
+    """Check everything and gather it.
+
+    Args:
+        student: the program.
+        trainset: the rows to train on.
+        metric: the user's metric.
+        valset: the rows to validate on; without any, part of the trainset.
+        settings: the search's knobs. With `variant="paper"` only predictors with gold values are optimised.
+        seed: decides which rows are sampled.
+        weights: see `weights_behind`.
+        extractor: text between reasoning and answer.
+        predictors: names of those to optimise; by default all that can be.
+        mode: "rewrite" or "append", for all or by predictor name; by default an instruction that lists its tools
+            is only appended to, and every other rewritten.
+
+    Raises:
+        DataError: rows are missing, lack gold values, have some that do not fit, or do not say which fields are
+            inputs.
+        MetricError: there is no metric, or it cannot be called.
+        ProgramError: not a program, nothing to optimise, a predictor that is not there or not supported.
+        SettingsError: `predictors` or `mode` is of no known form.
+        WeightsError: a predictor's LM has no open weights that are known.
+        ContextLengthError: a row's prompt leaves no room in the model's context.
+    """
+    rows, held_out = as_list(trainset, name="trainset"), as_list(valset, name="valset")
+    check_examples(rows)
+    if held_out:
+        check_examples(held_out, name="valset")
+    if metric is None:
+        raise MetricError(
+            "There is no metric. Pass one as GReaTerTeleprompter(metric=...) or compile(student, trainset, metric)."
+        )
+    row_metric = RowMetric(metric)
+    sites = predictors_of(student)
+    refuse_unusable(sites)
+    selected = _selected(sites, predictors)
+    targets, kept = _targets(
+        selected, rows, weights, _modes(sites, selected, mode), settings, named=predictors is not None
+    )
+    _refuse_nothing_to_do(targets, kept, sites, rows, settings)
+    for target in targets:
+        if target.field is not None:
+            refuse_missing_gold(target.site, target.field, held_out, name="valset")
+    train, validation = split(rows, held_out, settings=settings, seed=seed)
+    _warn_of_the_rest(kept, settings)
+    for target in targets:
+        if len(sites) == 1:  # the inputs of later predictors are known only once the program runs
+            _check_context(target, [*train, *validation])
+    return Problem(pin_lms(student), targets, train, validation, row_metric, settings, seed, extractor)
+
+
+def _selected(sites: Sequence[PredictorSite], predictors: Sequence[str] | None) -> list[PredictorSite]:
+    if predictors is None:
+        return list(sites)
+    if isinstance(predictors, str) or not predictors:
+        raise SettingsError(f"predictors={predictors!r}: give a list of names, such as [{sites[0].name!r}].")
+    _refuse_strangers(sites, predictors, argument="predictors")
+    return [site for site in sites if site.name in predictors]
+
+
+def _modes(sites: Sequence[PredictorSite], selected: Sequence[PredictorSite], mode: Modes) -> dict[str, Mode | None]:
+    """The mode that was asked for, of every predictor."""
+    modes: dict[str, Any] = {site.name: None for site in sites}
+    if isinstance(mode, Mapping):
+        _refuse_strangers(sites, list(mode), argument="mode")
+        modes |= mode
+    else:
+        modes = dict.fromkeys(modes, mode)
+    for asked in modes.values():
+        if asked not in ("rewrite", "append", None):
+            raise SettingsError(
+                f"mode={mode!r} is not known. Use 'rewrite', 'append', or a mapping from predictor names to them."
+            )
+    for site in selected:
+        if site.lists_tools and modes[site.name] == "rewrite":
+            raise ProgramError(
+                f"Predictor `{site.name}` lists its tools in its instruction, and rewriting it would lose them. Use "
+                "mode='append' for it, which it gets without a mode, or leave it out of predictors=[...]."
+            )
+    return modes
+
+
+def _refuse_strangers(sites: Sequence[PredictorSite], names: Sequence[str], *, argument: str) -> None:
+    known = [site.name for site in sites]
+    strangers = [name for name in names if name not in known]
+    if strangers:
+        raise ProgramError(
+            f"{argument} names {', '.join(f'`{name}`' for name in strangers)}, which the program does not have; its "
+            f"predictors are {', '.join(f'`{name}`' for name in known)}."
+        )
+
+
+def _targets(
+    sites: Sequence[PredictorSite],
+    trainset: Sequence[Any],
+    weights: Any,
+    modes: Mapping[str, Mode | None],
+    settings: Settings,
+    *,
+    named: bool,
+) -> tuple[tuple[Target, ...], dict[str, GreaterError]]:
+    """The predictors that can be optimised, and why each of the others cannot.
+
+    One that has gold values, or was asked for by its name, and cannot be optimised is an error.
+    """
+    targets: list[Target] = []
+    kept: dict[str, GreaterError] = {}
+    for site in sites:
+        field = supervised_field(site, trainset)
+        try:
+            if field is None and settings.variant == "paper":
+                raise DataError(
+                    f"Predictor `{site.name}` has no output field with gold values in the trainset, and "
+                    "variant='paper' needs them."
+                )
+            targets.append(_target(site, field, trainset, weights, modes[site.name]))
+        except (DataError, ProgramError, WeightsError) as error:
+            if named or field is not None:
+                raise
+            kept[site.name] = error
+    return tuple(targets), kept
+
+
+def _target(site: PredictorSite, field: str | None, trainset: Sequence[Any], weights: Any, mode: Mode | None) -> Target:
+    refuse_unsupported(site)
+    if field is not None:
+        refuse_unfit_gold(site, field, trainset)
+    engine = weights_behind(site.lm, weights=weights, predictor_name=site.name)
+    return Target(site, field, engine, append=site.lists_tools if mode is None else mode == "append")
+
+
+def _refuse_nothing_to_do(
+    targets: Sequence[Target],
+    kept: Mapping[str, GreaterError],
+    sites: Sequence[PredictorSite],
+    trainset: Sequence[Any],
+    settings: Settings,
+) -> None:
+    if targets:
+        return
+    if settings.variant != "paper":
+        first, *others = kept.values()
+        raise type(first)(" ".join(["No predictor can be optimised.", str(first), *map(str, others)]))
+    outputs = sorted({name for site in sites for name in site.output_fields})
+    raise DataError(
+        "No predictor has an output field with gold values in the trainset. The program's output fields are "
+        f"{', '.join(outputs)}; the rows' labels are {', '.join(sorted(trainset[0].labels().keys())) or 'none'}. "
+        "Give the examples a value for one of those fields, under the same name, or leave variant='paper', which "
+        "is the only one that needs gold values."
+    )
+
+
+def _warn_of_the_rest(kept: Mapping[str, GreaterError], settings: Settings) -> None:
+    if not kept:
+        return
+    names = ", ".join(kept)
+    if settings.variant == "paper":
+        text = (
+            f"Predictors {names} have no gold values in the trainset and keep their instructions. "
+            "Only predictors with an output field that the rows have a value for are optimised."
+        )
+    else:
+        text = f"Predictors {names} keep their instructions. {' '.join(map(str, kept.values()))}"
+    warnings.warn(text, stacklevel=CALL_OF_COMPILE)
+
+
+def _check_context(target: Target, rows: Sequence[Any]) -> None:
+    """Refuse a row whose prompt fills the context, naming the longest."""
+    limit = target.engine.context_length
+    if limit is None:
+        return
+    site = target.site
+    layout = Layout(target.engine.tokenizer, site.adapter, site.signature, demos=site.demos)
+    inputs = [{name: row[name] for name in site.input_fields if name in row} for row in rows]
+    index, tokens = layout.longest(inputs, site.instruction)
+    if tokens >= limit:
+        raise ContextLengthError(
+            f"The prompt of predictor `{site.name}` takes {tokens} tokens for the row "
+            f"{_shortened(inputs[index])}, and {target.engine.name} has a context of {limit} tokens, which leaves "
+            "no room for an answer. Leave out or shorten such rows, use fewer demos, or use a model with a longer "
+            "context."
+        )
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,166 @@
+"""Candidate tokens for one position of the instruction: equations 3 and 4 of the paper.
+
+The language model itself says which tokens could stand at position i, given an input and the instruction so
+far; a token that it finds likely for *every* sampled input is about the task and not about one example.
+
+Shapes: V vocabulary, D distinct contexts, C candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from dspy_greater.errors import LayoutError, SettingsError
+from dspy_greater.model.engine import Engine
+from dspy_greater.model.teacher_forcing import in_batches, logits_before
+
+CandidateT = TypeVar("CandidateT")
+
+
+@dataclass(frozen=True)
+class Proposal(Generic[CandidateT]):
+    """The candidates for one position, likeliest first, and how they were found.
+
+    >>> Proposal((7, 3), ("solve", "list"), (-0.5, -1.25), top_k=20, distinct_contexts=12).candidates
+    (7, 3)
+    """
+
+    candidates: tuple[int, ...]  # [C] token ids
+    canonical: tuple[CandidateT, ...]  # [C] what `canonical` made of each
+    mean_log_probabilities: tuple[float, ...]  # [C] nats, mean over the distinct contexts
+    top_k: int  # the k that was needed
+    distinct_contexts: int  # how many contexts went through the model
+
+
+def propose(
+    engine: Engine,
+    contexts: Sequence[Sequence[int]],
+    *,
+    top_k: int = 10,
+    sample_size: int = 5,
+    draws: int = 4,
+    minimum: int = 6,
+    max_widening: int = 16,
+    max_batch_tokens: int = 16_384,
+    generator: Random,
+    canonical: Callable[[int], CandidateT | None],
+) -> Proposal[CandidateT]:
+    """Tokens among the model's top k after each one of a sample of contexts, for any of several samples.
+
+    `contexts[j]` are the token ids of x_j ⊙ p_<i. A draw samples q = `sample_size` of them and intersects
+    their top k (equations 3 and 4); the candidates are the union over `draws` draws. `canonical(token)`
+    returns None for a token that must not be used, and such tokens do not count. While fewer than `minimum`
+    are left, k doubles, up to `max_widening` times `top_k`; only then may fewer come back, or none. Every k
+    reads one and the same forward pass over the distinct sampled contexts.
+
+    Order: mean log-probability over those contexts, then token id. A context whose probabilities are not
+    numbers takes no part. All randomness comes from `generator`.
+
+    Raises `LayoutError` for no contexts or an empty one, `SettingsError` for a number below 1.
+
+    >>> from dspy_greater.model.engine import Engine
+    >>> engine = Engine.from_pretrained("pocket")
+    >>> found = propose(engine, [(1, 2, 3), (1, 5)], generator=Random(0), canonical={8: "add", 9: "list"}.get)
+    >>> set(found.candidates) <= {8, 9}
+    True
+    """
+    _check(contexts, top_k=top_k, sample_size=sample_size, draws=draws)
+    _check(contexts, minimum=minimum, max_widening=max_widening, max_batch_tokens=max_batch_tokens)
+    drawn = _draw([tuple(context) for context in contexts], sample_size, draws, generator)
+    distinct = tuple(dict.fromkeys(context for draw in drawn for context in draw))
+
+    log_probabilities = _next_token_log_probabilities(engine, distinct, max_batch_tokens)  # context -> [V]
+    ranked = {context: _ranking(each, top_k * max_widening) for context, each in log_probabilities.items()}
+    rankings = [[ranked[context] for context in draw if context in ranked] for draw in drawn]
+    k, legal = _widen_until_enough(rankings, top_k, top_k * max_widening, minimum, canonical)
+
+    mean = {token: _mean_at(token, log_probabilities.values()) for token in legal}
+    order = tuple(sorted(legal, key=lambda token: (-mean[token], token)))
+    return Proposal(
+        candidates=order,
+        canonical=tuple(legal[token] for token in order),
+        mean_log_probabilities=tuple(mean[token] for token in order),
+        top_k=k,
+        distinct_contexts=len(distinct),
+    )
+
+
+def intersection(rankings: Iterable[Sequence[int]], k: int) -> set[int]:
+    """Equation 4: the tokens among the first k (equation 3) of every ranking.
+
+    >>> intersection([[4, 8, 6], [6, 4, 1]], k=2)
+    {4}
+    """
+    top_k = [set(ranking[:k]) for ranking in rankings]  # cand_ij of equation 3
+    return set.intersection(*top_k) if top_k else set()
+
+
+def _draw(
+    contexts: Sequence[tuple[int, ...]], sample_size: int, draws: int, generator: Random
+) -> list[list[tuple[int, ...]]]:
+    """D_q of equation 4, `draws` times over."""
+    return [generator.sample(contexts, min(sample_size, len(contexts))) for _ in range(draws)]
+
+
+def _widen_until_enough(
+    rankings: Sequence[Sequence[Sequence[int]]],
+    k: int,
+    widest: int,
+    minimum: int,
+    canonical: Callable[[int], CandidateT | None],
+) -> tuple[int, dict[int, CandidateT]]:
+    """The smallest of k, 2k, 4k ... `widest` that leaves `minimum` legal tokens, and these tokens."""
+    verdicts: dict[int, CandidateT | None] = {}
+    while True:
+        proposed = set().union(*(intersection(draw, k) for draw in rankings))
+        for token in sorted(proposed - verdicts.keys()):
+            verdicts[token] = canonical(token)
+        legal = {token: kept for token in sorted(proposed) if (kept := verdicts[token]) is not None}
+        if len(legal) >= minimum or k >= widest:
+            return k, legal
+        k = min(2 * k, widest)
+
+
+def _next_token_log_probabilities(
+    engine: Engine, contexts: Sequence[tuple[int, ...]], max_batch_tokens: int
+) -> dict[tuple[int, ...], Tensor]:
+    """log f(. | context) as [V] for each context where it is a number; at least float32, on the CPU."""
+
+    def of_batch(batch: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        next_places = [(row, len(context)) for row, context in enumerate(batch)]
+        return list(logits_before(engine, batch, next_places).log_softmax(dim=-1).cpu())  # N times [V]
+
+    lengths = [len(context) for context in contexts]
+    with engine.exclusive(), torch.no_grad():
+        found = in_batches(of_batch, contexts, lengths, max_batch_tokens)
+    return {context: each for context, each in zip(contexts, found, strict=True) if not each.isnan().any()}
+
+
+def _ranking(log_probabilities: Tensor, length: int) -> list[int]:
+    """Token ids, likeliest first; a stable sort, so of equally likely ones the smaller id comes first."""
+    return log_probabilities.sort(descending=True, stable=True).indices[:length].tolist()
+
+
+def _mean_at(token: int, log_probabilities: Iterable[Tensor]) -> float:
+    values = [float(each[token]) for each in log_probabilities]
+    return sum(values) / len(values)
+
+
+def _check(contexts: Sequence[Sequence[int]], **at_least_one: int) -> None:
+    for name, value in at_least_one.items():
+        if value < 1:
+            raise SettingsError(f"{name} is {value}; give at least 1.")
+    if not contexts:
+        raise LayoutError("There is no context to propose tokens for; give one per training example.")
+    for row, context in enumerate(contexts):
+        if len(context) == 0:
+            raise LayoutError(
+                f"The proposal context of example {row} is empty; give it the rendered input, or at least a "
+                "begin-of-text token, for the model to continue."
+            )

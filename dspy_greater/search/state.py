@@ -1,0 +1,211 @@
+"""Which position is next, and which instructions are best so far: a pure state machine.
+
+`advance(state, step) -> state` reads nothing but its arguments, so a run is resumed by
+replaying its recorded steps.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from dspy_greater.run.events import Evaluation
+from dspy_greater.settings import Settings
+
+_SENTENCE_ENDS = (".", "!", "?", "。", "！", "？")
+
+
+_RECENT = 60  # candidates over which forecasts prove themselves
+_LONGEST_WALK = 20  # steps without a new best; an instruction that grows with every step would never return
+
+
+@dataclass(frozen=True)
+class SearchState:
+    """Where the search stands.
+
+    Invariants: `best` is sorted by objective, holds distinct instructions and every one
+    of them was evaluated on all rows; `position` is an index of the current instruction, or its length when
+    the next step appends a token. `unchanged` counts the steps since the current instruction became current, or where
+    the search walks, since a new best was found.
+    """
+
+    seed: Evaluation
+    current: Evaluation
+    best: tuple[Evaluation, ...]
+    step: int = 0
+    position: int = 0
+    failed_steps: int = 0  # in a row, without one finite loss
+    generated_tokens: int = 0  # since the run began, by the searches of earlier predictors too
+    fixed: str = ""  # the leading text of the instruction that may not change
+    unchanged: int = 0
+    starts: tuple[str, ...] = ()  # instructions that were current when a round began without any change
+    predictions: tuple[tuple[float, tuple[float, float]], ...] = ()  # (predicted, realised) of what was tried
+    promising: tuple[tuple[float, Evaluation], ...] = ()  # (forecast, what was tried) since the last change
+
+    def finished(self, settings: Settings) -> bool:
+        """Whether all steps are taken, or the budget is spent."""
+        return self.step >= settings.steps or self.out_of_budget(settings)
+
+    def out_of_budget(self, settings: Settings) -> bool:
+        """Whether as many tokens are generated as may be."""
+        limit = settings.max_generated_tokens
+        return limit is not None and self.generated_tokens >= limit
+
+    def to_beat(self, current: Evaluation, settings: Settings) -> float | None:
+        """The objective's first number above which an instruction changes nothing; None while any could.
+
+        Above it, an instruction can neither replace `current`, which the step improves on, nor become one
+        of the best, of which there are enough. A search that walks moves to worse ones, too.
+        """
+        if len(self.best) < settings.finalists or settings.loss_first or settings.walks:
+            return None
+        worst = max(current.objective[0], self.best[-1].objective[0])
+        return worst if math.isfinite(worst) else None
+
+    def appends(self) -> bool:
+        """Whether the next step adds a token at the end instead of replacing one."""
+        return self.position >= len(self.current.token_ids)
+
+
+def begin(
+    seed: Evaluation,
+    settings: Settings,
+    *,
+    editable: Sequence[int] | None = None,
+    generated_tokens: int = 0,
+    fixed: str = "",
+) -> SearchState:
+    """The state before the first step: p = p* = the seed instruction (Algorithm 1, line 3).
+
+    `editable` are the positions that may be changed, all of them by default; line breaks may not.
+    `generated_tokens` were generated before, the seed's evaluation included. Only what follows `fixed` is searched;
+    where nothing does, the first step appends a token.
+    """
+    first = min(editable, default=_nowhere(seed, fixed)) if editable is not None else 0
+    best = _ranked((seed,), settings)
+    return SearchState(seed, seed, best, position=first, generated_tokens=generated_tokens, fixed=fixed)
+
+
+def advance(
+    state: SearchState,
+    chosen: Evaluation,
+    evaluated: Sequence[Evaluation],
+    settings: Settings,
+    *,
+    failed: bool = False,
+    position: int | None = None,
+    editable: Sequence[int] | None = None,
+    generated_tokens: int = 0,
+    predictions: Sequence[tuple[float, tuple[float, float]]] = (),
+    forecasts: Sequence[tuple[float, Evaluation]] = (),
+) -> SearchState:
+    """The state after a step that evaluated some instructions and chose one (lines 16 to 19).
+
+    `position` is where it did, the state's own by default.
+    """
+    state = state if position is None else replace(state, position=position)
+    changed = chosen.instruction != state.current.instruction
+    best = _ranked((*state.best, chosen, *evaluated), settings)
+    further = best[0].instruction != state.best[0].instruction if settings.walks else changed
+    return replace(
+        state,
+        current=chosen,
+        best=best,
+        step=state.step + 1,
+        position=_next_position(state, chosen, settings, editable),
+        failed_steps=state.failed_steps + 1 if failed else 0,
+        generated_tokens=state.generated_tokens + generated_tokens,
+        unchanged=0 if further else state.unchanged + 1,
+        predictions=(*state.predictions, *predictions)[-_RECENT:],
+        promising=() if changed else (*state.promising, *forecasts),
+    )
+
+
+def restarted(
+    state: SearchState, settings: Settings, positions: Callable[[Sequence[int]], Sequence[int]]
+) -> SearchState:
+    """After a whole round that led nowhere: the search goes on from elsewhere.
+
+    Where it walks, that is more steps without a new best than the current instruction has positions, more than twenty
+    of a longer one, or too many without a finite loss, and it returns to the best: what was tried from there is not
+    tried again, so it leaves on another way. Otherwise it is a round without a change, and the search goes on from what
+    promised most of all that was tried in it, though it be worse; a neighbour that only looks different promises
+    nothing. After that come the finalists, and, where a round was spent on all of them, the best again: proposals then
+    widen to what was not tried. `positions` tells which positions of an instruction may be changed.
+    """
+    current, best = state.current, state.best[0]
+    away = current.instruction != best.instruction
+    lost = settings.walks and away and state.failed_steps >= settings.max_failed_steps
+    longest = _LONGEST_WALK if settings.walks else math.inf
+    if state.unchanged <= max(1, min(len(positions(current.token_ids)), longest)) and not lost:
+        return state
+    if settings.walks:
+        return _moved(replace(state, failed_steps=0 if lost else state.failed_steps), best, positions)
+    starts = (*state.starts, current.instruction)
+    promising = [pair for pair in state.promising if pair[0] < 0 and pair[1].complete]
+    elsewhere = [*(tried for _, tried in sorted(promising, key=lambda pair: pair[0])), *state.best]
+    chosen = next((each for each in elsewhere if each.instruction not in starts), state.best[0])
+    return _moved(replace(state, starts=starts), chosen, positions)
+
+
+def _moved(state: SearchState, chosen: Evaluation, positions: Callable[[Sequence[int]], Sequence[int]]) -> SearchState:
+    first = min(positions(chosen.token_ids), default=_nowhere(chosen, state.fixed))
+    return replace(state, current=chosen, position=first, unchanged=0, promising=())
+
+
+def positions_ahead(state: SearchState, settings: Settings, editable: Sequence[int], count: int) -> list[SearchState]:
+    """The state at its position and at the next ones, of the next round too: `count` of them, if there are so many.
+
+    `editable` are the positions of the current instruction that may be changed.
+    """
+    found = [state]
+    while len(found) < count:
+        position = _next_position(found[-1], state.current, settings, editable)
+        if position in [each.position for each in found]:
+            break
+        found.append(replace(state, position=position))
+    return found
+
+
+def ends_sentence(text: str) -> bool:
+    """Whether an instruction is finished.
+
+    Example:
+        >>> ends_sentence("Think step by step."), ends_sentence("Think step"), ends_sentence(".")
+        (True, False, False)
+    """
+    return any(map(str.isalnum, text)) and text.rstrip().rstrip("\"')]").endswith(_SENTENCE_ENDS)
+
+
+def step_random(seed: int, predictor: str, step: int) -> random.Random:
+    """The source of randomness of one step: the same whether or not the run was interrupted before it."""
+    return random.Random(f"{seed}/{predictor}/{step}")
+
+
+def _nowhere(evaluation: Evaluation, fixed: str) -> int:
+    """Where to go on if no position can be edited: at the end, if a fixed text is all there is."""
+    return len(evaluation.token_ids) if fixed else 0
+
+
+def _next_position(state: SearchState, chosen: Evaluation, settings: Settings, editable: Sequence[int] | None) -> int:
+    """The next editable index; past the last, a new token if the sentence is open, else back to the first."""
+    length = len(chosen.token_ids)
+    positions = range(length) if editable is None else sorted(editable)
+    later = [each for each in positions if each > state.position]
+    if later:
+        return later[0]
+    could_not_grow = state.position >= length  # the step was to append a token, and there was none
+    searched = len(positions) if state.fixed else length
+    grows = not ends_sentence(chosen.instruction[len(state.fixed) :]) and searched < settings.max_instruction_tokens
+    return length if grows and not could_not_grow else min(positions, default=_nowhere(chosen, state.fixed))
+
+
+def _ranked(evaluations: Sequence[Evaluation], settings: Settings) -> tuple[Evaluation, ...]:
+    """Distinct instructions on all rows, best objective first; of equals the earlier one."""
+    evaluations = [each for each in evaluations if each.complete]
+    distinct = {each.instruction: each for each in reversed(evaluations)}
+    order = list(dict.fromkeys(each.instruction for each in evaluations))
+    ranked = sorted((distinct[text] for text in order), key=lambda each: each.objective)
+    return tuple(ranked[: settings.finalists])

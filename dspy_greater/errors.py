@@ -42,6 +42,10 @@ class ContextLengthError(LayoutError):
     """A prompt leaves no room for an answer in the model's context window."""
 
 
+class EngineMemoryError(GreaterError, MemoryError):
+    """One row alone does not fit into memory."""
+
+
 class LossError(GreaterError, ArithmeticError):
     """The task loss was not finite, too often in a row for the search to go on."""
 

@@ -2,14 +2,10 @@
 
 One step on N training rows runs the program at most μ x N times: on every row with each of the μ candidates.
 The current instruction's runs are kept, and so are those of every candidate that was tried before. A step that
-appends a token runs at most N more, for the likeliest one, which it improves on. Where the current instruction may
-stay, a candidate is given up, and its remaining rows are not run, as soon as its fluency and its mistakes put it behind
-that instruction and behind `finalists` others, however well it did on the rest: it could not have been chosen, so the
-step's outcome is the same as without. The default variant walks, may move there, and gives nothing up. The seed costs N
-runs.
+appends a token runs at most N more, for the likeliest one, which it improves on. The seed costs N runs.
 
 Besides, a step makes one forward and backward pass over N rows, whatever the number of candidates, one forward
-pass over the rows of the candidates that were not given up, and one over at most `proposal_draws` x
+pass over the rows of the candidates, and one over at most `proposal_draws` x
 `proposal_rows` short contexts.
 
 That is `variant="paper"`. The default variant looks at `positions_ahead` positions. At each it reads short contexts,
@@ -36,11 +32,7 @@ from typing import Any, Literal, get_args
 from dspy_greater.errors import SettingsError
 
 Variant = Literal["whole", "paper"]
-Estimator = Literal["score", "whole", "pathwise", "answer", "random"]
-Term = Literal["score", "whole", "pathwise"]
-Point = Literal["current", "centroid", "midpoint"]
-Baseline = Literal["batch", "example"]
-Acceptance = Literal["metric", "loss"]
+Estimator = Literal["score", "pathwise", "answer", "random"]
 Auto = Literal["light", "medium", "heavy"]
 
 
@@ -68,26 +60,17 @@ class Settings:
     answer_temperature: float = 0.2  # divides the logits of the answer tokens
     finalists: int = 3  # best instructions by training objective that are validated
     max_instruction_tokens: int = 64  # the instruction grows no longer than this; text that must stay does not count
-    max_batch_tokens: int = 2048  # rows x longest row of one teacher-forced batch: memory against speed
     threads: int = 16  # concurrent rows where the LM is a server; in-process models batch all rows
-    # Variant "whole", down to `acceptance`: of the current reasonings, how many are read again.
+    # Variant "whole", down to `explore_every`: of the current reasonings, how many are read again.
     replayed: int = 24
     rescored: int = 6  # candidates of a position that pass from the gradient to re-weighted scoring
     positions_ahead: int = 3  # positions at which a step forecasts; candidates are tried at the one that promises most
-    point: Point = "centroid"  # where the linear model of a replacement is taken
     answer_weight: float = 1.0  # α: the gold answer's part of the gradient, in nats, and of forecasts, against mistakes
     doubt_weight: float = 0.3  # the answer's doubt against mistakes when instructions are compared; `select.evaluation`
-    baseline: Baseline = "batch"  # what a reasoning's mistake is compared with: the mean of all, or of its row's others
     optimism: float = 0.5  # times that mean: how wrong unseen reasonings are taken to be until the seed is outdone
-    samples: int = 0  # K: sampled reasonings per row under the seed, for variety; each costs N runs once
-    sampling_temperature: float = 1.0  # at which these are drawn
-    walk: bool = True  # the instruction moves to what a step tried, though it be worse, and returns; `search.restarted`
-    acceptance_noise: float = 0.5  # without `walk`: standard errors by which a candidate has to be better
     explore_every: int = 2  # while forecasts do not come true, one step in about so many tries edits by chance; 0: none
-    acceptance: Acceptance = "metric"  # "loss": cross-entropy decides, the metric only where it is equal
     max_failed_steps: int = 5  # steps in a row without one finite loss before the search gives up
     max_generated_tokens: int | None = None  # of the whole search, without the validation; see above
-    best_score: float = 1.0  # the most the metric gives a row; if it ever gives more, no candidate is given up early
 
     @classmethod
     def of(cls, auto: Auto | None, **overrides: object) -> Settings:
@@ -109,24 +92,15 @@ class Settings:
             value = getattr(self, name)
             if not _is_finite(value) or value < 0:
                 raise SettingsError(f"{name}={value!r}: give a finite number that is not negative.")
-        if not _is_finite(self.best_score):
-            raise SettingsError(
-                f"best_score={self.best_score!r}: give a finite number, the most that the metric gives a row."
-            )
         if self.explore_every == 1:
             raise SettingsError("explore_every=1: no step would forecast again; give 2 or more, or 0 for none.")
-        for name in ("answer_temperature", "sampling_temperature"):
-            if getattr(self, name) == 0:
-                raise SettingsError(f"{name}=0: logits are divided by it; give a positive number.")
+        if self.answer_temperature == 0:
+            raise SettingsError("answer_temperature=0: logits are divided by it; give a positive number.")
 
     def _check_choices(self) -> None:
         choices: dict[str, tuple[object, ...]] = {
             "variant": get_args(Variant),
             "estimator": (None, *ESTIMATORS.get(self.variant, ())),
-            "point": get_args(Point),
-            "baseline": get_args(Baseline),
-            "acceptance": get_args(Acceptance),
-            "walk": (True, False),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -141,22 +115,9 @@ class Settings:
         return self.doubt_weight if self.variant == "whole" else 0.0
 
     @property
-    def loss_first(self) -> bool:
-        """Whether instructions are compared by the gold answers' cross-entropy before their mistakes."""
-        return self.variant == "whole" and self.acceptance == "loss"
-
-    @property
-    def walks(self) -> bool:
-        """Whether a step moves on though it makes the instruction worse, and the search returns to the best."""
-        return self.variant == "whole" and self.walk
-
-    @property
     def header_counts(self) -> bool:
-        """Whether the loss of a row in which no answer was found covers the header that is missing.
-
-        Means over header and value are no measure of answers alone, so not where cross-entropies decide.
-        """
-        return self.variant == "whole" and not self.loss_first
+        """Whether the loss of a row in which no answer was found covers the header that is missing."""
+        return self.variant == "whole"
 
     @property
     def most_tried(self) -> int:
@@ -202,7 +163,7 @@ def _is_finite(value: object) -> bool:
 
 # The variant's own first. "answer" is the gradient with an empty reasoning, "random" none at all.
 ESTIMATORS: Mapping[str, tuple[Estimator, ...]] = {
-    "whole": ("score", "whole", "pathwise", "random"),
+    "whole": ("score", "random"),
     "paper": ("pathwise", "answer", "random"),
 }
 _PRESETS: Mapping[Auto, Mapping[str, int]] = {
@@ -216,8 +177,6 @@ _NOT_NEGATIVE = (
     "answer_temperature",
     "answer_weight",
     "doubt_weight",
-    "sampling_temperature",
-    "acceptance_noise",
     "optimism",
 )
 _AT_LEAST = {
@@ -230,12 +189,10 @@ _AT_LEAST = {
     "minimum_candidates": 1,
     "finalists": 1,
     "max_instruction_tokens": 1,
-    "max_batch_tokens": 1,
     "threads": 1,
     "replayed": 1,
     "rescored": 0,
     "positions_ahead": 1,
     "explore_every": 0,
-    "samples": 0,
     "max_failed_steps": 1,
 }

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from dspy_greater.errors import LayoutError, SettingsError
 from dspy_greater.estimators.paper_gradient import (
@@ -21,7 +20,7 @@ from dspy_greater.estimators.paper_gradient import (
 )
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.teacher_forcing import Losses, teacher_forced_losses
-from tests.tiny_models import tiny_model, tiny_tokenizer
+from tests.tiny_models import InDouble, tiny_model, tiny_tokenizer
 
 KINDS = ["llama", "qwen2", "gemma2"]
 VOCABULARY = 512
@@ -61,21 +60,6 @@ def rows(count: int = 4) -> list[Row]:
         ids = before + instruction + after + answer
         found.append(Row(tuple(ids), Span(len(before), prompt_end), Span(len(ids) - len(answer), len(ids))))
     return found
-
-
-class InDouble(TorchFunctionMode):
-    """Model code rounds to float32 in places, whatever its weights are; inside, to float64 instead."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        wider = {torch.float32: torch.float64}
-        arguments = [wider.get(each, each) if isinstance(each, torch.dtype) else each for each in args]
-        named = {
-            key: wider.get(each, each) if isinstance(each, torch.dtype) else each
-            for key, each in (kwargs or {}).items()
-        }
-        return func(*arguments, **named)
 
 
 # --- the slow, obvious twin: the paper's indicator, one example at a time ---

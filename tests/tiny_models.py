@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.overrides import TorchFunctionMode
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -147,3 +148,18 @@ def save_tiny(directory: Any, *, kind: Literal["llama", "qwen2", "gemma2"] = "ll
     tiny_model(kind, len(tokenizer), **settings).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return str(directory)
+
+
+class InDouble(TorchFunctionMode):
+    """Model code rounds to float32 in places, whatever its weights are; inside, to float64 instead."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        wider = {torch.float32: torch.float64}
+        arguments = [wider.get(each, each) if isinstance(each, torch.dtype) else each for each in args]
+        named = {
+            key: wider.get(each, each) if isinstance(each, torch.dtype) else each
+            for key, each in (kwargs or {}).items()
+        }
+        return func(*arguments, **named)

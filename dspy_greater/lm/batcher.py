@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from dspy_greater.errors import GreaterError, SettingsError
@@ -88,7 +89,7 @@ class Batcher:
                 ticket.leads = True
         if ticket.leads:
             try:
-                self._answer(self._gather())
+                self._answer(self._gather(), self._compute)
             finally:
                 with self._changed:
                     self._led = False
@@ -96,8 +97,10 @@ class Batcher:
         return _outcome(ticket)
 
     @contextmanager
-    def lockstep(self, workers: int, *, stall_seconds: float = 60.0) -> Iterator[Lockstep]:
-        """Batches that start exactly when all `workers` threads wait; see `Lockstep`.
+    def lockstep(
+        self, workers: int, *, stall_seconds: float = 60.0, compute: Compute | None = None
+    ) -> Iterator[Lockstep]:
+        """Batches that start exactly when all `workers` threads wait; see `Lockstep`. `compute` is the group's own.
 
         There is one group at a time: a second thread waits here until the first has left its block.
 
@@ -107,7 +110,7 @@ class Batcher:
         me, current = threading.get_ident(), self._group
         if self._group_owner == me or (current is not None and current.has_this_thread()):
             raise GreaterError("This thread is in lockstep already on the same model; leave that block first.")
-        group = Lockstep(self._answer, workers, stall_seconds)
+        group = Lockstep(partial(self._answer, compute=compute or self._compute), workers, stall_seconds)
         with self._group_turn:
             self._group_owner, self._group = me, group
             try:
@@ -127,10 +130,10 @@ class Batcher:
             batch, self._waiting = self._waiting, []
         return batch
 
-    def _answer(self, batch: Sequence[_Ticket]) -> None:
+    def _answer(self, batch: Sequence[_Ticket], compute: Compute) -> None:
         self._sizes.append(len(batch))
         try:
-            results = self._compute([ticket.request for ticket in batch])
+            results = compute([ticket.request for ticket in batch])
             for ticket, result in zip(batch, results, strict=True):
                 ticket.result = result
         except BaseException as error:

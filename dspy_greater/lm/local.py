@@ -20,7 +20,7 @@ import dspy
 from dspy import lm15
 
 from dspy_greater.errors import WeightsError
-from dspy_greater.lm.batcher import Batcher, Lockstep
+from dspy_greater.lm.batcher import Batcher, Compute, Lockstep
 from dspy_greater.lm.request import (
     PROVIDER,
     SUPPORTED_PARAMETERS,
@@ -32,7 +32,8 @@ from dspy_greater.lm.streaming import TextWriter
 from dspy_greater.prompt.encoder import PromptEncoder
 
 if TYPE_CHECKING:
-    from dspy_greater.model.engine import Engine, Generation, GenerationRequest
+    from dspy_greater.model.engine import Engine
+    from dspy_greater.model.interface import Generation, GenerationRequest
 
 DEFAULT_MAX_TOKENS = 1024
 _REPEATS_REMEMBERED = 1024
@@ -138,7 +139,7 @@ class LocalEngine:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.batcher = Batcher(engine.complete, most_rows=engine.max_batch_rows)
+        self.batcher = Batcher(engine.generate, most_rows=engine.max_batch_rows)
         self._repeats: OrderedDict[int, tuple[lm15.Request, int]] = OrderedDict()
         self._repeats_lock = threading.Lock()
 
@@ -200,8 +201,12 @@ class LocalEngine:
             yield lm15.StreamDeltaEvent(lm15.TextDelta(rest))
         yield lm15.StreamEndEvent(finish_reason=piece.finish_reason, usage=_usage(call, piece))
 
-    def lockstep(self, workers: int, *, stall_seconds: float = 60.0) -> AbstractContextManager[Lockstep]:
+    def lockstep(
+        self, workers: int, *, stall_seconds: float = 60.0, generate: Compute | None = None
+    ) -> AbstractContextManager[Lockstep]:
         """Batches that start exactly when all `workers` threads wait, so that they do not depend on timing.
+
+        `generate` computes them in the place of the engine, such as a session's does.
 
         Every worker thread enters `.worker()` of what this yields for as long as it lives. Requests of
         other threads go the ordinary way.
@@ -211,7 +216,7 @@ class LocalEngine:
             ...     with group.worker():  # in each of the two threads
             ...         program(question="...")
         """
-        return self.batcher.lockstep(workers, stall_seconds=stall_seconds)
+        return self.batcher.lockstep(workers, stall_seconds=stall_seconds, compute=generate)
 
     def close(self) -> None:
         """Nothing to close: no thread, no connection; the weights go when nothing holds them."""
@@ -250,7 +255,7 @@ class LocalEngine:
         return PromptEncoder(self.engine.tokenizer)
 
     def _call(self, request: lm15.Request, on_text: Callable[[str], object] | None = None) -> _Call:
-        from dspy_greater.model.engine import GenerationRequest
+        from dspy_greater.model.interface import GenerationRequest
         from dspy_greater.model.sampling import row_seed
 
         refuse_unsupported_features(request)

@@ -1,32 +1,27 @@
-"""A local open-weight model: token ids in, token ids out, with counters for everything it computes."""
+"""A local open-weight model behind one lock: weights, tokenizer, identity, counters, and the fast model interface."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dspy_greater.errors import ContextLengthError, GreaterError, LayoutError, SettingsError, WeightsError
+from dspy_greater.errors import ContextLengthError, EngineMemoryError, LayoutError, SettingsError, WeightsError
 from dspy_greater.model.counters import Counters
-from dspy_greater.model.fast.generated_kv import WrittenStates
-from dspy_greater.model.fast.prefix_cache import PrefixStore, frozen, is_out_of_memory
-from dspy_greater.model.fast.scoped import Scoped
-from dspy_greater.model.fast.speculative import Drafts
-from dspy_greater.model.generate import decode
-from dspy_greater.model.sampling import Generation, GenerationRequest, Row, row_seed
+from dspy_greater.model.fast.session import Session
+from dspy_greater.model.interface import Generation, GenerationRequest, Leaf, TokenQuery, Tokens
+from dspy_greater.model.kv_cache import reach_of
+from dspy_greater.model.sampling import Row
 from dspy_greater.prompt.chat_template import end_of_turn_ids
 
-
-class EngineMemoryError(GreaterError, MemoryError):
-    """One row alone does not fit into memory."""
+_MOST_BATCH_TOKENS = 2048  # rows x longest row of one teacher-forced batch: memory against speed
 
 
 class Engine:
@@ -39,13 +34,15 @@ class Engine:
         name: what the weights are called; part of `identity`, and so of every cache key.
         revision: which version of them; found out from the weights themselves when not given.
         max_batch_rows: the most rows decoded together, 192 on CPU and 256 elsewhere when not given.
+        max_batch_tokens: rows times longest row of a batch that is read; changes memory and speed, results by rounding.
 
     Raises:
         WeightsError: the model is not one that reads and writes tokens.
 
     Example:
         >>> engine = Engine.from_pretrained("pocket")  # doctest: +SKIP
-        >>> engine.generate([engine.tokenizer("2 + 2 =")["input_ids"]], max_new_tokens=4)  # doctest: +SKIP
+        >>> prompt = tuple(engine.tokenizer("2 + 2 =")["input_ids"])  # doctest: +SKIP
+        >>> engine.generate([GenerationRequest(prompt, max_new_tokens=4)])  # doctest: +SKIP
         [Generation(token_ids=(221, 23), finish_reason='stop')]
     """
 
@@ -57,6 +54,7 @@ class Engine:
         name: str,
         revision: str | None = None,
         max_batch_rows: int | None = None,
+        max_batch_tokens: int = _MOST_BATCH_TOKENS,
     ) -> None:
         if not callable(getattr(model, "get_input_embeddings", None)) or not hasattr(model, "config"):
             raise WeightsError(
@@ -72,9 +70,7 @@ class Engine:
         self._owned = False
         self._lock, self._tally_lock, self._depth = threading.RLock(), threading.Lock(), 0
         self._counters = Counters()
-        self.prefixes = PrefixStore(model, self.tally)
-        self.written = WrittenStates(self._lock)
-        self._drafting = Scoped[Drafts]()
+        self.max_batch_tokens = max_batch_tokens
         self.stop_token_ids = _stop_ids(model, tokenizer)
         # How to load the same weights in another process; None for weights that were handed in.
         self.origin: dict[str, str | None] | None = None
@@ -157,6 +153,22 @@ class Engine:
         return self.embedding_weight.dtype
 
     @property
+    def exact_dtype(self) -> torch.dtype:
+        """What log-probabilities and gradients are computed in: float32, or float64 for a float64 model."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills rows up; no real token sees it."""
+        pad = self.tokenizer.pad_token_id
+        return next(iter(sorted(self.stop_token_ids)), 0) if pad is None else pad
+
+    @cached_property
+    def cache_reach(self) -> float:
+        """The most tokens of a sequence in which key-value states of its beginning can be shared; 0: never."""
+        return reach_of(self.model)
+
+    @property
     def embedding_weight(self) -> Tensor:
         """The input embedding matrix [V, d]."""
         return self.model.get_input_embeddings().weight
@@ -201,30 +213,6 @@ class Engine:
             finally:
                 self._depth -= 1
 
-    def shared_prefixes(self) -> AbstractContextManager[object]:
-        """Inside, what prompts have in common is read once for gradients, scores and texts together.
-
-        One prefix is kept, the longest that was read, until the outermost block ends; threads that carry the block's
-        context share it. Outside, every call reads for itself.
-        """
-        return self.prefixes.open()
-
-    def kept_rows(self) -> AbstractContextManager[object]:
-        """Inside, the states of rows that were written are kept for `scoring.score` to go on from.
-
-        At most 2 GiB of them; on CUDA a tenth of the device's memory where that is more.
-        """
-        return self.written.open()
-
-    def drafting(self, written: Iterable[tuple[Sequence[int], Sequence[int]]]) -> AbstractContextManager[object]:
-        """Inside, rows are expected to write what was `written` after prompts like theirs (`draft`); only faster."""
-        return self._drafting.holding(Drafts(written))
-
-    @property
-    def drafts(self) -> Drafts:
-        """Those of the innermost block."""
-        return self._drafting.value or Drafts()
-
     def room(self, prompt_length: int) -> int | None:
         """How many tokens can be written after a prompt of this many; None when there is no limit.
 
@@ -242,71 +230,50 @@ class Engine:
             )
         return limit - prompt_length
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop_token_ids: Sequence[int] | None = None,
-        on_token: Callable[[int, int], bool | None] | None = None,
-    ) -> list[Generation]:
-        """Write after every prompt, in batches; the results come in the prompts' order.
+    @contextmanager
+    def session(self, expected: Iterable[tuple[Tokens, Tokens]] = ()) -> Iterator[Session]:
+        """See `interface.Model`. What a session keeps belongs to it: two searches on one model never meet."""
+        opened = Session(self, expected)
+        try:
+            yield opened
+        finally:
+            opened.forget()
 
-        Args:
-            prompts: token ids, each row at least one.
-            max_new_tokens: the most tokens per row; less where the context is shorter.
-            temperature: 0 is greedy; otherwise logits are divided by it and a token is drawn.
-            top_p: draw from the smallest set of likeliest tokens that together reach this probability.
-            seed: each row draws from a generator of its own, seeded from this and its place in `prompts`,
-                so that a row does not depend on its batch; None takes fresh randomness.
-            stop_token_ids: instead of the model's own end tokens.
-            on_token: called with (row, token) for every token written; a true answer ends the row.
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
+        """See `interface.Model`."""
+        return Session(self, keeps=False).generate(requests)
+
+    def next_token_logprobs(self, contexts: Sequence[Sequence[int]]) -> Tensor:
+        """See `interface.Model`."""
+        return Session(self, keeps=False).next_token_logprobs(contexts)
+
+    def token_logprobs(self, sequences: Sequence[Tokens], queries: Sequence[TokenQuery]) -> Tensor:
+        """See `interface.Model`."""
+        return Session(self, keeps=False).token_logprobs(sequences, queries)
+
+    def logprob_gradient(self, sequences: Sequence[Tokens], queries: Sequence[TokenQuery], leaf: Leaf) -> Tensor:
+        """See `interface.Model`. No weight receives a gradient; model and random state are left as they were."""
+        return Session(self, keeps=False).logprob_gradient(sequences, queries, leaf)
+
+    @torch.no_grad()
+    def embed(self, tokens: Sequence[int]) -> Tensor:
+        """See `interface.Model`. A scale inside the embedding layer (Gemma's √d) is part of it.
 
         Raises:
-            ContextLengthError: a prompt leaves no room.
-            LayoutError: a prompt has no tokens.
-            EngineMemoryError: a single row does not fit into memory.
+            SettingsError: a token that is not in the vocabulary.
         """
-        base = secrets.randbits(63) if seed is None else seed
-        stop = None if stop_token_ids is None else tuple(stop_token_ids)
-        return self.complete(
-            [
-                GenerationRequest(
-                    tuple(prompt),
-                    max_new_tokens,
-                    temperature,
-                    top_p,
-                    row_seed(base, index),
-                    stop,
-                    None if on_token is None else partial(on_token, index),
+        layer = self.model.get_input_embeddings()
+        for token in tokens:
+            if not 0 <= token < layer.weight.shape[0]:
+                raise SettingsError(
+                    f"Candidate token {token} is outside the model's vocabulary of {layer.weight.shape[0]}; "
+                    "give ids from the model's own tokenizer."
                 )
-                for index, prompt in enumerate(prompts)
-            ]
-        )
+        with self.exclusive():
+            return layer(torch.tensor(list(tokens), dtype=torch.long, device=layer.weight.device))
 
-    def complete(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
-        """`generate` for rows that each have their own settings; raises what `generate` raises."""
-        rows = [self._row(request) for request in requests]
-        order = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt), rows[i].prompt, rows[i].seed))
-        pad = self.tokenizer.pad_token_id
-        pad = next(iter(sorted(self.stop_token_ids)), 0) if pad is None else pad
-        with self.exclusive(), self.shared_prefixes():
-            waiting = [rows[i] for i in order]
-            drafts = self.drafts
-            for row in waiting if len(drafts) else []:
-                row.draft = drafts.guess(row.prompt)
-            while waiting:
-                batches = -(-len(waiting) // self._batch_rows)
-                size = -(-len(waiting) // batches)  # even batches, no small rest
-                batch, waiting = waiting[:size], waiting[size:]
-                if not self._decoded(batch, pad):
-                    waiting = [row for row in batch if row.finish_reason is None] + waiting
-        return [Generation(tuple(row.written), row.finish_reason or "length") for row in rows]
-
-    def _row(self, request: GenerationRequest) -> Row:
+    def row(self, request: GenerationRequest) -> Row:
+        """A request that was checked; raises what `generate` raises for one that cannot be."""
         if not request.prompt:
             raise LayoutError("A prompt has no tokens; a model needs at least one to write after.")
         if request.max_new_tokens < 1:
@@ -321,31 +288,39 @@ class Engine:
         stop = self.stop_token_ids if request.stop_token_ids is None else frozenset(request.stop_token_ids)
         return Row(request.prompt, most, stop, request.temperature, request.top_p, request.seed, request.on_token)
 
-    def _decoded(self, batch: Sequence[Row], pad: int) -> bool:
-        """Decode the batch; False when memory ran out and the batch limit has been halved for another try."""
-        try:
-            decode(self.model, batch, pad_token_id=pad, tally=self.tally, prefixes=self.prefixes, written=self.written)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if not is_out_of_memory(error):
-                raise
-            failure = str(error).splitlines()[0]
-        else:
-            return True
-        kept = self.written.bytes
-        self.prefixes.drop()
-        self.written.drop()
+    def halve_batches(self, rows: int, failure: str) -> None:
+        """Decode at most half of so many rows together from now on.
+
+        Raises:
+            EngineMemoryError: it was one row.
+        """
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if kept:
-            return False  # what was kept may have been too much, and not the batch
-        if len(batch) == 1:
+        if rows == 1:
             raise EngineMemoryError(
                 f"One row alone does not fit into the memory of {self.device} beside {self.name!r} "
                 f"({failure}); use a smaller dtype such as bfloat16, a smaller max_tokens, shorter inputs or "
                 "a smaller model."
             )
-        self._batch_rows = len(batch) // 2
-        return False
+        self._batch_rows = rows // 2
+
+
+@contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """Eval mode and no gradients for parameters, both as they were afterwards."""
+    training = [module for module in model.modules() if module.training]
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for module in training:
+            module.training = False
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in wanted:
+            parameter.requires_grad_(True)
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:

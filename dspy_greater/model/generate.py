@@ -1,6 +1,6 @@
-"""The decode loop: rows of token ids in, written tokens out, on a left-padded batch with a key-value cache.
+"""The decode loop: rows of token ids in, generated tokens out, on a left-padded batch with a key-value cache.
 
-Prompts are read in parts (`prefill`), finished rows leave the batch, and the cache is written in place (`states`).
+Prompts are read in parts (`prefill`), finished rows leave the batch, and the cache is written in place (`kv_cache`).
 A row's result does not depend on which rows it shares a batch with, nor on its draft: its random numbers are its own.
 
 Shapes: V vocabulary.
@@ -12,17 +12,20 @@ import inspect
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from dspy_greater.model.fast.generated_kv import Places, WrittenRows, WrittenStates, slot_mask
-from dspy_greater.model.fast.prefix_cache import PrefixStore, Tally
+from dspy_greater.model.fast.generated_kv import GeneratedRows, GeneratedStates, Places, slot_mask
+from dspy_greater.model.fast.prefix_cache import PrefixCache
 from dspy_greater.model.kv_cache import InPlaceLayer, Move, bytes_of, join, storage
 from dspy_greater.model.prefill import Prefilled, parts_of, prefill
 from dspy_greater.model.sampling import Row, choose
+
+if TYPE_CHECKING:
+    from dspy_greater.model.engine import Engine
 
 _COMPACT_BELOW = 0.9  # finished rows leave once they are a tenth of the batch
 _MOST_SPARE = 1.3  # times what kept states need may stay in memory with them
@@ -30,27 +33,21 @@ _MOST_SPARE = 1.3  # times what kept states need may stay in memory with them
 
 @torch.no_grad()
 def decode(
-    model: Any,
-    rows: Sequence[Row],
-    *,
-    pad_token_id: int,
-    tally: Tally,
-    prefixes: PrefixStore,
-    written: WrittenStates | None = None,
+    engine: Engine, rows: Sequence[Row], prefixes: PrefixCache, generated: GeneratedStates | None = None
 ) -> None:
-    """Write every row to its end, greedily where its temperature is 0, by its own random numbers otherwise.
+    """Generate every row to its end, greedily where its temperature is 0, by its own random numbers otherwise.
 
-    Rows are changed in place, so what was written before an out-of-memory error is not lost. What all of them
-    begin with comes from `prefixes`; the states of finished rows go to `written`, where they are wanted.
+    Rows are changed in place, so what was generated before an out-of-memory error is not lost. What all of them
+    begin with comes from `prefixes`; the states of finished rows go to `generated`, where that is given.
     """
-    batch = _Batch(model, rows, pad_token_id, tally, written)
+    batch = _Batch(engine, rows, generated)
     logits = batch.read(prefixes)  # [rows, V]
     while batch.rows:
-        before = sum(len(row.written) for row in batch.rows)
+        before = sum(len(row.generated) for row in batch.rows)
         for row, token in zip(batch.rows, choose(logits, batch.rows), strict=True):
             if row.finish_reason is None:
                 row.accept(token)
-        tally(generated_tokens=sum(len(row.written) for row in batch.rows) - before)
+        engine.tally(generated_tokens=sum(len(row.generated) for row in batch.rows) - before)
         if not batch.drop_finished():
             return
         logits = batch.step()
@@ -59,30 +56,26 @@ def decode(
 class _Batch:
     """The tensors of one batch: cache, mask, positions. Where a row's tokens lie in the cache is in its `Places`."""
 
-    def __init__(
-        self, model: Any, rows: Sequence[Row], pad_token_id: int, tally: Tally, written: WrittenStates | None
-    ) -> None:
-        self.model, self.rows, self.tally, self._pad = model, list(rows), tally, pad_token_id
-        self._written = written
-        self._device = model.get_input_embeddings().weight.device
-        keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+    def __init__(self, engine: Engine, rows: Sequence[Row], generated: GeneratedStates | None) -> None:
+        self.engine, self.model, self.rows, self._generated = engine, engine.model, list(rows), generated
+        self._device = engine.device
+        keep = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if keep else {}
 
-    def read(self, prefixes: PrefixStore) -> Tensor:
+    def read(self, prefixes: PrefixCache) -> Tensor:
         """Prefill. Returns the next-token logits [rows, V] of the rows that are not finished by it."""
         contexts = [row.context for row in self.rows]
         lengths = [len(row.context) + len(row.expected) for row in self.rows]
         # Drafts need no room of their own at the end, but may leave unused slots in the middle of a part.
-        self._capacity = max(lengths) + max(row.max_new_tokens - len(row.written) for row in self.rows)
-        self._reach = prefixes.reach
+        self._capacity = max(lengths) + max(row.max_new_tokens - len(row.generated) for row in self.rows)
+        self._reach = self.engine.cache_reach
         plain = self._capacity <= self._reach
         if not plain:
             for row in self.rows:
                 row.draft = ()
-            self._capacity = max(len(row.context) + row.max_new_tokens - len(row.written) for row in self.rows)
+            self._capacity = max(len(row.context) + row.max_new_tokens - len(row.generated) for row in self.rows)
         parts = parts_of(contexts, lengths, divide=plain)
-        options = {"pad": self._pad, "tally": self.tally, "prefixes": prefixes, "capacity": self._capacity}
-        read = [prefill(self.model, self.rows, part, **options) for part in parts]
+        read = [prefill(self.engine, self.rows, part, prefixes, self._capacity) for part in parts]
         for each in read:
             finished = [j for j, row in enumerate(each.rows) if self.rows[row].finish_reason]
             mine = [self.rows[row] for row in each.rows]
@@ -129,7 +122,7 @@ class _Batch:
         """Read the newest token of every row; rows that have finished but not left read a pad token."""
         live = [row.finish_reason is None for row in self.rows]
         pairs = zip(self.rows, live, strict=True)
-        newest = [[row.written[-1] if alive else self._pad] for row, alive in pairs]
+        newest = [[row.generated[-1] if alive else self.engine.pad_token_id] for row, alive in pairs]
         self._length += 1
         self._positions = self._positions + torch.tensor(live, device=self._device)[:, None]
         output = self.model(
@@ -141,7 +134,7 @@ class _Batch:
             **self._last_only,
         )
         rows = output.logits.shape[0] * output.logits.shape[1]
-        self.tally(forwards=1, lm_head_rows=rows, padded_tokens=len(live) - sum(live))
+        self.engine.tally(forwards=1, lm_head_rows=rows, padded_tokens=len(live) - sum(live))
         return output.logits[:, -1]
 
     def drop_finished(self) -> bool:
@@ -155,21 +148,19 @@ class _Batch:
         return bool(keep)
 
     def _keep(self, rows: Sequence[int]) -> None:
-        """Let the others go, and with them the slots that only they had used; the last rows take their places."""
-        first, last = min(self._places[row].first for row in rows), iter(rows[::-1])
-        staying = {row for row in rows if row < len(rows)}
-        order = [row if row in staying else next(last) for row in range(len(rows))]
+        """Let the others go, and with them the slots that only they had used."""
+        first = min(self._places[row].first for row in rows)
         if all(isinstance(layer, InPlaceLayer) for layer in self.cache.layers):
             for layer in self.cache.layers:
-                layer.keep(order, first)  # pyright: ignore[reportAttributeAccessIssue]
+                layer.select(rows, first)  # pyright: ignore[reportAttributeAccessIssue]
         else:
             first = 0
-            self.cache.batch_select_indices(torch.tensor(order))
-        self._mask, self._positions = self._mask[order, first:], self._positions[order]
+            self.cache.batch_select_indices(torch.tensor(rows))
+        self._mask, self._positions = self._mask[rows, first:], self._positions[rows]
         self._length -= first
-        self.rows = [self.rows[row] for row in order]
-        self._known = [self._known[row] for row in order]
-        self._places = [replace(self._places[row], first=self._places[row].first - first) for row in order]
+        self.rows = [self.rows[row] for row in rows]
+        self._known = [self._known[row] for row in rows]
+        self._places = [replace(self._places[row], first=self._places[row].first - first) for row in rows]
 
     def _hand_over(
         self,
@@ -180,22 +171,22 @@ class _Batch:
         known: Sequence[int],
         finished: Sequence[int],
     ) -> None:
-        """Let `written` keep the states of these rows, if it wants them and the cache still holds them all."""
-        if self._written is None or not self._written.wanted or not finished:
+        """Let `generated` keep the states of these rows, if it wants them and the cache still holds them all."""
+        if self._generated is None or not finished:
             return
         held: list[Any] = list(cache.layers)
         filled = all(getattr(layer, "keys", None) is not None and layer.keys.shape[-2] == slots for layer in held)
         if not filled or self._capacity > self._reach:
             return
         bytes_of_row = sum(bytes_of(each[:1]) for layer in held for each in (layer.keys, layer.values))
-        if not self._written.make_room(bytes_of_row * len(finished), held[0].keys.device):
+        if not self._generated.make_room(bytes_of_row * len(finished), held[0].keys.device):
             return
         index = torch.tensor(finished)
         # As they are, where that keeps little else in memory.
         whole = len(finished) == len(rows) and storage(held[0].keys) <= _MOST_SPARE * bytes_of(held[0].keys)
-        self._written.keep(
-            WrittenRows(
-                # The last token that a row wrote may not have been read.
+        self._generated.keep(
+            GeneratedRows(
+                # The last token that a row generated may not have been read.
                 token_ids=tuple(rows[i].context[: max(known[i], len(rows[i].context) - 1)] for i in finished),
                 places=tuple(places[i] for i in finished),
                 layers=tuple(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
-
-from dspy_greater.model.fast.prefix_cache import tokens_held
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 _GROWTH_LEAST = 64  # tokens by which a cache grows at least
 
@@ -73,24 +73,12 @@ class InPlaceLayer(DynamicLayer):
             buffer[:, :, :start] = old
         return buffer
 
-    def keep(self, order: Sequence[int], first: int) -> None:
-        """Hold the rows of `order` alone, without the slots before `first`.
-
-        A row that changes its place comes from behind those that are left, so it takes that of one that is gone.
-        Once what is left is less than half of the buffer it is copied, so that the rest of the memory is free.
-        """
+    def select(self, rows: Sequence[int], first: int) -> None:
+        """Hold these rows alone, in this order, without the slots before `first`."""
         if self.keys is None or self.values is None:
             return
-        moved = [(place, row) for place, row in enumerate(order) if place != row]
-        if self._buffers is None or 2 * bytes_of(self._buffers[0][: len(order)]) < storage(self._buffers[0]):
-            self.keys, self.values = (held[list(order), :, first:] for held in (self.keys, self.values))
-            self._buffers = None
-            return
-        stop, places, rows = self.get_seq_length(), [place for place, _ in moved], [row for _, row in moved]
-        for buffer in self._buffers if moved else ():
-            buffer[places, :, first:stop] = buffer[rows, :, first:stop]
-        self._buffers = (self._buffers[0][: len(order), :, first:], self._buffers[1][: len(order), :, first:])
-        self.keys, self.values = (buffer[:, :, : stop - first] for buffer in self._buffers)
+        self.keys, self.values = (held[list(rows), :, first:] for held in (self.keys, self.values))
+        self._buffers = None
 
 
 def new_cache(model: Any, limit: int) -> DynamicCache:
@@ -125,3 +113,62 @@ def _as_slice(rows: Sequence[int]) -> slice | list[int]:
     """Neighbours as a slice, which is not copied twice."""
     first = rows[0]
     return slice(first, first + len(rows)) if list(rows) == list(range(first, first + len(rows))) else list(rows)
+
+
+def shared_length(sequences: Sequence[tuple[int, ...]]) -> int:
+    """How many tokens all sequences begin with.
+
+    >>> shared_length([(1, 2, 3), (1, 2, 4, 5), (1, 2)])
+    2
+    """
+    least, greatest = min(sequences), max(sequences)
+    pairs = zip(least, greatest, strict=False)
+    return next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(least), len(greatest)))
+
+
+def tokens_held(cache: DynamicCache) -> float:
+    """How many tokens fit into the cache before it forgets one; 0 for layers that are no plain keys and values."""
+    kinds = {type(layer) for layer in cache.layers}
+    if not kinds or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        return 0
+    return min(getattr(layer, "sliding_window", math.inf) for layer in cache.layers)
+
+
+def held_states(layer: Any) -> tuple[Tensor, Tensor]:
+    """The keys and values of a layer, without any token in them where the model never filled it."""
+    nothing = torch.empty(1, 1, 0, 1)
+    return (nothing, nothing) if layer.keys is None else (layer.keys, layer.values)
+
+
+def plain_cache(model: Any) -> DynamicCache:
+    """An empty cache that keeps everything; within the reach of a sliding window it is the same as one that slides."""
+    cache = DynamicCache(config=model.config)
+    cache.layers[:] = [DynamicLayer() for _ in cache.layers]
+    return cache
+
+
+def rotation_is_fixed_up_to(model: Any) -> float:
+    """The longest sequence at which position embeddings that adapt to the length (NTK, LongRoPE) do not yet."""
+    limits = [math.inf]
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        kinds = list(kinds.values()) if isinstance(kinds, dict) else [kinds]
+        if any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in kinds):
+            limits += [getattr(module, "original_max_seq_len", 0), *_original_lengths(module)]
+    return min(limits)
+
+
+def _original_lengths(module: Any) -> list[float]:
+    parameters = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
+    nested = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
+    return [each["original_max_position_embeddings"] for each in nested if "original_max_position_embeddings" in each]
+
+
+def reach_of(model: Any) -> float:
+    """The most tokens of a whole sequence in which the states of a prefix are those of the prefix alone.
+
+    0 where the model's cache holds anything but keys and values.
+    """
+    if not hasattr(model, "config"):
+        return 0
+    return min(tokens_held(DynamicCache(config=model.config)), rotation_is_fixed_up_to(model))

@@ -1,9 +1,9 @@
-"""The first reading of a batch's prompts: in parts that begin alike, together with drafts of what will be written.
+"""The first reading of a batch's prompts: in parts that begin alike, together with drafts of what will be generated.
 
 All rows of a batch begin with the chat template's system message; the rows of one candidate also share what stands
-after the edited token. Each such beginning is read once (`prefix`), and the rest of its rows in parts that differ
-little in length, so that little of what is computed is padding. A draft (`draft`) is read with its prompt, and its
-tokens are written as long as they are the ones that the row would have chosen.
+after the edited token. Each such beginning is read once (`prefix_cache`), and the rest of its rows in parts that
+differ little in length, so that little of what is computed is padding. A draft (`speculative`) is read with its prompt,
+and its tokens are taken as long as they are the ones that the row would have chosen.
 
 Shapes: n rows of a part, P tokens of its prefix, T tokens of its longest rest, R places with logits, V vocabulary.
 """
@@ -13,17 +13,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from dspy_greater.model.fast.generated_kv import Places
-from dspy_greater.model.fast.prefix_cache import LEAST_SAVED, PrefixStore, Tally, shared_length
-from dspy_greater.model.kv_cache import new_cache
-from dspy_greater.model.output_layer import computed_only_at
+from dspy_greater.model.fast.prefix_cache import LEAST_SAVED, PrefixCache
+from dspy_greater.model.kv_cache import new_cache, shared_length
 from dspy_greater.model.sampling import Row, choose
+from dspy_greater.model.teacher_forcing import computed_only_at
+
+if TYPE_CHECKING:
+    from dspy_greater.model.engine import Engine
 
 _LEAST_ROWS = 8  # of a part
 _MOST_PADDING = 0.15  # of a part's own tokens
@@ -41,7 +44,7 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Prefilled:
-    """A part after its first reading: what its rows wrote already is in them."""
+    """A part after its first reading: what its rows generated already is in them."""
 
     rows: tuple[int, ...]  # [n] their numbers in the batch
     places: tuple[Places, ...]  # [n] of their tokens in the cache
@@ -52,13 +55,12 @@ class Prefilled:
     logits: Tensor  # [n, V] for the token after the known ones
 
 
-def prefill(
-    model: Any, rows: Sequence[Row], part: Part, *, pad: int, tally: Tally, prefixes: PrefixStore, capacity: int
-) -> Prefilled:
+def prefill(engine: Engine, rows: Sequence[Row], part: Part, prefixes: PrefixCache, capacity: int) -> Prefilled:
     """Read the prompts of a part, and as much of the drafts as comes true.
 
     `capacity` is the most slots that the cache of the whole batch will have.
     """
+    model, tally = engine.model, engine.tally
     mine = [rows[row] for row in part.rows]
     contexts = [row.context for row in mine]
     most = _MOST_LOGITS // (len(mine) * model.get_input_embeddings().weight.shape[0])
@@ -68,13 +70,13 @@ def prefill(
     if prefix:
         prefix.fill(cache.layers, len(contexts))  # pyright: ignore[reportArgumentType]
     own = [(*context[shared:], *draft) for context, draft in zip(contexts, drafts, strict=True)]
-    logits, pads = _read(model, own, [len(draft) + 1 for draft in drafts], cache, shared, pad, tally)
+    logits, pads = _read(engine, own, [len(draft) + 1 for draft in drafts], cache, shared)
     tally(prefilled_tokens=sum(map(len, own)), padded_tokens=sum(pads))
-    before = sum(len(row.written) for row in mine)
+    before = sum(len(row.generated) for row in mine)
     try:
         came_true = _follow(mine, drafts, logits)
     finally:
-        tally(generated_tokens=sum(len(row.written) for row in mine) - before)
+        tally(generated_tokens=sum(len(row.generated) for row in mine) - before)
     tally(prefilled_tokens=-sum(came_true))  # it was generated; the rest of a draft was read for nothing
     rejected = [len(draft) - true for draft, true in zip(drafts, came_true, strict=True)]
     return Prefilled(
@@ -89,10 +91,10 @@ def prefill(
 
 
 def _read(
-    model: Any, own: Sequence[Sequence[int]], ends: Sequence[int], cache: Any, shared: int, pad: int, tally: Tally
+    engine: Engine, own: Sequence[Sequence[int]], ends: Sequence[int], cache: Any, shared: int
 ) -> tuple[Sequence[Tensor], list[int]]:
     """One forward pass, left-padded; for each row the logits after its last `ends[j]` tokens, and its pads."""
-    device, width = model.get_input_embeddings().weight.device, max(map(len, own))
+    model, device, pad, width = engine.model, engine.device, engine.pad_token_id, max(map(len, own))
     pads = [width - len(each) for each in own]
     ids = torch.tensor([[pad] * few + list(each) for few, each in zip(pads, own, strict=True)])  # [n, T]
     steps = torch.arange(width)[None] - torch.tensor(pads)[:, None]
@@ -109,14 +111,14 @@ def _read(
             use_cache=True,
             **({"logits_to_keep": 1} if last_only else {}),
         ).logits
-    tally(forwards=1, lm_head_rows=logits.shape[0] * logits.shape[1])
+    engine.tally(forwards=1, lm_head_rows=logits.shape[0] * logits.shape[1])
     if last_only and not narrowed:
         return list(logits[:, -1:]), pads
     return (logits[0] if narrowed else logits[row, column]).split(list(ends)), pads
 
 
 def _follow(rows: Sequence[Row], drafts: Sequence[Sequence[int]], logits: Sequence[Tensor]) -> list[int]:
-    """Write the tokens of each draft that the row would choose, from its first on; how many there are."""
+    """Take the tokens of each draft that the row would choose, from its first on; how many there are."""
     came_true = [0] * len(rows)
     going = [j for j, draft in enumerate(drafts) if draft]
     while going:
@@ -124,7 +126,7 @@ def _follow(rows: Sequence[Row], drafts: Sequence[Sequence[int]], logits: Sequen
         chosen, going = dict(zip(going, tokens, strict=True)), []
         for j, token in chosen.items():
             row, draft, at = rows[j], drafts[j], came_true[j]
-            last = at == len(draft) and len(row.written) + 1 == row.max_new_tokens
+            last = at == len(draft) and len(row.generated) + 1 == row.max_new_tokens
             if last or token in row.stop_token_ids:  # nothing comes after it, so it need not be read
                 row.accept(token)
             elif at < len(draft) and token == draft[at]:

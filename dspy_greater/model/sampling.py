@@ -16,33 +16,9 @@ from torch import Tensor
 _NOISE_BLOCK = 64
 
 
-@dataclass(frozen=True)
-class Generation:
-    """What was written for one prompt: `token_ids` without the stop token, and why it ended."""
-
-    token_ids: tuple[int, ...]
-    finish_reason: Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """One prompt with its own sampling settings; `Engine.complete` takes a mixed batch of them.
-
-    `on_token` is called with every written token; a true answer ends the row after that token.
-    """
-
-    prompt: tuple[int, ...]
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    stop_token_ids: tuple[int, ...] | None = None
-    on_token: Callable[[int], bool | None] | None = None
-
-
 @dataclass
 class Row:
-    """One sequence on its way: what it reads, how it is sampled, and what it has written so far."""
+    """One sequence on its way: what it reads, how it is sampled, and what it has generated so far."""
 
     prompt: tuple[int, ...]
     max_new_tokens: int
@@ -51,41 +27,41 @@ class Row:
     top_p: float = 1.0
     seed: int = 0
     on_token: Callable[[int], bool | None] | None = None
-    draft: tuple[int, ...] = ()  # what it will probably write
-    written: list[int] = field(default_factory=list)
+    draft: tuple[int, ...] = ()  # what it will probably generate
+    generated: list[int] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
     _noise: list[float] = field(default_factory=list)
     _generator: torch.Generator | None = None
 
     @property
     def context(self) -> tuple[int, ...]:
-        """The prompt and what was written: a row interrupted by a lack of memory goes on from here."""
-        return (*self.prompt, *self.written)
+        """The prompt and what was generated: a row interrupted by a lack of memory goes on from here."""
+        return (*self.prompt, *self.generated)
 
     @property
     def expected(self) -> tuple[int, ...]:
         """What it will probably write from here on, but for the last token that it may."""
-        begun = len(self.written)
-        return self.draft[begun : self.max_new_tokens - 1] if self.draft[:begun] == tuple(self.written) else ()
+        begun = len(self.generated)
+        return self.draft[begun : self.max_new_tokens - 1] if self.draft[:begun] == tuple(self.generated) else ()
 
     def uniform(self) -> float:
-        """The random number in [0, 1) of the token that is about to be written."""
+        """The random number in [0, 1) of the token that is about to be generated."""
         if self._generator is None:
             self._generator = torch.Generator().manual_seed(self.seed)
-        while len(self._noise) <= len(self.written):
+        while len(self._noise) <= len(self.generated):
             block = torch.rand(_NOISE_BLOCK, generator=self._generator, dtype=torch.float64)
             self._noise.extend(block.tolist())
-        return self._noise[len(self.written)]
+        return self._noise[len(self.generated)]
 
     def accept(self, token: int) -> None:
-        """Take the next token: a stop token ends the row unwritten, a full row ends by length."""
+        """Take the next token: a stop token ends the row ungenerated, a full row ends by length."""
         if token in self.stop_token_ids:
             self.finish_reason = "stop"
             return
-        self.written.append(token)
+        self.generated.append(token)
         if self.on_token is not None and self.on_token(token):
             self.finish_reason = "stop"
-        elif len(self.written) >= self.max_new_tokens:
+        elif len(self.generated) >= self.max_new_tokens:
             self.finish_reason = "length"
 
 

@@ -1,7 +1,7 @@
-"""Reasonings that are at hand: what a model wrote for an example, and how wrong it turned out.
+"""Reasonings at hand: what a model generated for an example, and how wrong it turned out.
 
 Every instruction that was tried has left a reasoning on each row. Those of the current instruction are read again
-under other instructions: by the whole gradient (`whole_gradient`) and by re-weighted scoring (`rescore`).
+under other instructions, by the estimators.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dspy_greater.prompt.spans import Span
-from dspy_greater.settings import Baseline
 
 
 @dataclass(frozen=True)
 class ReasonedSequence:
-    """One call of a predictor as tokens: prompt, what was written, and the gold answer if there is one.
+    """One call of a predictor as tokens: prompt, what was generated, and the gold answer if there is one.
 
-    Where there is a gold answer, `written` is the reasoning before it; otherwise all that the model wrote.
+    Where there is a gold answer, `generated` is the reasoning before it; otherwise all that the model wrote.
     """
 
     token_ids: tuple[int, ...]
     instruction: Span
-    written: Span
+    generated: Span
     answer: Span | None = None
 
     def under(self, instruction: Sequence[int]) -> ReasonedSequence:
@@ -39,7 +38,7 @@ class ReasonedSequence:
             self,
             token_ids=(*self.token_ids[:start], *instruction, *self.token_ids[stop:]),
             instruction=Span(start, stop + by),
-            written=_moved(self.written, by),
+            generated=_moved(self.generated, by),
             answer=None if self.answer is None else _moved(self.answer, by),
         )
 
@@ -62,33 +61,21 @@ class Reasoning:
         return replace(self, sequences=tuple(each.under(instruction) for each in self.sequences))
 
 
-def advantages(reasonings: Sequence[Reasoning], baseline: Baseline = "batch", *, optimism: float = 1.0) -> list[float]:
+def advantages(reasonings: Sequence[Reasoning], *, baseline_scale: float = 1.0) -> list[float]:
     """ℓ_m - b for each reasoning: how much worse it turned out than what is assumed of others; [M].
 
-    b is the mean over all reasonings by their shares ("batch"), or over the example's other reasonings ("example",
-    leave-one-out; ℓ_m itself where there is no other), times `optimism`. Whatever becomes likelier instead of the
+    The baseline b is `baseline_scale` times the mean mistake, by shares. Whatever becomes likelier instead of the
     reasonings at hand counts as having a mistake of b: with 1 as wrong as they are on average, with 0 never wrong.
 
     >>> wrong, right = Reasoning(0, 1.0, 0.5, ()), Reasoning(0, 0.0, 0.5, ())
     >>> advantages([wrong, right, Reasoning(1, 1.0, 1.0, ())])
     [0.25, -0.75, 0.25]
-    >>> advantages([wrong, wrong], optimism=0.5)  # all wrong: anything else is worth a try
+    >>> advantages([wrong, wrong], baseline_scale=0.5)  # all wrong: anything else is worth a try
     [0.5, 0.5]
-    >>> advantages([wrong, right, Reasoning(1, 1.0, 1.0, ())], "example")
-    [1.0, -1.0, 0.0]
     """
-    if baseline == "batch":
-        total = math.fsum(each.share for each in reasonings)
-        mean = math.fsum(each.share * each.mistake for each in reasonings) / total if total else 0.0
-        return [each.mistake - optimism * mean for each in reasonings]
-    means = [_mean_of_others(place, reasonings) for place in range(len(reasonings))]
-    return [each.mistake - optimism * mean for each, mean in zip(reasonings, means, strict=True)]
-
-
-def _mean_of_others(place: int, reasonings: Sequence[Reasoning]) -> float:
-    this = reasonings[place]
-    others = [each.mistake for index, each in enumerate(reasonings) if each.example == this.example and index != place]
-    return math.fsum(others) / len(others) if others else this.mistake
+    total = math.fsum(each.share for each in reasonings)
+    mean = math.fsum(each.share * each.mistake for each in reasonings) / total if total else 0.0
+    return [each.mistake - baseline_scale * mean for each in reasonings]
 
 
 def _moved(span: Span, by: int) -> Span:

@@ -125,7 +125,7 @@ class Examples:
     def prompt_length(self, sequence: ReasonedSequence, instruction: str, row: RowOutcome) -> int:
         """How many tokens of a sequence of the row are its prompt; the rest the predictor wrote, or the gold value."""
         if self._field is None:
-            return sequence.written.start
+            return sequence.generated.start
         inputs = repr(row.inputs)
         if inputs not in self._tails:
             prompt = self._layout.prompt(instruction, row.inputs)
@@ -138,7 +138,7 @@ class Examples:
             return self.supervised(instruction, row)
         for each in self.sequences(instruction, row)[:1]:
             return Supervised(
-                each.token_ids, each.instruction, Span(each.written.start, each.written.start), each.written
+                each.token_ids, each.instruction, Span(each.generated.start, each.generated.start), each.generated
             )
         return None
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dspy_greater.model.engine import Engine
 
 Worker = Callable[[], AbstractContextManager[None]]
+Generate = Callable[[Sequence[Any]], Sequence[Any]]  # requests -> generations, as `interface.Model.generate`
 _MOST_IN_LOCKSTEP = 512  # threads that wait for one model together
 
 
@@ -93,9 +94,11 @@ def run_pairs(
     threads: int,
     refuse_dead: bool = True,
     deployed: bool = False,
+    generate: Generate | None = None,
 ) -> list[Rollout]:
     """Run programs on rows, each (program, row) once; see `roll_out`. Without `refuse_dead` all may fail.
 
+    `generate` answers in the place of the one in-process model of the programs, such as a session's does.
     Recorded are the calls of predictors that a program has before its first run.
     """
     programs = {id(program): program for program, _ in pairs}
@@ -105,14 +108,19 @@ def run_pairs(
     def run(program: Any, row: Any) -> Rollout:
         return _run(program, row, metric, deployed, names[id(program)])
 
-    done = together(run, pairs, lms=lms, threads=threads)
+    done = together(run, pairs, lms=lms, threads=threads, generate=generate)
     if refuse_dead:
         refuse_dead_lm(done, len(pairs) // max(1, len(programs)))
     return done
 
 
 def together(
-    run: Callable[..., Result], jobs: Sequence[tuple[Any, ...]], *, lms: Sequence[Any], threads: int
+    run: Callable[..., Result],
+    jobs: Sequence[tuple[Any, ...]],
+    *,
+    lms: Sequence[Any],
+    threads: int,
+    generate: Generate | None = None,
 ) -> list[Result]:
     """`run(*job)` for all jobs at once, with the caller's DSPy settings; the results in the order of the jobs.
 
@@ -120,19 +128,23 @@ def together(
         run: what to do.
         jobs: its arguments.
         lms: every LM that is called. Where only one of them is in-process, the calls move in lockstep,
-            some hundred jobs at a time.
+            some hundred jobs at a time, and `generate`, where it is given, answers them.
         threads: how many jobs are under way at a time otherwise.
     """
     if len(jobs) <= _MOST_IN_LOCKSTEP:
-        return _together(run, jobs, lms, threads)
+        return _together(run, jobs, lms, threads, generate)
     parts = [jobs[start : start + _MOST_IN_LOCKSTEP] for start in range(0, len(jobs), _MOST_IN_LOCKSTEP)]
-    return [result for part in parts for result in _together(run, part, lms, threads)]
+    return [result for part in parts for result in _together(run, part, lms, threads, generate)]
 
 
 def _together(
-    run: Callable[..., Result], jobs: Sequence[tuple[Any, ...]], lms: Sequence[Any], threads: int
+    run: Callable[..., Result],
+    jobs: Sequence[tuple[Any, ...]],
+    lms: Sequence[Any],
+    threads: int,
+    generate: Generate | None,
 ) -> list[Result]:
-    with _in_lockstep(lms, len(jobs)) as worker:
+    with _in_lockstep(lms, len(jobs), generate) as worker:
         size = threads if worker is None else len(jobs)
         enter: Worker = worker or nullcontext
 
@@ -147,16 +159,6 @@ def _together(
 def engines_behind(program: Any) -> list[Engine]:
     """The in-process models that the program's predictors call, each once."""
     return [local.engine for local in _local_engines(site.lm for site in predictors_of(program))]
-
-
-def runs_at_once(program: Any, threads: int) -> int:
-    """How many runs of the program it takes to keep its language model busy.
-
-    One decode batch of an in-process model; where there is none, or several, two runs for each thread,
-    so that few threads wait for the last.
-    """
-    engines = engines_behind(program)
-    return engines[0].max_batch_rows if len(engines) == 1 else 2 * threads
 
 
 def asked_of_servers(program: Any, rollouts: Iterable[Rollout]) -> Iterator[str]:
@@ -179,14 +181,6 @@ def searching_copy(program: Any, texts: Mapping[str, str], seed: int = 0) -> Any
         if _local_engine(lm) is not None:
             own = lm.kwargs.get("seed")
             predictor.lm = lm.copy(cache=False, seed=seed + place if own is None else own)
-    return copied
-
-
-def sampling_copy(program: Any, name: str, text: str, temperature: float, seed: int) -> Any:
-    """A searching copy in which predictor `name` has the instruction `text` and writes at a temperature."""
-    copied = searching_copy(program, {name: text}, seed)
-    predictor = dict(copied.named_predictors())[name]
-    predictor.lm = predictor.lm.copy(temperature=temperature, seed=seed, cache=False)
     return copied
 
 
@@ -255,14 +249,14 @@ def refuse_dead_lm(done: Sequence[Rollout], rows: int) -> None:
 
 
 @contextmanager
-def _in_lockstep(lms: Sequence[Any], runs: int) -> Iterator[Worker | None]:
+def _in_lockstep(lms: Sequence[Any], runs: int, generate: Generate | None) -> Iterator[Worker | None]:
     """Lockstep on the one in-process engine of the LMs; None when there is none, or several."""
     engines = _local_engines(lms)
     if len(engines) != 1 or runs == 0:
         yield None
         return
     (engine,) = engines
-    with engine.lockstep(runs) as group:
+    with engine.lockstep(runs, generate=generate) as group:
         yield group.worker
 
 

@@ -39,10 +39,6 @@ class Evaluation:
 
     `objective` is (mistake rate + weighted fluency, cross-entropy), compared left to
     right; lower is better. It is infinite when no row has a finite loss.
-
-    An instruction that had no chance any more was given up early: `complete` is False, `rows` are those that were
-    run, in their order, `score` is their mean (NaN without any), no cross-entropy was taken, and the objective
-    is infinite.
     """
 
     token_ids: tuple[int, ...]
@@ -52,7 +48,6 @@ class Evaluation:
     cross_entropy: float  # mean over the rows with a finite loss
     fluency_nll: float  # nats per instruction token
     objective: tuple[float, float]
-    complete: bool = True
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,6 @@ class SearchStarted:
     seed: Evaluation
     steps: int
     spent: dict[str, int] = field(default_factory=dict[str, int])  # on the seed's evaluation, as in `StepTaken`
-    samples: tuple[RowOutcome, ...] = ()  # more runs under the seed, for variety among the reasonings
 
 
 @dataclass(frozen=True)

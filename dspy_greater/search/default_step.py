@@ -17,18 +17,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
-from typing import cast
 
 from dspy_greater.estimators.off_policy import Forecast, Likelihood, forecast, likelihoods
-from dspy_greater.estimators.score_gradient import CandidateSlopes, whole_gradient
+from dspy_greater.estimators.score_gradient import score_gradient
 from dspy_greater.fidelity import spearman
+from dspy_greater.model.interface import Model
 from dspy_greater.objective.evaluator import Objective
 from dspy_greater.objective.replay import Reasoning, advantages
 from dspy_greater.run.events import Candidate, Evaluation, StepTaken
 from dspy_greater.search.edits import Edit, propose_edits
 from dspy_greater.search.select import realised_change, select
 from dspy_greater.search.state import SearchState, positions_ahead, step_random
-from dspy_greater.settings import Settings, Term
+from dspy_greater.settings import Settings
 
 _TRUSTED = 0.3  # rank correlation from which forecasts are believed
 _OUTDONE = 0.9  # share of the seed's mistakes from which on it is outdone
@@ -60,7 +60,7 @@ class _Look:
 
 
 def take_whole_step(
-    objective: Objective, state: SearchState, settings: Settings, *, predictor: str, random_seed: int
+    objective: Objective, model: Model, state: SearchState, settings: Settings, *, predictor: str, random_seed: int
 ) -> StepTaken:
     """One step from `state`; see the module."""
     before, current = objective.spent(), state.current
@@ -70,18 +70,13 @@ def take_whole_step(
     )
     reasonings = objective.replay(current, random, settings.replayed)
 
-    looks = _look_ahead(objective, reasonings, state, settings, random, random_seed=random_seed, predictor=predictor)
+    looks = _look_ahead(
+        objective, model, reasonings, state, settings, random, random_seed=random_seed, predictor=predictor
+    )
     look = min(looks, key=_promise)
     tried = _most_promising(look.forecasts, state, settings)
-    evaluated = objective.evaluate([each.edit.instruction for each in tried], beat=state.to_beat(current, settings))
-    selection = select(
-        current,
-        evaluated,
-        noise=settings.acceptance_noise,
-        doubt_weight=settings.doubt_weight,
-        loss_first=settings.loss_first,
-        stays=not settings.walks,
-    )
+    evaluated = objective.evaluate([each.edit.instruction for each in tried], model)
+    selection = select(current, evaluated, stays=False)
 
     return StepTaken(
         predictor=predictor,
@@ -136,6 +131,7 @@ def _came_true(state: SearchState) -> list[tuple[float, tuple[float, float]]]:
 
 def _look_ahead(
     objective: Objective,
+    model: Model,
     reasonings: Sequence[Reasoning],
     state: SearchState,
     settings: Settings,
@@ -151,13 +147,13 @@ def _look_ahead(
     now: list[Likelihood] | None = None
     looks: list[_Look] = []
     for at in ahead:
-        edits = propose_edits(objective, at, settings, random_seed=random_seed, predictor=predictor)
-        sloped = _slope(objective, reasonings, at, edits, settings)
+        edits = propose_edits(objective, model, at, settings, random_seed=random_seed, predictor=predictor)
+        sloped = _slope(model, reasonings, at, edits, settings)
         shortlist = _shortlist(sloped, settings, random)
         found = {each.edit.instruction.text: each for each in shortlist}
         if forecasts and len(shortlist) > (1 if len(ahead) == 1 else 0):
-            now = now or _likelihoods(objective, [each.under(state.current.token_ids) for each in reasonings], settings)
-            found = _rescore(objective, reasonings, now, shortlist, settings, saturates=_reasons(state.seed))
+            now = now or _likelihoods(model, [each.under(state.current.token_ids) for each in reasonings], settings)
+            found = _rescore(model, reasonings, now, shortlist, settings, saturates=_reasons(state.seed))
         looks.append(_Look(at, sloped, found))
     return looks
 
@@ -168,7 +164,7 @@ def _promise(look: _Look) -> float:
 
 
 def _slope(
-    objective: Objective, reasonings: Sequence[Reasoning], state: SearchState, edits: Sequence[Edit], settings: Settings
+    model: Model, reasonings: Sequence[Reasoning], state: SearchState, edits: Sequence[Edit], settings: Settings
 ) -> Verdicts:
     """The first gate: slopes of replacements and of insertions, each at a place of its own."""
     found = {each.instruction.text: _Verdict(each) for each in edits}
@@ -178,39 +174,35 @@ def _slope(
         alike = [each for each in edits if each.kind == kind]
         if len(alike) < 2:
             continue
-        slopes = _slopes(objective, reasonings, state, alike, settings)
-        for each, slope in zip(alike, slopes.slopes, strict=True):
+        slopes = _slopes(model, reasonings, state, alike, settings)
+        for each, slope in zip(alike, slopes, strict=True):
             found[each.instruction.text] = _Verdict(each, slope)
     return found
 
 
 def _slopes(
-    objective: Objective, reasonings: Sequence[Reasoning], state: SearchState, alike: Sequence[Edit], settings: Settings
-) -> CandidateSlopes:
+    model: Model, reasonings: Sequence[Reasoning], state: SearchState, alike: Sequence[Edit], settings: Settings
+) -> tuple[float, ...]:
     ids, position = state.current.token_ids, state.position
     if alike[0].kind == "insert":  # any token will do in the gap: the embedding is put there
         ids = (*ids[:position], alike[0].token, *ids[position:])
-    return whole_gradient(
-        objective.engine,
+    return score_gradient(
+        model,
         [each.under(ids) for each in reasonings],
+        advantages(reasonings, baseline_scale=settings.optimism),
         position=position,
         candidates=[each.token for each in alike],
-        term=_term(reasonings, settings),
-        point="centroid" if alike[0].kind == "insert" else settings.point,
-        baseline=settings.baseline,
-        optimism=settings.optimism,
-        answer_weight=settings.answer_weight,
+        answer_weight=settings.answer_weight if _gold_has_to_tell(reasonings) else 0.0,
         answer_temperature=settings.answer_temperature,
-        max_batch_tokens=settings.max_batch_tokens,
     )
 
 
-def _term(reasonings: Sequence[Reasoning], settings: Settings) -> Term:
-    """Where all reasonings turned out alike, or none was written, gold answers have to tell what would be better."""
+def _gold_has_to_tell(reasonings: Sequence[Reasoning]) -> bool:
+    """Whether all reasonings turned out alike, or none was generated, so that only gold answers tell what is better."""
     mistakes = [each.mistake for each in reasonings]
     alike = max(mistakes) - min(mistakes) <= _ALIKE
-    written = any(len(sequence.written) for each in reasonings for sequence in each.sequences)
-    return "whole" if settings.ranking == "score" and (alike or not written) else cast(Term, settings.ranking)
+    generated = any(len(sequence.generated) for each in reasonings for sequence in each.sequences)
+    return alike or not generated
 
 
 def _reasons(seed: Evaluation) -> bool:
@@ -235,7 +227,7 @@ def _shortlist(verdicts: Verdicts, settings: Settings, random: Random) -> list[_
 
 
 def _rescore(
-    objective: Objective,
+    model: Model,
     reasonings: Sequence[Reasoning],
     now: Sequence[Likelihood],
     shortlist: Sequence[_Verdict],
@@ -244,28 +236,19 @@ def _rescore(
     saturates: bool,
 ) -> Verdicts:
     """The second gate: the exact change of the expected loss over the reasonings at hand."""
-    against = advantages(reasonings, settings.baseline, optimism=settings.optimism)
+    against = advantages(reasonings, baseline_scale=settings.optimism)
     shares = [each.share for each in reasonings]
     found: Verdicts = {}
     for each in shortlist:
         ids = each.edit.instruction.token_ids
-        then = _likelihoods(objective, [reasoning.under(ids) for reasoning in reasonings], settings)
+        then = _likelihoods(model, [reasoning.under(ids) for reasoning in reasonings], settings)
         told = forecast(now, then, against, shares, answer_weight=settings.answer_weight, saturates=saturates)
         found[each.edit.instruction.text] = _Verdict(each.edit, each.slope, told)
     return found
 
 
-def _likelihoods(objective: Objective, reasonings: Sequence[Reasoning], settings: Settings) -> list[Likelihood]:
-    """One likelihood for each reasoning: its calls together."""
-    found = iter(
-        likelihoods(
-            objective.engine,
-            [sequence for each in reasonings for sequence in each.sequences],
-            answer_temperature=settings.answer_temperature,
-            max_batch_tokens=settings.max_batch_tokens,
-        )
-    )
-    return [Likelihood.together([next(found) for _ in each.sequences]) for each in reasonings]
+def _likelihoods(model: Model, reasonings: Sequence[Reasoning], settings: Settings) -> list[Likelihood]:
+    return likelihoods(model, reasonings, answer_temperature=settings.answer_temperature)
 
 
 def _most_promising(verdicts: Verdicts, state: SearchState, settings: Settings) -> list[_Verdict]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from dspy_greater.model.interface import Model
 from dspy_greater.objective.evaluator import Instruction, Objective
 from dspy_greater.search.proposals import propose
 from dspy_greater.search.state import SearchState, step_random
@@ -33,7 +34,7 @@ class Edit:
 
 
 def propose_edits(
-    objective: Objective, state: SearchState, settings: Settings, *, random_seed: int, predictor: str
+    objective: Objective, model: Model, state: SearchState, settings: Settings, *, random_seed: int, predictor: str
 ) -> tuple[Edit, ...]:
     """All edits at the state's position that were not tried yet, the likeliest token first.
 
@@ -45,13 +46,12 @@ def propose_edits(
         return ()
     legal = _legal(objective, state, settings)
     proposal = propose(
-        objective.engine,
+        model,
         contexts,
         top_k=settings.top_k,
         sample_size=settings.proposal_rows,
         draws=settings.proposal_draws,
         minimum=settings.minimum_candidates,
-        max_batch_tokens=settings.max_batch_tokens,
         generator=step_random(random_seed, predictor, state.step),
         canonical=legal,
     )

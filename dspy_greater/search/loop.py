@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from dspy_greater.errors import LossError
-from dspy_greater.estimators.paper_gradient import TokenGradient, gradient_over_reasoning
+from dspy_greater.estimators.paper_gradient import TokenGradient, paper_gradient
+from dspy_greater.model.interface import Model
 from dspy_greater.objective.evaluator import Instruction, Objective
 from dspy_greater.run.events import Candidate, Evaluation, StepTaken
 from dspy_greater.search.default_step import take_whole_step
@@ -77,11 +78,6 @@ def minimise(
             editable=positions(step.chosen.token_ids),
             generated_tokens=step.spent.get("generated_tokens", 0),
             predictions=step.predictions,
-            forecasts=[
-                (each.forecast, each.evaluation)
-                for each in step.candidates
-                if each.forecast is not None and each.evaluation is not None
-            ],
         )
         if settings.variant == "whole":
             state = restarted(state, settings, positions)
@@ -94,30 +90,28 @@ def _step(
 ) -> StepTaken:
     """One step of the variant; what its prompts begin with is read once, and candidates are drafted."""
     take = take_whole_step if settings.variant == "whole" else take_step
-    engine = objective.engine
-    with engine.shared_prefixes(), engine.drafting(objective.drafts(state.current)):
-        return take(objective, state, settings, predictor=predictor, random_seed=random_seed)
+    with objective.engine.session(objective.drafts(state.current)) as model:
+        return take(objective, model, state, settings, predictor=predictor, random_seed=random_seed)
 
 
 def take_step(
-    objective: Objective, state: SearchState, settings: Settings, *, predictor: str, random_seed: int
+    objective: Objective, model: Model, state: SearchState, settings: Settings, *, predictor: str, random_seed: int
 ) -> StepTaken:
     """Lines 7 to 18 for the state's position."""
-    engine, position = objective.engine, state.position
+    position = state.position
     before = objective.spent()
 
-    proposed = _propose(objective, state, settings, random_seed=random_seed, predictor=predictor)
-    current = _with_placeholder(objective, state, proposed)  # p, one token longer if the sentence goes on
+    proposed = _propose(objective, model, state, settings, random_seed=random_seed, predictor=predictor)
+    current = _with_placeholder(objective, model, state, proposed)  # p, one token longer if the sentence goes on
     stands = current.token_ids[position] if position < len(current.token_ids) else -1  # p_i
     edits = {each.token_ids[position]: each for each in proposed if each.text != current.instruction}
     if settings.ranking == "random":
         gradient, selected = None, _at_random([stands, *edits], settings, random_seed, predictor, state)
     else:
-        gradient = _differentiate(objective, current, position, list(edits), settings)
+        gradient = _differentiate(objective, model, current, position, list(edits), settings)
         selected = gradient.most_negative(settings.most_tried) if gradient else ()
-    stays = stands in selected  # if not, the best of the others follows, and none is given up early
-    beat = state.to_beat(current, settings) if stays else None
-    evaluated = objective.evaluate([edits[token] for token in selected if token in edits], beat=beat)
+    stays = stands in selected  # if not, the best of the others follows
+    evaluated = objective.evaluate([edits[token] for token in selected if token in edits], model)
     selection = select(current, evaluated, stays=stays)
 
     return StepTaken(
@@ -125,7 +119,7 @@ def take_step(
         step=state.step,
         position=position,
         current_token=stands,
-        candidates=_told(engine.tokenizer, position, proposed, gradient, current, evaluated),
+        candidates=_told(model.tokenizer, position, proposed, gradient, current, evaluated),
         chosen=selection.chosen,
         reason=selection.reason,
         spent=objective.spent(before),
@@ -133,7 +127,7 @@ def take_step(
 
 
 def _propose(
-    objective: Objective, state: SearchState, settings: Settings, *, random_seed: int, predictor: str
+    objective: Objective, model: Model, state: SearchState, settings: Settings, *, random_seed: int, predictor: str
 ) -> Proposed:
     """Equations 3 and 4: legal instructions with another token at the position, or one more at the end."""
     ids, position, layout = state.current.token_ids, state.position, objective.layout
@@ -147,7 +141,7 @@ def _propose(
         return Instruction(*found) if found else None
 
     proposal = propose(
-        objective.engine,
+        model,
         contexts,
         top_k=settings.top_k,
         sample_size=settings.proposal_rows,
@@ -161,29 +155,28 @@ def _propose(
     return dict(sorted(distinct.items(), key=lambda pair: -pair[1]))
 
 
-def _with_placeholder(objective: Objective, state: SearchState, proposed: Proposed) -> Evaluation:
+def _with_placeholder(objective: Objective, model: Model, state: SearchState, proposed: Proposed) -> Evaluation:
     """The current instruction; where the step appends, with the likeliest token as the one to improve on."""
     if not state.appends() or not proposed:
         return state.current
-    (longer,) = objective.evaluate([next(iter(proposed))])
+    (longer,) = objective.evaluate([next(iter(proposed))], model)
     return longer
 
 
 def _differentiate(
-    objective: Objective, current: Evaluation, position: int, candidates: list[int], settings: Settings
+    objective: Objective, model: Model, current: Evaluation, position: int, candidates: list[int], settings: Settings
 ) -> TokenGradient | None:
     """Equations 5 to 7 on the rows' own reasoning; None when there is nothing to differentiate."""
     supervised = objective.supervised(current, reasoned=settings.ranking != "answer")
     if not candidates or not supervised:
         return None
-    return gradient_over_reasoning(
-        objective.engine,
+    return paper_gradient(
+        model,
         supervised,
         position=position,
         candidates=candidates,
         answer_temperature=settings.answer_temperature,
         fluency_weight=settings.fluency_weight,
-        max_batch_tokens=settings.max_batch_tokens,
     )
 
 
@@ -220,7 +213,7 @@ def _failed(step: StepTaken, evaluated: list[Evaluation]) -> bool:
     if not step.candidates:
         return False
     if evaluated:
-        return all(each.complete and math.isinf(each.objective[0]) for each in evaluated)
+        return all(math.isinf(each.objective[0]) for each in evaluated)
     slopes = [each.gradient for each in step.candidates if each.gradient is not None]
     return math.isinf(step.chosen.objective[0]) or (bool(slopes) and not any(map(math.isfinite, slopes)))
 

@@ -157,10 +157,8 @@ class PredictorSearch:
             refuse_useless_metric([row.error for row in seed.rows])
             _refuse_unused_predictor(seed, self._name)
             _warn_if_all_failed(seed, self._name)
-            samples = self._objective.explore(self._objective.seed(), seed=self._problem.seed)
             spent = self._objective.spent(before)
-            started = SearchStarted(self._name, seed, self._problem.settings.steps, spent, samples)
-        self._objective.remember(started.samples)
+            started = SearchStarted(self._name, seed, self._problem.settings.steps, spent)
         self._tell(started, record=not recorded)
         return started
 

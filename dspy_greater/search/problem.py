@@ -44,7 +44,7 @@ from dspy_greater.run.serialise import JSON
 from dspy_greater.settings import Settings
 
 # Settings that say how the work is done and not what comes out: a run may go on with others.
-_OF_THE_MACHINE = ("threads", "max_batch_tokens")
+_OF_THE_MACHINE = ("threads",)
 
 
 Mode = Literal["rewrite", "append"]

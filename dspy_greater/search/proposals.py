@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from random import Random
 from typing import Generic, TypeVar
 
-import torch
 from torch import Tensor
 
 from dspy_greater.errors import LayoutError, SettingsError
-from dspy_greater.model.engine import Engine
-from dspy_greater.model.teacher_forcing import in_batches, logits_before
+from dspy_greater.model.interface import Model
 
 CandidateT = TypeVar("CandidateT")
 
@@ -39,7 +37,7 @@ class Proposal(Generic[CandidateT]):
 
 
 def propose(
-    engine: Engine,
+    model: Model,
     contexts: Sequence[Sequence[int]],
     *,
     top_k: int = 10,
@@ -47,7 +45,6 @@ def propose(
     draws: int = 4,
     minimum: int = 6,
     max_widening: int = 16,
-    max_batch_tokens: int = 16_384,
     generator: Random,
     canonical: Callable[[int], CandidateT | None],
 ) -> Proposal[CandidateT]:
@@ -64,18 +61,21 @@ def propose(
 
     Raises `LayoutError` for no contexts or an empty one, `SettingsError` for a number below 1.
 
-    >>> from dspy_greater.model.engine import Engine
-    >>> engine = Engine.from_pretrained("pocket")
+    >>>     >>> engine = Engine.from_pretrained("pocket")
     >>> found = propose(engine, [(1, 2, 3), (1, 5)], generator=Random(0), canonical={8: "add", 9: "list"}.get)
     >>> set(found.candidates) <= {8, 9}
     True
     """
     _check(contexts, top_k=top_k, sample_size=sample_size, draws=draws)
-    _check(contexts, minimum=minimum, max_widening=max_widening, max_batch_tokens=max_batch_tokens)
+    _check(contexts, minimum=minimum, max_widening=max_widening)
     drawn = _draw([tuple(context) for context in contexts], sample_size, draws, generator)
     distinct = tuple(dict.fromkeys(context for draw in drawn for context in draw))
 
-    log_probabilities = _next_token_log_probabilities(engine, distinct, max_batch_tokens)  # context -> [V]
+    logprobs = model.next_token_logprobs(distinct)  # [D, V]
+    numbers = [not bool(each.isnan().any()) for each in logprobs]
+    log_probabilities = {
+        context: each for context, each, usable in zip(distinct, logprobs, numbers, strict=True) if usable
+    }
     ranked = {context: _ranking(each, top_k * max_widening) for context, each in log_probabilities.items()}
     rankings = [[ranked[context] for context in draw if context in ranked] for draw in drawn]
     k, legal = _widen_until_enough(rankings, top_k, top_k * max_widening, minimum, canonical)
@@ -125,21 +125,6 @@ def _widen_until_enough(
         if len(legal) >= minimum or k >= widest:
             return k, legal
         k = min(2 * k, widest)
-
-
-def _next_token_log_probabilities(
-    engine: Engine, contexts: Sequence[tuple[int, ...]], max_batch_tokens: int
-) -> dict[tuple[int, ...], Tensor]:
-    """log f(. | context) as [V] for each context where it is a number; at least float32, on the CPU."""
-
-    def of_batch(batch: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        next_places = [(row, len(context)) for row, context in enumerate(batch)]
-        return list(logits_before(engine, batch, next_places).log_softmax(dim=-1).cpu())  # N times [V]
-
-    lengths = [len(context) for context in contexts]
-    with engine.exclusive(), torch.no_grad():
-        found = in_batches(of_batch, contexts, lengths, max_batch_tokens)
-    return {context: each for context, each in zip(contexts, found, strict=True) if not each.isnan().any()}
 
 
 def _ranking(log_probabilities: Tensor, length: int) -> list[int]:

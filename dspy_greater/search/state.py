@@ -6,7 +6,6 @@ replaying its recorded steps.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,8 +26,7 @@ class SearchState:
 
     Invariants: `best` is sorted by objective, holds distinct instructions and every one
     of them was evaluated on all rows; `position` is an index of the current instruction, or its length when
-    the next step appends a token. `unchanged` counts the steps since the current instruction became current, or where
-    the search walks, since a new best was found.
+    the next step appends a token. `unchanged` counts the steps since a new best was found.
     """
 
     seed: Evaluation
@@ -40,9 +38,7 @@ class SearchState:
     generated_tokens: int = 0  # since the run began, by the searches of earlier predictors too
     fixed: str = ""  # the leading text of the instruction that may not change
     unchanged: int = 0
-    starts: tuple[str, ...] = ()  # instructions that were current when a round began without any change
     predictions: tuple[tuple[float, tuple[float, float]], ...] = ()  # (predicted, realised) of what was tried
-    promising: tuple[tuple[float, Evaluation], ...] = ()  # (forecast, what was tried) since the last change
 
     def finished(self, settings: Settings) -> bool:
         """Whether all steps are taken, or the budget is spent."""
@@ -52,17 +48,6 @@ class SearchState:
         """Whether as many tokens are generated as may be."""
         limit = settings.max_generated_tokens
         return limit is not None and self.generated_tokens >= limit
-
-    def to_beat(self, current: Evaluation, settings: Settings) -> float | None:
-        """The objective's first number above which an instruction changes nothing; None while any could.
-
-        Above it, an instruction can neither replace `current`, which the step improves on, nor become one
-        of the best, of which there are enough. A search that walks moves to worse ones, too.
-        """
-        if len(self.best) < settings.finalists or settings.loss_first or settings.walks:
-            return None
-        worst = max(current.objective[0], self.best[-1].objective[0])
-        return worst if math.isfinite(worst) else None
 
     def appends(self) -> bool:
         """Whether the next step adds a token at the end instead of replacing one."""
@@ -99,16 +84,14 @@ def advance(
     editable: Sequence[int] | None = None,
     generated_tokens: int = 0,
     predictions: Sequence[tuple[float, tuple[float, float]]] = (),
-    forecasts: Sequence[tuple[float, Evaluation]] = (),
 ) -> SearchState:
     """The state after a step that evaluated some instructions and chose one (lines 16 to 19).
 
     `position` is where it did, the state's own by default.
     """
     state = state if position is None else replace(state, position=position)
-    changed = chosen.instruction != state.current.instruction
     best = _ranked((*state.best, chosen, *evaluated), settings)
-    further = best[0].instruction != state.best[0].instruction if settings.walks else changed
+    further = best[0].instruction != state.best[0].instruction
     return replace(
         state,
         current=chosen,
@@ -119,40 +102,26 @@ def advance(
         generated_tokens=state.generated_tokens + generated_tokens,
         unchanged=0 if further else state.unchanged + 1,
         predictions=(*state.predictions, *predictions)[-_RECENT:],
-        promising=() if changed else (*state.promising, *forecasts),
     )
 
 
 def restarted(
     state: SearchState, settings: Settings, positions: Callable[[Sequence[int]], Sequence[int]]
 ) -> SearchState:
-    """After a whole round that led nowhere: the search goes on from elsewhere.
+    """After a round that led nowhere: the search returns to the best.
 
-    Where it walks, that is more steps without a new best than the current instruction has positions, more than twenty
-    of a longer one, or too many without a finite loss, and it returns to the best: what was tried from there is not
-    tried again, so it leaves on another way. Otherwise it is a round without a change, and the search goes on from what
-    promised most of all that was tried in it, though it be worse; a neighbour that only looks different promises
-    nothing. After that come the finalists, and, where a round was spent on all of them, the best again: proposals then
-    widen to what was not tried. `positions` tells which positions of an instruction may be changed.
+    That is more steps without a new best than the current instruction has positions, more than twenty of a longer one,
+    or too many without a finite loss. What was tried from the best is not tried again, so the search leaves it on
+    another way. `positions` tells which positions of an instruction may be changed.
     """
     current, best = state.current, state.best[0]
     away = current.instruction != best.instruction
-    lost = settings.walks and away and state.failed_steps >= settings.max_failed_steps
-    longest = _LONGEST_WALK if settings.walks else math.inf
-    if state.unchanged <= max(1, min(len(positions(current.token_ids)), longest)) and not lost:
+    lost = away and state.failed_steps >= settings.max_failed_steps
+    if state.unchanged <= max(1, min(len(positions(current.token_ids)), _LONGEST_WALK)) and not lost:
         return state
-    if settings.walks:
-        return _moved(replace(state, failed_steps=0 if lost else state.failed_steps), best, positions)
-    starts = (*state.starts, current.instruction)
-    promising = [pair for pair in state.promising if pair[0] < 0 and pair[1].complete]
-    elsewhere = [*(tried for _, tried in sorted(promising, key=lambda pair: pair[0])), *state.best]
-    chosen = next((each for each in elsewhere if each.instruction not in starts), state.best[0])
-    return _moved(replace(state, starts=starts), chosen, positions)
-
-
-def _moved(state: SearchState, chosen: Evaluation, positions: Callable[[Sequence[int]], Sequence[int]]) -> SearchState:
-    first = min(positions(chosen.token_ids), default=_nowhere(chosen, state.fixed))
-    return replace(state, current=chosen, position=first, unchanged=0, promising=())
+    first = min(positions(best.token_ids), default=_nowhere(best, state.fixed))
+    failed = 0 if lost else state.failed_steps
+    return replace(state, current=best, position=first, unchanged=0, failed_steps=failed)
 
 
 def positions_ahead(state: SearchState, settings: Settings, editable: Sequence[int], count: int) -> list[SearchState]:
@@ -204,7 +173,6 @@ def _next_position(state: SearchState, chosen: Evaluation, settings: Settings, e
 
 def _ranked(evaluations: Sequence[Evaluation], settings: Settings) -> tuple[Evaluation, ...]:
     """Distinct instructions on all rows, best objective first; of equals the earlier one."""
-    evaluations = [each for each in evaluations if each.complete]
     distinct = {each.instruction: each for each in reversed(evaluations)}
     order = list(dict.fromkeys(each.instruction for each in evaluations))
     ranked = sorted((distinct[text] for text in order), key=lambda each: each.objective)

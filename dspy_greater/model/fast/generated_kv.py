@@ -1,7 +1,7 @@
-"""The key-value states of rows that were just written, kept so that what comes after them costs no second reading.
+"""The key-value states of rows that were just generated, kept so that what comes after them costs no second reading.
 
-When a row has written its reasoning, the states of its prompt and its reasoning are in the cache of the batch. What
-is asked next is how likely the gold answer is after them: a few tokens more. `WrittenStates` keeps the states of
+When a row has generated its reasoning, the states of its prompt and its reasoning are in the cache of the batch. What
+is asked next is how likely the gold answer is after them: a few tokens more. `GeneratedStates` keeps the states of
 finished rows; `find` picks, for a sequence, the row that begins most like it: a `Continuation`.
 
 Shapes: n rows of one batch, S slots of its cache, T tokens that are read after them.
@@ -10,10 +10,8 @@ Shapes: n rows of one batch, S slots of its cache, T tokens that are read after 
 from __future__ import annotations
 
 import bisect
-import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,9 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from dspy_greater.model.fast.prefix_cache import shared_length
-from dspy_greater.model.fast.scoped import Scoped
-from dspy_greater.model.kv_cache import Move, join
+from dspy_greater.model.kv_cache import Move, join, shared_length
 
 MOST_BYTES = 2 << 30  # of states; the oldest go first
 _SHARE_OF_DEVICE = 0.1  # of an accelerator's memory
@@ -53,7 +49,7 @@ def slot_mask(places: Sequence[Places], lengths: Sequence[int], slots: int) -> T
 
 
 @dataclass(frozen=True, eq=False)
-class WrittenRows:
+class GeneratedRows:
     """Rows that left a decode batch together, as its cache held them."""
 
     token_ids: tuple[tuple[int, ...], ...]  # n rows: the tokens whose states are held
@@ -84,7 +80,7 @@ class WrittenRows:
 class Continuation:
     """A sequence that begins as a kept row does."""
 
-    rows: WrittenRows
+    rows: GeneratedRows
     row: int
     known: int  # tokens that they have in common
 
@@ -106,92 +102,53 @@ def continued(model: Any, found: Sequence[Continuation], room: int) -> tuple[Dyn
     return cache, slot_mask(places, [each.known for each in found], slots)
 
 
-@dataclass(eq=False)
-class _Kept:
-    """What one block keeps."""
+class GeneratedStates:
+    """The states of rows that one session generated, the oldest going first where they are too many.
 
-    rows: list[WrittenRows] = field(default_factory=list[WrittenRows])
-    order: list[tuple[tuple[int, ...], int, int]] | None = None  # tokens, which rows, which of them; sorted
-
-    @property
-    def bytes(self) -> int:
-        return sum(each.bytes for each in self.rows)
-
-    def clear(self) -> None:
-        self.rows, self.order = [], None
-
-
-class WrittenStates:
-    """Keeps the states of finished rows between `open` and the end of the outermost such block.
-
-    Args:
-        lock: guards what is kept; the engine's own.
-
-    >>> states = WrittenStates()
-    >>> states.wanted
-    False
-    >>> with states.open():
-    ...     states.wanted
-    True
+    At most 2 GiB of them; on CUDA a tenth of the device's memory where that is more. Use it while holding the engine.
     """
 
-    def __init__(self, lock: Any = None) -> None:
-        self._lock = lock or threading.RLock()
-        self._keeping = Scoped[_Kept]()
-
-    def open(self) -> AbstractContextManager[object]:
-        """Keep what is written until the outermost of the open blocks ends, for the threads that carry its context."""
-        return self._keeping.open(_Kept)
-
-    @property
-    def wanted(self) -> bool:
-        """Whether anything would be kept."""
-        return self._keeping.value is not None
+    def __init__(self) -> None:
+        self._rows: list[GeneratedRows] = []
+        self._order: list[tuple[tuple[int, ...], int, int]] | None = None  # tokens, which rows, which of them; sorted
 
     @property
     def bytes(self) -> int:
-        """What is kept at the moment, by whomever."""
-        return sum(each.bytes for each in self._keeping.everywhere)
+        """What is kept at the moment."""
+        return sum(each.bytes for each in self._rows)
 
     def drop(self) -> None:
-        """Give the memory back, whoever keeps it; what is needed again is read again."""
-        with self._lock:
-            for each in self._keeping.everywhere:
-                each.clear()
+        """Give the memory back; what is needed again is read again."""
+        self._rows, self._order = [], None
 
     def make_room(self, size: int, device: torch.device) -> bool:
-        """Let the caller's oldest go where `size` bytes more would be too many; False: they are by themselves."""
-        limit, kept = _most_bytes(device), self._keeping.value
-        with self._lock:
-            while kept and kept.rows and kept.bytes + size > limit:
-                kept.rows.pop(0)
-                kept.order = None
+        """Let the oldest go where `size` bytes more would be too many; False: they are by themselves."""
+        limit = _most_bytes(device)
+        while self._rows and self.bytes + size > limit:
+            self._rows.pop(0)
+            self._order = None
         return size <= limit
 
-    def keep(self, rows: WrittenRows) -> None:
+    def keep(self, rows: GeneratedRows) -> None:
         """Keep these rows; for the room see `make_room`."""
-        kept = self._keeping.value
-        with self._lock:
-            if kept:
-                kept.rows.append(rows)
-                kept.order = None
+        self._rows.append(rows)
+        self._order = None
 
     def find(self, sequence: Sequence[int], *, least: int, most: int) -> Continuation | None:
         """The kept row that begins most like the sequence, if at least `least` tokens; `most` of them count."""
-        kept = self._keeping.value
-        if not kept or not kept.rows:
+        if not self._rows:
             return None
-        if kept.order is None:
-            kept.order = sorted(
-                (tokens, at, row) for at, each in enumerate(kept.rows) for row, tokens in enumerate(each.token_ids)
+        if self._order is None:
+            self._order = sorted(
+                (tokens, at, row) for at, each in enumerate(self._rows) for row, tokens in enumerate(each.token_ids)
             )
         wanted = tuple(sequence)
-        place = bisect.bisect_left(kept.order, (wanted, 0, 0))
+        place = bisect.bisect_left(self._order, (wanted, 0, 0))
         # Whatever has the longest beginning in common with it stands next to it in sorted order.
-        near = kept.order[max(0, place - 1) : place + 1]
+        near = self._order[max(0, place - 1) : place + 1]
         found = [(min(most, shared_length([wanted, tokens])), at, row) for tokens, at, row in near]
         known, at, row = max(found, key=lambda each: each[0])
-        return Continuation(kept.rows[at], row, known) if known >= least else None
+        return Continuation(self._rows[at], row, known) if known >= least else None
 
 
 def _most_bytes(device: torch.device) -> float:

@@ -1,100 +1,169 @@
-"""The tokens that all rows have in common from a changed one on: read once, and differentiated once.
+"""Gradients of sums of log-probabilities with respect to one embedding, without differentiating anything twice.
 
-Behind the changed token prompts go on alike for a while: the rest of the instruction, demonstrations, the words
-around an input. What the model makes of them depends on the changed embedding e, so it cannot be kept as a prefix, but
-one row of it will do. The rows of a batch read on from copies of its key-value states, and the chain rule brings
-together what each asks of its copy:
+What stands before the leaf is read once and not differentiated. Behind it prompts go on alike for a while: the rest
+of the instruction, demonstrations, the words around an input. What the model makes of these depends on the leaf, so it
+cannot be kept as a prefix; but where all sequences share one leaf, one row of it will do. The sequences of a batch go
+on from its key-value states, which are expanded to all of them, and autograd adds up what each asks of its copy.
 
-    ∂L/∂e = ( Σ_j ∂L_j/∂(K, V)_j ) · ∂(K, V)/∂e
-
-Shapes: P tokens of the prefix, S of the segment, N rows, d embedding.
+Shapes: P tokens of the prefix, S of the segment behind the leaf, N sequences, d embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dspy_greater.estimators.paper_gradient import embedded_at
-from dspy_greater.model.engine import Engine
-from dspy_greater.model.fast.prefix_cache import LEAST_SAVED, Prefix, held_states, plain_cache
-from dspy_greater.model.teacher_forcing import logits_at, right_padded
+from dspy_greater.errors import EngineMemoryError
+from dspy_greater.model.fast.prefix_cache import LEAST_SAVED, Prefix, PrefixCache
+from dspy_greater.model.fast.readings import Reading
+from dspy_greater.model.interface import Leaf, Tokens
+from dspy_greater.model.kv_cache import held_states, plain_cache, shared_length
+from dspy_greater.model.teacher_forcing import (
+    embedded_at,
+    in_batches,
+    is_out_of_memory,
+    logits_at,
+    logprobs,
+    right_padded,
+)
+
+if TYPE_CHECKING:
+    from dspy_greater.model.engine import Engine
 
 
-class SharedSegment:
-    """Key-value states of P + S tokens that depend on a leaf, and what the rows of all batches ask of them.
+class Backward:
+    """Differentiates what readings ask for with respect to a leaf; hold the engine meanwhile, with gradients enabled.
 
-    >>> from dspy_greater.model.engine import Engine
-    >>> from dspy_greater.model.teacher_forcing import logits_before
-    >>> engine = Engine.from_pretrained("pocket")
-    >>> layer = engine.model.get_input_embeddings()
-    >>> leaf = layer(torch.tensor([7])).detach().requires_grad_()
-    >>> with engine.exclusive():
-    ...     segment = read_segment(engine, [5, 7, 6, 8], None, place=1, leaf=leaf)
-    ...     prefix, copies = segment.copies(rows=2)
-    ...     logits = logits_before(engine, [[5, 7, 6, 8, 9], [5, 7, 6, 8, 3]], [(0, 5), (1, 5)], prefix=prefix)
-    ...     segment.collect(torch.autograd.grad(logits[:, 4].sum(), copies))
-    >>> segment.pull_back().shape == leaf[0].shape
-    True
+    Args:
+        engine: the weights.
+        prefixes: what was read of beginnings.
     """
 
-    def __init__(self, token_ids: Sequence[int], leaf: Tensor, states: Sequence[Tensor]) -> None:
-        self.token_ids = tuple(token_ids)  # [P + S]
-        self._leaf = leaf  # [1, d]
-        self._states = tuple(states)  # keys and values of every layer in turn, each [1, heads, P + S, head size]
-        self._asked: tuple[Tensor, ...] | None = None  # Σ_j ∂L_j/∂(K, V)_j so far
+    def __init__(self, engine: Engine, prefixes: PrefixCache) -> None:
+        self._engine, self._prefixes = engine, prefixes
 
-    def copies(self, rows: int) -> tuple[Prefix, list[Tensor]]:
-        """What N = `rows` rows begin with, and its states for each of them, [N, heads, P + S, head size], as leaves."""
-        leaves = [state.detach().expand(rows, *state.shape[1:]).requires_grad_() for state in self._states]
-        return Prefix(self.token_ids, tuple(zip(leaves[::2], leaves[1::2], strict=True)), None), leaves
+    def gradient(self, sequences: int, readings: Mapping[int, Reading], leaf: Leaf) -> Tensor:
+        """As `interface.Model.logprob_gradient`, for the queries about N = `sequences` sequences."""
+        # A token at the leaf's place or before it is predicted by what the leaf does not reach.
+        reached = {
+            row: each.part(pair for pair in each.queries if pair[1].at > leaf.places[row])
+            for row, each in readings.items()
+            if each.queries[-1][1].at > leaf.places[row]
+        }
+        embedding, exact = leaf.embedding.detach(), self._engine.exact_dtype
+        if len(embedding) > 1:
+            found = torch.zeros(sequences, embedding.shape[1], dtype=exact, device=embedding.device)
+            self._of_each(reached, leaf.places, embedding, found)
+            return found
+        together = self._together(reached, leaf.places, embedding) if reached else embedding.to(exact) * 0
+        if together is not None:
+            return together
+        found = torch.zeros(sequences, embedding.shape[1], dtype=exact, device=embedding.device)
+        self._of_each(reached, leaf.places, embedding.expand(sequences, -1), found)
+        finite = [row for row in reached if bool(found[row].isfinite().all())]
+        return found[finite].sum(0, keepdim=True) if finite else found[:1] + torch.nan
 
-    def collect(self, gradients: Sequence[Tensor]) -> None:
-        """Add what the rows of a batch ask of their copies; a row in which anything is not finite takes no part."""
-        usable = torch.stack([each.flatten(1).isfinite().all(1) for each in gradients]).all(0)  # [N]
-        if not bool(usable.any()):
+    def _of_each(self, readings: Mapping[int, Reading], places: Tokens, embedding: Tensor, found: Tensor) -> None:
+        """The gradient of each sequence alone, into its row of [N, d]."""
+        if not readings:
             return
-        spoiled = ~usable[:, None, None, None]
-        sums = [_sum_of_rows(each.masked_fill(spoiled, 0.0)) for each in gradients]
-        if self._asked is not None:
-            sums = [before + each for before, each in zip(self._asked, sums, strict=True)]
-        self._asked = tuple(sums)  # all or nothing: a batch that runs out of memory is tried again
+        layer = self._engine.model.get_input_embeddings()
+        alike = min(min(places[row], each.first - 1) for row, each in readings.items())
+        prefix = self._prefix_of(readings, alike)
+        shared = len(prefix) if prefix else 0
 
-    def pull_back(self) -> Tensor | None:
-        """∂L/∂e, [d], at least float32; None when no row took part. It can be asked for once."""
-        if self._asked is None:
+        def of_batch(batch: Sequence[int]) -> list[None]:
+            value = embedding[list(batch)].requires_grad_()  # [n, d]
+            with embedded_at(layer, [places[row] - shared for row in batch], value):
+                total = self._weighted([readings[row] for row in batch], prefix)
+            (gradient,) = torch.autograd.grad(total, value)
+            found[list(batch)] = gradient.to(found)
+            self._engine.tally(backward_tokens=sum(len(readings[row].tokens) - shared for row in batch))
+            return [None] * len(batch)
+
+        rows = list(readings)
+        lengths = [len(readings[row].tokens) - shared for row in rows]
+        in_batches(of_batch, rows, lengths, self._engine.max_batch_tokens)
+
+    def _together(self, readings: Mapping[int, Reading], places: Tokens, embedding: Tensor) -> Tensor | None:
+        """The sum over all sequences, [1, d], through what they share behind the leaf.
+
+        None where that cannot be had or is not worth it, and each sequence has to be read: without memory for it, or
+        where half precision has no number for what all rows ask together.
+        """
+        first = min(readings)
+        place, longest = places[first], max(len(each.tokens) for each in readings.values())
+        alike = shared_length([each.tokens[: each.first - 1] for each in readings.values()])
+        if place >= alike or any(places[row] != place for row in readings):
             return None
-        asked = [each.to(state.dtype) for each, state in zip(self._asked, self._states, strict=True)]
-        (gradient,) = torch.autograd.grad(self._states, self._leaf, grad_outputs=asked)  # [1, d]
-        return gradient[0].to(torch.promote_types(gradient.dtype, torch.float32))
+        prefix = self._prefix_of(readings, min(place, alike))
+        own = alike - (len(prefix) if prefix else 0)
+        if not _worth_sharing(self._engine, own, rows=len(readings), longest=longest):
+            return None
+        value = embedding.clone().requires_grad_()  # [1, d]
+        sums: list[Tensor] = []
+        try:
+            tokens = readings[first].tokens[:alike]
+            segment = _read_segment(self._engine, tokens, prefix, place=place, embedding=value)
+            if segment is None:
+                return None
+            in_batches(
+                partial(self._of_segment, segment, value, sums),
+                list(readings.values()),
+                [len(each.tokens) - alike for each in readings.values()],
+                self._engine.max_batch_tokens,
+            )
+        except (EngineMemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one
+            if not isinstance(error, EngineMemoryError) and not is_out_of_memory(error):
+                raise
+            return None
+        self._engine.tally(backward_tokens=own)
+        total = torch.stack(sums).sum(0)
+        return total if bool(total.isfinite().all()) else None
+
+    def _of_segment(self, segment: Prefix, value: Tensor, sums: list[Tensor], batch: Sequence[Reading]) -> list[None]:
+        """What the sequences of a batch add to the gradient [1, d]."""
+        (found,) = torch.autograd.grad(self._weighted(batch, segment), value, retain_graph=True)
+        sums.append(found.to(self._engine.exact_dtype))
+        self._engine.tally(backward_tokens=sum(len(each.tokens) - len(segment) for each in batch))
+        return [None] * len(batch)
+
+    def _weighted(self, batch: Sequence[Reading], prefix: Prefix | None) -> Tensor:
+        """Σ weight x log-probability over the queries of a batch, a scalar."""
+        asked = [(row, query.at, query.temperature) for row, each in enumerate(batch) for _, query in each.queries]
+        values = logprobs(self._engine, [each.tokens for each in batch], asked, prefix)  # [R]
+        return values @ values.new_tensor([query.weight for each in batch for _, query in each.queries])
+
+    def _prefix_of(self, readings: Mapping[int, Reading], most: int) -> Prefix | None:
+        sequences = [each.tokens for each in readings.values()]
+        alike = min(most, shared_length([tokens[:-1] for tokens in sequences]))
+        longest = max(map(len, sequences))
+        return self._prefixes.read(sequences[0][:alike], rows=len(sequences), longest=longest)
 
 
-def read_segment(
-    engine: Engine, token_ids: Sequence[int], prefix: Prefix | None, *, place: int, leaf: Tensor
-) -> SharedSegment | None:
-    """Read what follows the prefix, with `leaf` [1, d] as the embedding at `place`, behind the prefix.
+def _read_segment(
+    engine: Engine, token_ids: Sequence[int], prefix: Prefix | None, *, place: int, embedding: Tensor
+) -> Prefix | None:
+    """The states of P + S tokens, in the graph of `embedding` [1, d], the leaf at `place` behind the prefix.
 
-    None when the states of this model cannot be handed on. Call it inside `engine.exclusive()`.
+    None when the states of this model cannot be handed on. Call it while holding the engine.
     """
     shared = len(prefix) if prefix else 0
     cache = prefix.cache(engine.model, 1) if prefix else plain_cache(engine.model)
     own, positions = right_padded([tuple(token_ids[shared:])])  # [1, S] each
     last = (torch.tensor([0]), torch.tensor([own.shape[1] - 1]))
-    with torch.enable_grad(), embedded_at(engine.model.get_input_embeddings(), [place - shared], leaf):
+    with embedded_at(engine.model.get_input_embeddings(), [place - shared], embedding):
         logits_at(engine, own, positions + shared, last, real=own.shape[1], past_key_values=cache)
-    states = [state for layer in cache.layers for state in held_states(layer)]
-    if any(state.shape[-2] != len(token_ids) or not state.requires_grad for state in states):
+    layers = tuple(held_states(layer) for layer in cache.layers)
+    if any(each.shape[-2] != len(token_ids) or not each.requires_grad for layer in layers for each in layer):
         return None
-    return SharedSegment(token_ids, leaf, states)
+    return Prefix(tuple(token_ids), layers)
 
 
-def worth_sharing(engine: Engine, tokens: int, *, rows: int, longest: int) -> bool:
+def _worth_sharing(engine: Engine, tokens: int, *, rows: int, longest: int) -> bool:
     """Whether a segment of so many tokens saves N = `rows` rows, the longest of so many tokens, more than it costs."""
-    return tokens * (rows - 1) >= LEAST_SAVED and longest <= engine.prefixes.reach
-
-
-def _sum_of_rows(gradient: Tensor) -> Tensor:
-    """[N, ...] -> [1, ...], at least float32."""
-    return gradient.sum(0, keepdim=True, dtype=torch.promote_types(gradient.dtype, torch.float32))
+    return tokens * (rows - 1) >= LEAST_SAVED and longest <= engine.cache_reach

@@ -1,0 +1,169 @@
+"""Log-probabilities of tokens in finished sequences, without reading anything twice.
+
+What several sequences begin with is read once (`prefix_cache`), what was just generated goes on from where its states
+end (`generated_kv`), and the same question about the same beginning is asked once.
+
+Shapes: N sequences of a batch, T tokens that are read in the longest, R queries.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dspy_greater.model.fast.generated_kv import Continuation, GeneratedStates, continued
+from dspy_greater.model.fast.prefix_cache import LEAST_SHARED, PrefixCache
+from dspy_greater.model.fast.readings import Reading, last_run
+from dspy_greater.model.kv_cache import shared_length
+from dspy_greater.model.teacher_forcing import in_batches, logits_at, logprobs, of_tokens, right_padded
+
+if TYPE_CHECKING:
+    from dspy_greater.model.engine import Engine
+
+_MOST_PADS = 1.5  # times the slots of kept states may be filled when they are put into one cache
+
+
+class Reader:
+    """Answers queries; hold the engine meanwhile.
+
+    Args:
+        engine: the weights.
+        prefixes: what was read of beginnings.
+        generated: the states of rows that were generated, where they are kept.
+    """
+
+    def __init__(self, engine: Engine, prefixes: PrefixCache, generated: GeneratedStates | None) -> None:
+        self._engine, self._prefixes, self._generated = engine, prefixes, generated
+
+    def answers(self, readings: Sequence[Reading]) -> dict[int, float]:
+        """The log-probability that each query asks for, by its number."""
+        found: dict[int, float] = {}
+        early, kept, rest = self._divided(readings)
+        self._read_continued(kept, found)
+        self._read(rest, found)
+        self._read_early(early, found)
+        return found
+
+    def _divided(
+        self, readings: Sequence[Reading]
+    ) -> tuple[list[Reading], list[tuple[Reading, Continuation]], list[Reading]]:
+        """What to read of beginnings, of sequences whose states are kept, and of the others."""
+        early: list[Reading] = []
+        kept: list[tuple[Reading, Continuation]] = []
+        rest: list[Reading] = []
+        for each in readings:
+            earlier = len(each.queries) - last_run(each.queries)
+            found = self._kept(each, earlier)
+            if found is None:
+                rest.append(each)
+                continue
+            early.append(each.part(each.queries[:earlier]))
+            kept.append((each.part(each.queries[earlier:]), found))
+        shared = shared_length([each.tokens[:-1] for each in rest]) if len(rest) > 1 else 0
+        if shared >= LEAST_SHARED and max(len(each.tokens) for each in rest) <= self._engine.cache_reach:
+            early += [each.part(pair for pair in each.queries if pair[1].at <= shared) for each in rest]
+            rest = [each.part(pair for pair in each.queries if pair[1].at > shared) for each in rest]
+        return [each for each in early if each.queries], kept, [each for each in rest if each.queries]
+
+    def _kept(self, each: Reading, earlier: int) -> Continuation | None:
+        """Where the states of a sequence are, if they reach past the `earlier` queries; the others are read on."""
+        if self._generated is None:
+            return None
+        least = each.queries[earlier - 1][1].at + 1 if earlier else 1
+        found = self._generated.find(each.tokens, least=max(least, LEAST_SHARED), most=each.queries[earlier][1].at - 1)
+        if found is None or found.rows.slots + len(each.tokens) - found.known > self._engine.cache_reach:
+            return None
+        return found
+
+    def _read(self, readings: Sequence[Reading], found: dict[int, float]) -> None:
+        """Read what the sequences begin with once, and the rest of each."""
+        if not readings:
+            return
+        longest = max(len(each.tokens) for each in readings)
+        alike = shared_length([each.tokens[: each.first - 1] for each in readings])
+        tokens = readings[0].tokens[:alike]
+        read = partial(self._prefixes.read, tokens, rows=len(readings), longest=longest)
+        prefix = [read()]  # read again after memory ran out
+
+        def of_batch(batch: Sequence[Reading]) -> list[None]:
+            asked = [(row, query.at, query.temperature) for row, each in enumerate(batch) for _, query in each.queries]
+            values = logprobs(self._engine, [each.tokens for each in batch], asked, prefix[0]).tolist()
+            found.update(zip((number for each in batch for number, _ in each.queries), values, strict=True))
+            return [None] * len(batch)
+
+        def relieve() -> None:
+            self._prefixes.drop()
+            prefix[0] = None
+
+        shared = len(prefix[0]) if prefix[0] else 0
+        lengths = [len(each.tokens) - shared for each in readings]
+        in_batches(of_batch, readings, lengths, self._engine.max_batch_tokens, relieve)
+
+    def _read_early(self, readings: Sequence[Reading], found: dict[int, float]) -> None:
+        """Beginnings, each distinct one once."""
+        same: dict[tuple[Any, ...], list[Reading]] = defaultdict(list)
+        for each in readings:
+            stop = each.queries[-1][1].at + 1
+            same[each.tokens[:stop], tuple((query.at, query.temperature) for _, query in each.queries)].append(each)
+        distinct = [group[0].part(group[0].queries, len(tokens)) for (tokens, _), group in same.items()]
+        self._read(distinct, found)
+        for group in same.values():
+            for each in group[1:]:
+                pairs = zip(each.queries, group[0].queries, strict=True)
+                found.update((number, found[original]) for (number, _), (original, _) in pairs)
+
+    def _read_continued(self, kept: Sequence[tuple[Reading, Continuation]], found: dict[int, float]) -> None:
+        """Sequences from where their states end."""
+        for rows in _alike([each.rows.slots for _, each in kept], self._engine.max_batch_rows):
+            # Rows that were kept side by side stay side by side, so that they are copied in one piece.
+            batch = sorted((kept[row] for row in rows), key=lambda pair: (id(pair[1].rows), pair[1].row))
+            lengths = [len(each.tokens) - states.known for each, states in batch]
+            work = partial(self._continued, found)
+            in_batches(work, batch, lengths, self._engine.max_batch_tokens, relieve=self._prefixes.drop)
+
+    def _continued(self, found: dict[int, float], batch: Sequence[tuple[Reading, Continuation]]) -> list[None]:
+        """One forward pass over what follows the kept states."""
+        known = torch.tensor([states.known for _, states in batch])
+        rest = [each.tokens[states.known :] for each, states in batch]
+        token_ids, steps = right_padded(rest)  # [N, T]
+        length = torch.tensor([len(each) for each in rest])[:, None]
+        real = steps < length
+        cache, held = continued(self._engine.model, [states for _, states in batch], token_ids.shape[1])
+        asked = [(row, number, query) for row, (each, _) in enumerate(batch) for number, query in each.queries]
+        row = torch.tensor([each for each, _, _ in asked])  # [R]
+        at = torch.tensor([query.at for *_, query in asked])
+        logits = logits_at(
+            self._engine,
+            token_ids,
+            known[:, None] + torch.minimum(steps, length - 1),
+            (row, at - 1 - known[row]),
+            real=int(real.sum()),
+            attention_mask=torch.cat([held, real.long()], 1).to(self._engine.device),
+            past_key_values=cache,
+        )  # [R, V]
+        tokens = [batch[place][0].tokens[query.at] for place, _, query in asked]
+        values = of_tokens(logits, tokens, [query.temperature for *_, query in asked]).tolist()
+        found.update(zip((number for _, number, _ in asked), values, strict=True))
+        return [None] * len(batch)
+
+
+def _alike(slots: Sequence[int], most: int) -> list[list[int]]:
+    """Rows whose states go into one cache: at most as many as are decoded at once, and little of it pads.
+
+    >>> _alike([10, 400, 12, 11], most=2)
+    [[0, 3], [2], [1]]
+    """
+    groups: list[list[int]] = []
+    for row in sorted(range(len(slots)), key=slots.__getitem__):
+        group = groups[-1] if groups else []
+        if 0 < len(group) < most and slots[row] * (len(group) + 1) <= _MOST_PADS * sum(
+            slots[each] for each in [*group, row]
+        ):
+            group.append(row)
+        else:
+            groups.append([row])
+    return groups

@@ -1,0 +1,134 @@
+"""The fast model for the calls of one step: what several calls have in common is computed once, then forgotten.
+
+Three things are kept between the calls of a session, and dropped at its end: the key-value states of the longest prefix
+that was read, those of the rows that were generated, and what rows are expected to generate. None of them changes a
+result beyond rounding; `plain.PlainModel` is the twin.
+
+Shapes: N sequences, R queries, V vocabulary, d embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dspy_greater.model.fast.generated_kv import GeneratedStates
+from dspy_greater.model.fast.likelihoods import Reader
+from dspy_greater.model.fast.prefix_cache import PrefixCache
+from dspy_greater.model.fast.readings import by_row
+from dspy_greater.model.fast.shared_backward import Backward
+from dspy_greater.model.fast.speculative import Drafts
+from dspy_greater.model.generate import decode
+from dspy_greater.model.interface import Generation, GenerationRequest, Leaf, TokenQuery, Tokens
+from dspy_greater.model.sampling import Row
+from dspy_greater.model.teacher_forcing import in_batches, is_out_of_memory, next_logits
+
+if TYPE_CHECKING:
+    from dspy_greater.model.engine import Engine
+
+
+class Session:
+    """`interface.Model` over an engine; `Engine.session` opens one."""
+
+    def __init__(self, engine: Engine, expected: Iterable[tuple[Tokens, Tokens]] = (), *, keeps: bool = True) -> None:
+        self._engine = engine
+        self._prefixes = PrefixCache(engine)
+        self._generated = GeneratedStates() if keeps else None
+        self._drafts = Drafts(expected)
+        self._reader = Reader(engine, self._prefixes, self._generated)
+        self._backward = Backward(engine, self._prefixes)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self._engine.tokenizer
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens of prompt and output together."""
+        return self._engine.context_length
+
+    @contextmanager
+    def session(self, expected: Iterable[tuple[Tokens, Tokens]] = ()) -> Iterator[Session]:
+        """This session itself: what it keeps serves the calls inside as well."""
+        yield self
+
+    def embed(self, tokens: Sequence[int]) -> Tensor:
+        """See `interface.Model`."""
+        return self._engine.embed(tokens)
+
+    def forget(self) -> None:
+        """Give the memory back; what is needed again is read again."""
+        self._prefixes.drop()
+        if self._generated is not None:
+            self._generated.drop()
+
+    # ---------------------------------------------------------------- generation
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
+        """See `interface.Model`; rows of similar length are decoded together."""
+        rows = [self._engine.row(request) for request in requests]
+        for row in rows if len(self._drafts) else []:
+            row.draft = self._drafts.guess(row.prompt)
+        order = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt), rows[i].prompt, rows[i].seed))
+        waiting = [rows[i] for i in order]
+        with self._engine.exclusive():
+            while waiting:
+                batches = -(-len(waiting) // self._engine.max_batch_rows)
+                size = -(-len(waiting) // batches)  # even batches, no small rest
+                batch, waiting = waiting[:size], waiting[size:]
+                if not self._decoded(batch):
+                    waiting = [row for row in batch if row.finish_reason is None] + waiting
+        return [Generation(tuple(row.generated), row.finish_reason or "length") for row in rows]
+
+    def _decoded(self, batch: Sequence[Row]) -> bool:
+        """Decode the batch; False when memory ran out and something was given up for another try."""
+        try:
+            decode(self._engine, batch, self._prefixes, self._generated)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not is_out_of_memory(error):
+                raise
+            failure = str(error).splitlines()[0]
+        else:
+            return True
+        kept = self._generated is not None and self._generated.bytes > 0
+        self.forget()
+        if not kept:  # otherwise what was kept may have been too much, and not the batch
+            self._engine.halve_batches(len(batch), failure)
+        return False
+
+    # ------------------------------------------------------------ teacher forcing
+
+    @torch.no_grad()
+    def next_token_logprobs(self, contexts: Sequence[Sequence[int]]) -> Tensor:
+        """See `interface.Model`."""
+
+        def of_batch(batch: Sequence[Sequence[int]]) -> list[Tensor]:
+            return list(next_logits(self._engine, batch).log_softmax(-1).cpu())  # N times [V]
+
+        with self._engine.exclusive():
+            lengths = [len(each) for each in contexts]
+            return torch.stack(in_batches(of_batch, contexts, lengths, self._engine.max_batch_tokens))
+
+    @torch.no_grad()
+    def token_logprobs(self, sequences: Sequence[Tokens], queries: Sequence[TokenQuery]) -> Tensor:
+        """See `interface.Model`. Rows that were generated in this session go on from where their states end.
+
+        What is asked about the tokens that several sequences begin with is read once for all of them.
+        """
+        if not queries:
+            return torch.zeros(0)
+        with self._engine.exclusive():
+            found = self._reader.answers(list(by_row(sequences, queries).values()))
+        return torch.tensor([found[number] for number in range(len(queries))], dtype=self._engine.exact_dtype)
+
+    # ------------------------------------------------------------------ gradients
+
+    def logprob_gradient(self, sequences: Sequence[Tokens], queries: Sequence[TokenQuery], leaf: Leaf) -> Tensor:
+        """See `interface.Model`. What stands before the leaf is read once and not differentiated."""
+        with self._engine.exclusive(), torch.inference_mode(False), torch.enable_grad():
+            return self._backward.gradient(len(sequences), by_row(sequences, queries), leaf)

@@ -22,8 +22,10 @@ from dspy_greater.run.journal import Journal
 from dspy_greater.run.progress import Listeners, ProgressBar
 from dspy_greater.search.predictor_search import PredictorSearch
 from dspy_greater.search.problem import Modes, Problem, pose
+from dspy_greater.search.step import Step
+from dspy_greater.search.variants import Variant, step_of
 from dspy_greater.search.warm_start import compile_warm
-from dspy_greater.settings import Auto, Settings, Variant
+from dspy_greater.settings import Auto, Settings
 
 
 class GReaTerTeleprompter(Teleprompter):
@@ -35,8 +37,9 @@ class GReaTerTeleprompter(Teleprompter):
 
     Args:
         metric: metric(example, prediction, trace=None) -> bool, number or Prediction(score=...).
-        variant: "whole" ranks candidates by the whole gradient over reasoning and by re-weighted scoring, and works for
-            any metric and for predictors without gold values; "paper" is Algorithm 1 as published.
+        variant: "default" ranks candidates by the score gradient and by off-policy forecasts, and works for any metric
+            and for predictors without gold values; "paper" is Algorithm 1 as published. Or a step of your own
+            (`dspy_greater.search.step`).
         auto: "light" (20 steps, 24 rows), "medium" (50, 50), "heavy" (105, 100) or None, the paper's
             105 steps on 50 rows.
         seed: decides every random choice; the same seed gives the same instruction on CPU in fp32.
@@ -70,7 +73,7 @@ class GReaTerTeleprompter(Teleprompter):
         self,
         metric: Metric | None = None,
         *,
-        variant: Variant = "whole",
+        variant: Variant | Step = "default",
         auto: Auto | None = "light",
         seed: int = 0,
         log_dir: str | Path | None = None,
@@ -87,7 +90,8 @@ class GReaTerTeleprompter(Teleprompter):
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise SettingsError(f"seed={seed!r}: give a whole number.")
         self.metric = metric
-        self.settings = Settings.of(auto, variant=variant, **settings)
+        self.settings = Settings.of(auto, **settings)
+        self.step = step_of(variant)
         self.seed = seed
         self.log_dir = log_dir
         self.weights = weights
@@ -130,6 +134,7 @@ class GReaTerTeleprompter(Teleprompter):
             self.metric if metric is None else metric,
             valset,
             settings=self.settings,
+            step=self.step,
             seed=self.seed,
             weights=self.weights,
             extractor=self.extractor,

@@ -10,7 +10,7 @@ pass over the rows of the candidates, and one over at most `proposal_draws` x
 
 That is `variant="paper"`. The default variant looks at `positions_ahead` positions. At each it reads short contexts,
 makes up to two forward and backward passes over `replayed` sequences, for replacements and insertions, and up to
-`rescored` forward passes over them, and one more a step; appending costs no run.
+`forecasts` forward passes over them, and one more a step; appending costs no run.
 Once its forecasts have proven themselves it tries fewer than μ candidates; while they do not come true,
 about one step in `explore_every` makes neither forecasts nor gradients.
 
@@ -27,12 +27,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from dspy_greater.errors import SettingsError
 
-Variant = Literal["whole", "paper"]
-Estimator = Literal["score", "pathwise", "answer", "random"]
 Auto = Literal["light", "medium", "heavy"]
 
 
@@ -45,8 +43,6 @@ class Settings:
         5
     """
 
-    variant: Variant = "whole"  # "paper": Algorithm 1 as published
-    estimator: Estimator | None = None  # which gradient ranks candidates, see below; None is the variant's own
     steps: int = 105  # T: steps per predictor
     train_rows: int = 50  # N: rows the loss is summed over; a seeded sample when there are more
     validation_rows: int = 100  # rows on which the finalists meet the seed
@@ -54,20 +50,20 @@ class Settings:
     proposal_rows: int = 5  # q of equation 4: rows whose top k are intersected
     proposal_draws: int = 4  # how many such intersections are united
     minimum_candidates: int = 6  # k is widened until as many legal candidates survive
-    selections: int | None = None  # μ: candidates that are tried with reasoning of their own; None: `most_tried`
+    selections: int | None = None  # μ: candidates that reason for themselves; None: 1, or the paper's 3
     fluency_weight: float = 0.2  # λ of equation 6
     score_fluency_weight: float = 0.02  # nats per token against mistakes when candidates are compared
     answer_temperature: float = 0.2  # divides the logits of the answer tokens
     finalists: int = 3  # best instructions by training objective that are validated
     max_instruction_tokens: int = 64  # the instruction grows no longer than this; text that must stay does not count
     threads: int = 16  # concurrent rows where the LM is a server; in-process models batch all rows
-    # Variant "whole", down to `explore_every`: of the current reasonings, how many are read again.
-    replayed: int = 24
-    rescored: int = 6  # candidates of a position that pass from the gradient to re-weighted scoring
+    # From here to `explore_every`, the default variant alone.
+    replayed: int = 24  # reasonings of the current instruction that are read again
+    forecasts: int = 6  # candidates of a position that pass from the gradient to off-policy forecasts
     positions_ahead: int = 3  # positions at which a step forecasts; candidates are tried at the one that promises most
     answer_weight: float = 1.0  # α: the gold answer's part of the gradient, in nats, and of forecasts, against mistakes
-    doubt_weight: float = 0.3  # the answer's doubt against mistakes when instructions are compared; `select.evaluation`
-    optimism: float = 0.5  # times that mean: how wrong unseen reasonings are taken to be until the seed is outdone
+    uncertainty_weight: float = 0.3  # of gold answers, against mistakes, when instructions are compared
+    baseline_scale: float = 0.5  # times the mean mistake: how wrong unseen reasonings count until the seed is outdone
     explore_every: int = 2  # while forecasts do not come true, one step in about so many tries edits by chance; 0: none
     max_failed_steps: int = 5  # steps in a row without one finite loss before the search gives up
     max_generated_tokens: int | None = None  # of the whole search, without the validation; see above
@@ -84,7 +80,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Raises `SettingsError` when a value is out of range."""
-        self._check_choices()
         check_whole_numbers(self, _AT_LEAST)
         optional = {name: 1 for name in ("max_generated_tokens", "selections") if getattr(self, name) is not None}
         check_whole_numbers(self, optional)
@@ -96,38 +91,6 @@ class Settings:
             raise SettingsError("explore_every=1: no step would forecast again; give 2 or more, or 0 for none.")
         if self.answer_temperature == 0:
             raise SettingsError("answer_temperature=0: logits are divided by it; give a positive number.")
-
-    def _check_choices(self) -> None:
-        choices: dict[str, tuple[object, ...]] = {
-            "variant": get_args(Variant),
-            "estimator": (None, *ESTIMATORS.get(self.variant, ())),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                of = f" of variant={self.variant!r}" if name == "estimator" else ""
-                raise SettingsError(
-                    f"{name}={getattr(self, name)!r} is not known{of}. Use one of {', '.join(map(repr, known))}."
-                )
-
-    @property
-    def objective_doubt_weight(self) -> float:
-        """Of the objective that instructions are compared by; in the paper's variant a loss only breaks ties."""
-        return self.doubt_weight if self.variant == "whole" else 0.0
-
-    @property
-    def header_counts(self) -> bool:
-        """Whether the loss of a row in which no answer was found covers the header that is missing."""
-        return self.variant == "whole"
-
-    @property
-    def most_tried(self) -> int:
-        """μ. The paper has 3; a forecast that comes true needs one, which at equal cost is three times the steps."""
-        return self.selections or (1 if self.variant == "whole" else 3)
-
-    @property
-    def ranking(self) -> Estimator:
-        """The estimator in force."""
-        return self.estimator or ESTIMATORS[self.variant][0]
 
 
 def chosen_knobs(
@@ -161,11 +124,6 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-# The variant's own first. "answer" is the gradient with an empty reasoning, "random" none at all.
-ESTIMATORS: Mapping[str, tuple[Estimator, ...]] = {
-    "whole": ("score", "random"),
-    "paper": ("pathwise", "answer", "random"),
-}
 _PRESETS: Mapping[Auto, Mapping[str, int]] = {
     "light": {"steps": 20, "train_rows": 24, "validation_rows": 50},
     "medium": {"steps": 50, "train_rows": 50, "validation_rows": 100},
@@ -176,8 +134,8 @@ _NOT_NEGATIVE = (
     "score_fluency_weight",
     "answer_temperature",
     "answer_weight",
-    "doubt_weight",
-    "optimism",
+    "uncertainty_weight",
+    "baseline_scale",
 )
 _AT_LEAST = {
     "steps": 0,
@@ -191,7 +149,7 @@ _AT_LEAST = {
     "max_instruction_tokens": 1,
     "threads": 1,
     "replayed": 1,
-    "rescored": 0,
+    "forecasts": 0,
     "positions_ahead": 1,
     "explore_every": 0,
     "max_failed_steps": 1,

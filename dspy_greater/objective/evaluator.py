@@ -20,7 +20,7 @@ from dspy_greater.model.engine import Engine
 from dspy_greater.model.interface import Model
 from dspy_greater.objective.loss import losses
 from dspy_greater.objective.replay import ReasonedSequence, Reasoning
-from dspy_greater.objective.score import evaluation
+from dspy_greater.objective.score import DEFAULT_CRITERION, Criterion, evaluation
 from dspy_greater.objective.sequences import Examples, written_key
 from dspy_greater.program.predictors import PredictorSite
 from dspy_greater.program.rollout import (
@@ -45,7 +45,7 @@ class Instruction:
     text: str
 
 
-class Objective:
+class Evaluator:
     """Evaluates instructions of one predictor; the same instruction never runs twice on the same row.
 
     Args:
@@ -56,6 +56,7 @@ class Objective:
         metric: the user's metric on the whole program's prediction.
         engine: the predictor's weights.
         settings: the search's knobs.
+        criterion: by what instructions are compared.
         extractor: text between reasoning and answer.
         fixed: the leading text of the instruction that may not change.
     """
@@ -70,6 +71,7 @@ class Objective:
         metric: RowMetric,
         engine: Engine,
         settings: Settings,
+        criterion: Criterion = DEFAULT_CRITERION,
         extractor: str | None = None,
         fixed: str = "",
     ) -> None:
@@ -83,10 +85,12 @@ class Objective:
             field,
             rows,
             engine.context_length,
-            header_counts=settings.header_counts and extractor is None,  # an extractor asks for the answer itself
+            header_counts=criterion.counts_missing_header
+            and extractor is None,  # an extractor asks for the answer itself
         )
         self._program, self._site, self._field = program, site, field
         self._rows, self._metric, self._settings = tuple(rows), metric, settings
+        self._uncertainty_weight = settings.uncertainty_weight if criterion.counts_uncertainty else 0.0
         self._known: dict[str, Evaluation] = {}
         self._laid_out: dict[tuple[int, str], tuple[ReasonedSequence, ...]] = {}
         self._engines = list({id(each): each for each in [engine, *engines_behind(program)]}.values())
@@ -148,8 +152,8 @@ class Objective:
             Reasoning(row, 1.0 - distinct[row, key].score, 1.0 / in_row[row], laid_out[row, key]) for row, key in usable
         ]
 
-    def drafts(self, current: Evaluation) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """After which prompts the predictor wrote what, up to a gold answer, as far as this evaluation tells."""
+    def generated(self, current: Evaluation) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """After which prompts the predictor generated what, up to a gold answer, as far as this evaluation tells."""
         found: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
         for row in (row for row in current.rows if row.inputs):
             for each in self._under(current, (row.row, written_key(row)), row):
@@ -216,5 +220,5 @@ class Objective:
                 ],
                 sum(fluency) / len(fluency) if fluency else math.nan,
                 score_fluency_weight=self._settings.score_fluency_weight,
-                uncertainty_weight=self._settings.objective_doubt_weight,
+                uncertainty_weight=self._uncertainty_weight,
             )

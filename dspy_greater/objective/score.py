@@ -4,8 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dspy_greater.run.events import Evaluation, RowOutcome
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """By what instructions are compared, beside mistakes and fluency.
+
+    The paper's losses only break ties. The default counts how uncertain the gold answers are, a smooth number where
+    mistakes are coarse, and takes the loss of a row in which no answer was found over the header that is missing, too.
+    """
+
+    counts_uncertainty: bool = True
+    counts_missing_header: bool = True
+
+
+DEFAULT_CRITERION = Criterion()
+PAPER_CRITERION = Criterion(counts_uncertainty=False, counts_missing_header=False)
 
 
 def evaluation(

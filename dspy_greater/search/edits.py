@@ -1,4 +1,4 @@
-"""Edits of an instruction at one position: another token, one more in front of it, or none.
+"""Edits of an instruction at one position: another token, one more in front of it or at the end, or none.
 
 Tokens come from equations 3 and 4 of the paper, which ask what could follow the instruction's beginning: the same
 tokens can stand at the position or be put in front of it.
@@ -6,17 +6,17 @@ tokens can stand at the position or be put in front of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from dspy_greater.model.interface import Model
-from dspy_greater.objective.evaluator import Instruction, Objective
+from dspy_greater.objective.evaluator import Instruction
 from dspy_greater.search.proposals import propose
-from dspy_greater.search.state import SearchState, step_random
-from dspy_greater.settings import Settings
+from dspy_greater.search.step import StepContext
 
 Kind = Literal["replace", "insert", "delete"]
+Legal = Callable[[int], tuple[tuple[Kind, Instruction], ...] | None]
 
 
 @dataclass(frozen=True)
@@ -33,67 +33,73 @@ class Edit:
     log_probability: float
 
 
-def propose_edits(
-    objective: Objective, model: Model, state: SearchState, settings: Settings, *, random_seed: int, predictor: str
-) -> tuple[Edit, ...]:
-    """All edits at the state's position that were not tried yet, the likeliest token first.
+def propose_replacements(at: StepContext) -> tuple[Edit, ...]:
+    """Another token at the position, or one more at the end, as in the paper; the likeliest token first."""
+    return _proposed(at, {"replace"}, new=False)
+
+
+def propose_edits(at: StepContext) -> tuple[Edit, ...]:
+    """All edits at the position that were not tried yet, the likeliest token first.
 
     A token that only leads to instructions that were tried does not count as a candidate, so the proposals widen
     until there is something new.
     """
-    contexts = objective.proposal_contexts(state.current, state.position)
-    if not contexts:
+    return _distinct([*_proposed(at, {"replace", "insert"}, new=True), *_deletion(at)])
+
+
+def _proposed(at: StepContext, kinds: Collection[Kind], *, new: bool) -> tuple[Edit, ...]:
+    contexts = at.evaluator.proposal_contexts(at.current, at.state.position)
+    editable = at.state.position in at.evaluator.layout.positions(at.current.token_ids)
+    if not contexts or not (editable or at.state.appends()):
         return ()
-    legal = _legal(objective, state, settings)
     proposal = propose(
-        model,
+        at.model,
         contexts,
-        top_k=settings.top_k,
-        sample_size=settings.proposal_rows,
-        draws=settings.proposal_draws,
-        minimum=settings.minimum_candidates,
-        generator=step_random(random_seed, predictor, state.step),
-        canonical=legal,
+        top_k=at.settings.top_k,
+        sample_size=at.settings.proposal_rows,
+        draws=at.settings.proposal_draws,
+        minimum=at.settings.minimum_candidates,
+        generator=at.random(),
+        canonical=_legal(at, kinds, new=new, editable=editable),
     )
     likelihoods = zip(proposal.candidates, proposal.canonical, proposal.mean_log_probabilities, strict=True)
-    edits = [
-        Edit(kind, token, instruction, likelihood)
-        for token, found, likelihood in likelihoods
-        for kind, instruction in found
-    ]
-    return _distinct([*edits, *_deletion(objective, state)])
+    return _distinct(
+        [
+            Edit(kind, token, instruction, likelihood)
+            for token, found, likelihood in likelihoods
+            for kind, instruction in found
+        ]
+    )
 
 
-def _legal(
-    objective: Objective, state: SearchState, settings: Settings
-) -> Callable[[int], tuple[tuple[Kind, Instruction], ...] | None]:
-    """What a token can become at the position; None when that is nothing new."""
-    ids, position, layout = state.current.token_ids, state.position, objective.layout
-    positions = layout.positions(ids)
-    editable = position in positions
-    grows = (len(positions) if layout.fixed else len(ids)) < settings.max_instruction_tokens
+def _legal(at: StepContext, kinds: Collection[Kind], *, new: bool, editable: bool) -> Legal:
+    """What a token can become at the position; None when that is nothing, or nothing new."""
+    ids, position, layout = at.current.token_ids, at.state.position, at.evaluator.layout
+    length = len(layout.positions(ids)) if layout.fixed else len(ids)
+    grows = length < at.settings.max_instruction_tokens
 
     def legal(token: int) -> tuple[tuple[Kind, Instruction], ...] | None:
         found: list[tuple[Kind, tuple[tuple[int, ...], str] | None]] = []
-        if editable:
+        if at.state.appends() and grows:
+            found.append(("insert", layout.append(ids, token)))
+        if editable and "replace" in kinds:
             found.append(("replace", layout.replace(ids, position, token)))
-        if grows and (editable or state.appends()):
-            longer = layout.append(ids, token) if state.appends() else layout.insert(ids, position, token)
-            found.append(("insert", longer))
+        if editable and grows and "insert" in kinds:
+            found.append(("insert", layout.insert(ids, position, token)))
         kept: list[tuple[Kind, Instruction]] = [(kind, Instruction(*each)) for kind, each in found if each is not None]
-        return tuple(pair for pair in kept if not objective.knows(pair[1].text)) or None
+        return tuple(pair for pair in kept if not (new and at.evaluator.knows(pair[1].text))) or None
 
     return legal
 
 
-def _deletion(objective: Objective, state: SearchState) -> list[Edit]:
-    ids, position = state.current.token_ids, state.position
-    if len(ids) < 2 or position not in objective.layout.positions(ids):
+def _deletion(at: StepContext) -> list[Edit]:
+    ids, position = at.current.token_ids, at.state.position
+    if len(ids) < 2 or position not in at.evaluator.layout.positions(ids):
         return []
-    shorter = objective.layout.delete(ids, position)
-    if shorter is None or objective.knows(shorter[1]):
+    shorter = at.evaluator.layout.delete(ids, position)
+    if shorter is None or at.evaluator.knows(shorter[1]):
         return []
-    return [Edit("delete", ids[position], Instruction(*shorter), float("nan"))]
+    return [Edit("delete", ids[position], Instruction(*shorter), math.nan)]
 
 
 def _distinct(edits: list[Edit]) -> tuple[Edit, ...]:

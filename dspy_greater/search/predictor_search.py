@@ -8,7 +8,7 @@ from typing import Any
 
 from dspy_greater.errors import UnusedPredictorError
 from dspy_greater.metric import refuse_useless_metric
-from dspy_greater.objective.evaluator import Objective
+from dspy_greater.objective.evaluator import Evaluator
 from dspy_greater.program.roundtrip import round_trip
 from dspy_greater.program.validation import validation_scores, winner
 from dspy_greater.report.result import PredictorResult
@@ -46,7 +46,7 @@ class PredictorSearch:
         self._journal, self._listeners = journal, listeners
         self._name = target.site.name
         self._recorded = [event for event in journal.recorded() if getattr(event, "predictor", None) == self._name]
-        self._objective = Objective(
+        self._evaluator = Evaluator(
             program=program,
             site=target.site,
             field=target.field,
@@ -54,6 +54,7 @@ class PredictorSearch:
             metric=problem.metric,
             engine=target.engine,
             settings=problem.settings,
+            criterion=problem.step.criterion,
             extractor=problem.extractor,
             fixed=target.fixed,
         )
@@ -68,9 +69,10 @@ class PredictorSearch:
         generated = self._generated_before + self._started.spent.get("generated_tokens", 0)
         self._state = begin(self._started.seed, settings, generated_tokens=generated)
         searching = minimise(
-            self._objective,
+            self._evaluator,
             self._started.seed,
             settings,
+            self._problem.step,
             predictor=self._name,
             random_seed=self._problem.seed,
             recorded=[event for event in self._recorded if isinstance(event, StepTaken)],
@@ -109,7 +111,7 @@ class PredictorSearch:
         if known:
             validated = known[-1]
         else:
-            before = self._objective.spent()
+            before = self._evaluator.spent()
             try:
                 scores = validation_scores(
                     self._program, finalists, problem.validation, problem.metric, threads=problem.settings.threads
@@ -119,11 +121,11 @@ class PredictorSearch:
                     raise
                 self.interrupted = True
                 return self._result(Validated(self._name, {texts[0]: math.nan}, texts[0]))
-            spent = self._objective.spent(before)
+            spent = self._evaluator.spent(before)
             spent["runs"] = len(finalists) * len(problem.validation)
             validated = Validated(self._name, dict(zip(texts, scores, strict=True)), texts[winner(scores)], spent)
         scored = {each.instruction: each.token_ids for each in [state.seed, *state.best]}
-        round_trip(self._objective.layout, validated.winner, scored[validated.winner])
+        round_trip(self._evaluator.layout, validated.winner, scored[validated.winner])
         self._tell(validated, record=not known)
         return self._result(validated)
 
@@ -150,14 +152,14 @@ class PredictorSearch:
         recorded = [event for event in self._recorded if isinstance(event, SearchStarted)]
         if recorded:
             started = recorded[0]
-            self._objective.recall([started.seed])
+            self._evaluator.recall([started.seed])
         else:
-            before = self._objective.spent()
-            (seed,) = self._objective.evaluate([self._objective.seed()])
+            before = self._evaluator.spent()
+            (seed,) = self._evaluator.evaluate([self._evaluator.seed()])
             refuse_useless_metric([row.error for row in seed.rows])
             _refuse_unused_predictor(seed, self._name)
             _warn_if_all_failed(seed, self._name)
-            spent = self._objective.spent(before)
+            spent = self._evaluator.spent(before)
             started = SearchStarted(self._name, seed, self._problem.settings.steps, spent)
         self._tell(started, record=not recorded)
         return started

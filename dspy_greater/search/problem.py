@@ -41,6 +41,8 @@ from dspy_greater.program.predictors import (
 from dspy_greater.program.rollout import pin_lms
 from dspy_greater.prompt.layout import Layout
 from dspy_greater.run.serialise import JSON
+from dspy_greater.search.step import Step
+from dspy_greater.search.variants import described_step
 from dspy_greater.settings import Settings
 
 # Settings that say how the work is done and not what comes out: a run may go on with others.
@@ -80,6 +82,7 @@ class Problem:
     validation: tuple[Any, ...]
     metric: RowMetric
     settings: Settings
+    step: Step
     seed: int
     extractor: str | None = None
 
@@ -94,6 +97,7 @@ class Problem:
             }
         settings = asdict(self.settings)
         return {
+            "step": {**described_step(self.step)},
             "settings": {name: value for name, value in settings.items() if name not in _OF_THE_MACHINE},
             "seed": self.seed,
             "extractor": self.extractor,
@@ -111,6 +115,7 @@ def pose(
     valset: Iterable[Any] | None,
     *,
     settings: Settings,
+    step: Step,
     seed: int,
     weights: Any = None,
     extractor: str | None = None,
@@ -124,7 +129,8 @@ def pose(
         trainset: the rows to train on.
         metric: the user's metric.
         valset: the rows to validate on; without any, part of the trainset.
-        settings: the search's knobs. With `variant="paper"` only predictors with gold values are optimised.
+        settings: the search's knobs.
+        step: the kind of step; with the paper's only predictors with gold values are optimised.
         seed: decides which rows are sampled.
         weights: see `weights_behind`.
         extractor: text between reasoning and answer.
@@ -153,19 +159,17 @@ def pose(
     sites = predictors_of(student)
     refuse_unusable(sites)
     selected = _selected(sites, predictors)
-    targets, kept = _targets(
-        selected, rows, weights, _modes(sites, selected, mode), settings, named=predictors is not None
-    )
-    _refuse_nothing_to_do(targets, kept, sites, rows, settings)
+    targets, kept = _targets(selected, rows, weights, _modes(sites, selected, mode), step, named=predictors is not None)
+    _refuse_nothing_to_do(targets, kept, sites, rows, step)
     for target in targets:
         if target.field is not None:
             refuse_missing_gold(target.site, target.field, held_out, name="valset")
     train, validation = split(rows, held_out, settings=settings, seed=seed)
-    _warn_of_the_rest(kept, settings)
+    _warn_of_the_rest(kept, step)
     for target in targets:
         if len(sites) == 1:  # the inputs of later predictors are known only once the program runs
             _check_context(target, [*train, *validation])
-    return Problem(pin_lms(student), targets, train, validation, row_metric, settings, seed, extractor)
+    return Problem(pin_lms(student), targets, train, validation, row_metric, settings, step, seed, extractor)
 
 
 def _selected(sites: Sequence[PredictorSite], predictors: Sequence[str] | None) -> list[PredictorSite]:
@@ -214,7 +218,7 @@ def _targets(
     trainset: Sequence[Any],
     weights: Any,
     modes: Mapping[str, Mode | None],
-    settings: Settings,
+    step: Step,
     *,
     named: bool,
 ) -> tuple[tuple[Target, ...], dict[str, GreaterError]]:
@@ -227,7 +231,7 @@ def _targets(
     for site in sites:
         field = supervised_field(site, trainset)
         try:
-            if field is None and settings.variant == "paper":
+            if field is None and step.needs_gold:
                 raise DataError(
                     f"Predictor `{site.name}` has no output field with gold values in the trainset, and "
                     "variant='paper' needs them."
@@ -253,11 +257,11 @@ def _refuse_nothing_to_do(
     kept: Mapping[str, GreaterError],
     sites: Sequence[PredictorSite],
     trainset: Sequence[Any],
-    settings: Settings,
+    step: Step,
 ) -> None:
     if targets:
         return
-    if settings.variant != "paper":
+    if not step.needs_gold:
         first, *others = kept.values()
         raise type(first)(" ".join(["No predictor can be optimised.", str(first), *map(str, others)]))
     outputs = sorted({name for site in sites for name in site.output_fields})
@@ -269,11 +273,11 @@ def _refuse_nothing_to_do(
     )
 
 
-def _warn_of_the_rest(kept: Mapping[str, GreaterError], settings: Settings) -> None:
+def _warn_of_the_rest(kept: Mapping[str, GreaterError], step: Step) -> None:
     if not kept:
         return
     names = ", ".join(kept)
-    if settings.variant == "paper":
+    if step.needs_gold:
         text = (
             f"Predictors {names} have no gold values in the trainset and keep their instructions. "
             "Only predictors with an output field that the rows have a value for are optimised."

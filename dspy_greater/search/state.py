@@ -6,16 +6,13 @@ replaying its recorded steps.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from dspy_greater.run.events import Evaluation
+from dspy_greater.run.events import Evaluation, StepTaken
 from dspy_greater.settings import Settings
 
 _SENTENCE_ENDS = (".", "!", "?", "。", "！", "？")
-
-
 _RECENT = 60  # candidates over which forecasts prove themselves
 _LONGEST_WALK = 20  # steps without a new best; an instruction that grows with every step would never return
 
@@ -75,21 +72,18 @@ def begin(
 
 def advance(
     state: SearchState,
-    chosen: Evaluation,
+    step: StepTaken,
     evaluated: Sequence[Evaluation],
     settings: Settings,
+    positions: Callable[[Sequence[int]], Sequence[int]],
     *,
     failed: bool = False,
-    position: int | None = None,
-    editable: Sequence[int] | None = None,
-    generated_tokens: int = 0,
-    predictions: Sequence[tuple[float, tuple[float, float]]] = (),
 ) -> SearchState:
     """The state after a step that evaluated some instructions and chose one (lines 16 to 19).
 
-    `position` is where it did, the state's own by default.
+    `positions` tells which positions of an instruction may be changed, and `failed` whether no loss was finite.
     """
-    state = state if position is None else replace(state, position=position)
+    state, chosen = replace(state, position=step.position), step.chosen
     best = _ranked((*state.best, chosen, *evaluated), settings)
     further = best[0].instruction != state.best[0].instruction
     return replace(
@@ -97,15 +91,15 @@ def advance(
         current=chosen,
         best=best,
         step=state.step + 1,
-        position=_next_position(state, chosen, settings, editable),
+        position=_next_position(state, chosen, settings, positions(chosen.token_ids)),
         failed_steps=state.failed_steps + 1 if failed else 0,
-        generated_tokens=state.generated_tokens + generated_tokens,
+        generated_tokens=state.generated_tokens + step.spent.get("generated_tokens", 0),
         unchanged=0 if further else state.unchanged + 1,
-        predictions=(*state.predictions, *predictions)[-_RECENT:],
+        predictions=(*state.predictions, *step.predictions)[-_RECENT:],
     )
 
 
-def restarted(
+def return_to_best(
     state: SearchState, settings: Settings, positions: Callable[[Sequence[int]], Sequence[int]]
 ) -> SearchState:
     """After a round that led nowhere: the search returns to the best.
@@ -148,20 +142,15 @@ def ends_sentence(text: str) -> bool:
     return any(map(str.isalnum, text)) and text.rstrip().rstrip("\"')]").endswith(_SENTENCE_ENDS)
 
 
-def step_random(seed: int, predictor: str, step: int) -> random.Random:
-    """The source of randomness of one step: the same whether or not the run was interrupted before it."""
-    return random.Random(f"{seed}/{predictor}/{step}")
-
-
 def _nowhere(evaluation: Evaluation, fixed: str) -> int:
     """Where to go on if no position can be edited: at the end, if a fixed text is all there is."""
     return len(evaluation.token_ids) if fixed else 0
 
 
-def _next_position(state: SearchState, chosen: Evaluation, settings: Settings, editable: Sequence[int] | None) -> int:
+def _next_position(state: SearchState, chosen: Evaluation, settings: Settings, editable: Sequence[int]) -> int:
     """The next editable index; past the last, a new token if the sentence is open, else back to the first."""
     length = len(chosen.token_ids)
-    positions = range(length) if editable is None else sorted(editable)
+    positions = sorted(editable)
     later = [each for each in positions if each > state.position]
     if later:
         return later[0]

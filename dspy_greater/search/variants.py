@@ -1,0 +1,42 @@
+"""The kinds of step by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal
+
+from dspy_greater.errors import SettingsError
+from dspy_greater.search.default_step import DefaultStep
+from dspy_greater.search.paper_step import PaperStep
+from dspy_greater.search.step import Step
+
+Variant = Literal["default", "paper"]
+
+VARIANTS: Mapping[str, Step] = {"default": DefaultStep(), "paper": PaperStep()}
+
+
+def step_of(variant: Variant | Step) -> Step:
+    """The step that a name stands for, or the given one.
+
+    Raises:
+        SettingsError: an unknown name, or something that is no step.
+
+    >>> step_of("paper").name
+    'paper'
+    """
+    if isinstance(variant, str):
+        if variant in VARIANTS:
+            return VARIANTS[variant]
+    elif callable(getattr(variant, "take", None)) and callable(getattr(variant, "move", None)):
+        return variant
+    raise SettingsError(f"variant={variant!r} is not known. Use one of {', '.join(map(repr, VARIANTS))}, or a step.")
+
+
+def described_step(step: Step) -> dict[str, str]:
+    """What a journal keeps of a step: its name, and which callables it is built of."""
+    parts: dict[str, Any] = {}
+    if is_dataclass(step):
+        parts = {field.name: getattr(step, field.name) for field in fields(step)}
+    told = {name: getattr(part, "__qualname__", repr(part)) for name, part in parts.items()}
+    return {"class": type(step).__qualname__, **told}

@@ -11,6 +11,7 @@ Example:
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from dspy_greater.lm.local import local_lm
     from dspy_greater.optimizer import GReaTerTeleprompter
     from dspy_greater.settings import Settings
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent, unless the program configures logging
 
 __version__ = "0.1.0"
 

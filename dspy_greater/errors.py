@@ -56,3 +56,15 @@ class JudgeError(GreaterError, ValueError):
 
 class RunDirectoryError(GreaterError, OSError):
     """The run directory cannot be written, or belongs to another run."""
+
+
+class EventFormatError(GreaterError, ValueError):
+    """A value does not have the type that its event declares, or JSON does not describe an event."""
+
+
+class BudgetSpent(GreaterError):
+    """The next stage would cost more LM calls or tokens than are left; it ends the loop, not the run."""
+
+
+class MalformedAnswer(GreaterError):
+    """An answer that cannot be used; the message tells the LM what is wrong with it."""

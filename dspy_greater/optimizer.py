@@ -16,10 +16,11 @@ from dspy_greater.metric import Metric
 from dspy_greater.program.dataset import as_list
 from dspy_greater.program.rollout import engines_behind, searching_copy
 from dspy_greater.program.roundtrip import write_back
-from dspy_greater.report.result import CompileResult, PredictorResult
+from dspy_greater.report.result import CompileResult, PredictorResult, what_stopped
 from dspy_greater.run.events import Listener, Warned
 from dspy_greater.run.journal import Journal
-from dspy_greater.run.progress import Listeners, ProgressBar
+from dspy_greater.run.log import StepLog
+from dspy_greater.run.progress import Listeners, ProgressBar, checked_callbacks
 from dspy_greater.search.predictor_search import PredictorSearch
 from dspy_greater.search.problem import Modes, Problem, pose
 from dspy_greater.search.step import Step
@@ -55,7 +56,10 @@ class GReaTerTeleprompter(Teleprompter):
         warm_start: another optimizer, such as `GradSumTeleprompter`, that runs first; the search goes on from
             the instructions that it finds. The floor is still the student that `compile` was given. To resume
             both, give both a `log_dir`, and not the same.
-        listeners: called with every event (`dspy_greater.run.events`).
+        callbacks: functions that are called with every event (`dspy_greater.run.events`). One that returns exactly
+            `False` ends the search after that step: the best so far is returned, and a run with a `log_dir` can go on
+            from there. One that raises is warned of once and not called again.
+        listeners: the same, under an older name.
         progress: show a progress bar; None shows it on a terminal only.
         **settings: any field of `Settings`.
 
@@ -82,6 +86,7 @@ class GReaTerTeleprompter(Teleprompter):
         predictors: Sequence[str] | None = None,
         mode: Modes = None,
         warm_start: Teleprompter | None = None,
+        callbacks: Sequence[Listener] = (),
         listeners: Sequence[Listener] = (),
         progress: bool | None = None,
         **settings: Any,
@@ -99,7 +104,8 @@ class GReaTerTeleprompter(Teleprompter):
         self.predictors = predictors
         self.mode: Modes = mode
         self.warm_start = warm_start
-        self.listeners = tuple(listeners)
+        # Not under the name `callbacks`, where DSPy looks for its own.
+        self.listeners = (*checked_callbacks(listeners, "listeners"), *checked_callbacks(callbacks))
         self.progress = progress
 
     def compile(
@@ -144,12 +150,13 @@ class GReaTerTeleprompter(Teleprompter):
         if self.warm_start is not None:
             return compile_warm(self, student, problem, trainset, valset)
         meter = _Meter(problem)
-        program, results, interrupted, stopped, generated = problem.program, [], False, None, 0
+        program, results, generated = problem.program, [], 0
+        interrupted, called_off, stopped = False, False, None
         with (
             Journal.open(self.log_dir, problem.identity()) as journal,
             ProgressBar(show=self.progress) as bar,
         ):
-            listeners = Listeners([bar, *self.listeners])
+            listeners = Listeners([bar, StepLog(), *self.listeners])
             for target in problem.targets:
                 search = PredictorSearch(problem, target, program, journal, listeners, generated_tokens=generated)
                 try:
@@ -167,14 +174,15 @@ class GReaTerTeleprompter(Teleprompter):
                 result = search.validate()
                 program = searching_copy(program, {target.site.name: result.instruction})
                 results.append(result)
-                if search.interrupted:
-                    interrupted = True
+                interrupted, called_off = search.interrupted, search.called_off
+                if interrupted or called_off:
                     break
                 generated, stopped = search.generated_tokens, search.out_of_budget()
                 if stopped is not None:
                     listeners.emit(Warned(stopped))
                     break
-        return _finished(student, meter.result(tuple(results), interrupted, stopped))
+        why = what_stopped(interrupted=interrupted, called_off=called_off, out_of_budget=stopped)
+        return _finished(student, meter.result(tuple(results), stopped, why))
 
 
 class _Meter:
@@ -187,7 +195,7 @@ class _Meter:
         self._before = [(engine, engine.counters) for engine in engines.values()]
 
     def result(
-        self, predictors: tuple[PredictorResult, ...], interrupted: bool, out_of_budget: str | None
+        self, predictors: tuple[PredictorResult, ...], out_of_budget: str | None, stopped_by: str | None
     ) -> CompileResult:
         spent = [asdict(engine.counters - before) for engine, before in self._before]
         return CompileResult(
@@ -196,8 +204,9 @@ class _Meter:
             validation_rows=len(self._problem.validation),
             seconds=time.monotonic() - self._started,
             spent={name: sum(part[name] for part in spent) for name in spent[0]},
-            interrupted=interrupted,
+            interrupted=stopped_by == "interrupt",
             out_of_budget=out_of_budget,
+            stopped_by=stopped_by,
         )
 
 

@@ -9,17 +9,14 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from dspy_greater.objective.types import CallOutcome, Candidate, Evaluation, RowOutcome
 from dspy_greater.run.events import (
     BeamStarted,
     BeamValidated,
-    CallOutcome,
-    Candidate,
-    Evaluation,
     IterationTaken,
     MemberEdited,
     Output,
     PromptsScored,
-    RowOutcome,
     SearchStarted,
     StepTaken,
     TextGradient,
@@ -27,33 +24,39 @@ from dspy_greater.run.events import (
     Warned,
 )
 
-numbers = st.floats(allow_nan=True, allow_infinity=True)
+FLOATS = (math.nan, math.inf, -math.inf, 0.0, -0.0, 5e-324, -2.225073858507201e-308, 1.7976931348623157e308, 0.1, 1e22)
+TEXTS = ("", "\x00", "\ud800", "\udfff\ud83d", "👩‍🔬", "\n\u2028\x85", "NaN", '{"$float":"nan"}')
+MARKS = ("type", "$float", "$list", "$pairs", "$tuple", "$")
+
+numbers = st.floats(allow_nan=True, allow_infinity=True, allow_subnormal=True) | st.sampled_from(FLOATS)
+texts = st.text(st.characters(exclude_categories=())) | st.sampled_from(TEXTS)  # lone surrogates too
+names = texts | st.sampled_from(MARKS)
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers() | numbers | st.text(),
+    st.none() | st.booleans() | st.integers() | numbers | texts,
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.tuples(inner, inner)
-        | st.dictionaries(st.text() | st.sampled_from(["$tuple", "$float", "type"]), inner, max_size=3)
-        | st.dictionaries(st.integers() | st.tuples(st.text()), inner, max_size=2)
+        | st.dictionaries(names, inner, max_size=3)
+        | st.dictionaries(st.integers() | st.tuples(texts), inner, max_size=2)
     ),
     max_leaves=6,
 )
-calls = st.builds(CallOutcome, inputs=st.dictionaries(st.text(), plain, max_size=2), completion=st.text())
+calls = st.builds(CallOutcome, inputs=st.dictionaries(names, plain, max_size=2), completion=texts)
 outcomes = st.builds(
     RowOutcome,
     row=st.integers(0, 99),
     score=numbers,
-    inputs=st.dictionaries(st.text(), plain, max_size=2),
-    written=st.dictionaries(st.text(), st.text(), max_size=2),
+    inputs=st.dictionaries(names, plain, max_size=2),
+    written=st.dictionaries(names, texts, max_size=2),
     cross_entropy=numbers,
-    error=st.none() | st.text(),
-    preamble=st.text(),
+    error=st.none() | texts,
+    preamble=texts,
     calls=st.lists(calls, max_size=2).map(tuple),
 )
 evaluations = st.builds(
     Evaluation,
     token_ids=st.lists(st.integers(0, 200_000), max_size=4).map(tuple),
-    instruction=st.text(),
+    instruction=texts,
     rows=st.lists(outcomes, max_size=2).map(tuple),
     score=numbers,
     cross_entropy=numbers,
@@ -64,7 +67,7 @@ evaluations = st.builds(
 candidates = st.builds(
     Candidate,
     token=st.integers(),
-    text=st.text(),
+    text=texts,
     log_probability=numbers,
     gradient=st.none() | numbers,
     evaluation=st.none() | evaluations,
@@ -73,24 +76,22 @@ candidates = st.builds(
     effective_samples=st.none() | numbers,
     realised=st.none() | st.tuples(numbers, numbers),
 )
-costs = st.dictionaries(st.text(), st.integers(), max_size=2)
-prompts = st.dictionaries(st.text(), st.text(), max_size=2)
+costs = st.dictionaries(names, st.integers(), max_size=2)
+prompts = st.dictionaries(names, texts, max_size=2)
 outputs = st.builds(
     Output,
     row=st.integers(0, 99),
-    inputs=st.text(),
-    expected=st.text(),
-    written=st.text(),
-    trace=st.text(),
+    inputs=texts,
+    expected=texts,
+    written=texts,
+    trace=texts,
     metric=st.none() | numbers,
     judged=st.none() | numbers,
-    evaluation=st.text(),
-    feedback=st.none() | st.text(),
-    error=st.none() | st.text(),
+    evaluation=texts,
+    feedback=st.none() | texts,
+    error=st.none() | texts,
 )
-gradients = st.builds(
-    TextGradient, row=st.integers(0, 99), concerns=st.lists(st.text(), max_size=2).map(tuple), text=st.text()
-)
+gradients = st.builds(TextGradient, row=st.integers(0, 99), concerns=st.lists(texts, max_size=2).map(tuple), text=texts)
 members = st.builds(
     MemberEdited,
     prompts=prompts,
@@ -110,7 +111,7 @@ beams = st.lists(prompts, max_size=2).map(tuple)
 events = st.one_of(
     st.builds(
         SearchStarted,
-        predictor=st.text(),
+        predictor=texts,
         seed=evaluations,
         steps=st.integers(),
         spent=costs,
@@ -118,23 +119,24 @@ events = st.one_of(
     ),
     st.builds(
         StepTaken,
-        predictor=st.text(),
+        predictor=texts,
         step=st.integers(),
         position=st.integers(),
         current_token=st.integers(),
         candidates=st.lists(candidates, max_size=2).map(tuple),
         chosen=evaluations,
-        reason=st.text(),
+        reason=texts,
         spent=costs,
+        current_text=texts,
     ),
     st.builds(
         Validated,
-        predictor=st.text(),
-        scores=st.dictionaries(st.text(), numbers, max_size=2),
-        winner=st.text(),
+        predictor=texts,
+        scores=st.dictionaries(names, numbers, max_size=2),
+        winner=texts,
         spent=costs,
     ),
-    st.builds(Warned, message=st.text()),
+    st.builds(Warned, message=texts),
     st.builds(BeamStarted, prompts=prompts, iterations=st.integers()),
     st.builds(
         IterationTaken,
@@ -144,7 +146,7 @@ events = st.one_of(
         members=st.lists(members, max_size=1).map(tuple),
         compared=st.lists(compared, max_size=1).map(tuple),
         beam=beams,
-        spent=st.dictionaries(st.text(), costs, max_size=2),
+        spent=st.dictionaries(names, costs, max_size=2),
     ),
     st.builds(
         BeamValidated,

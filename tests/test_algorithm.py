@@ -30,9 +30,9 @@ from dspy_greater.errors import LossError
 from dspy_greater.estimators.paper_gradient import TokenGradient, gradient_over_reasoning
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.teacher_forcing import Losses
+from dspy_greater.objective.types import Evaluation
 from dspy_greater.pocket.tasks import generate, work_out
 from dspy_greater.prompt.chat_template import render_chat
-from dspy_greater.run.events import Evaluation
 from dspy_greater.search.state import ends_sentence
 from dspy_greater.search.state import loop as algorithm
 from dspy_greater.settings import Settings

@@ -246,6 +246,11 @@ def test_what_is_on_both_sides_knows_neither_dspy_nor_torch(module: str) -> None
     assert not found, "\n".join(found.values())
 
 
+def test_the_nouns_of_a_search_import_nothing_so_that_every_part_may_speak_of_them() -> None:
+    assert {entry.top for entry in imports_of(f"{PACKAGE}.objective.types")} <= {"__future__", "dataclasses"}
+    assert f"{PACKAGE}.objective.types" in {entry.target for entry in imports_of(f"{PACKAGE}.run.events")}
+
+
 @pytest.mark.parametrize("module", list(MODULES))
 def test_imports_run_downwards(module: str) -> None:
     here = folder(module)

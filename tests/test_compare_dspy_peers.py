@@ -38,7 +38,8 @@ from benchmarks.optimizers.greater import Greater, GreaterNoReasoning, GreaterPa
 from benchmarks.optimizers.miprov2 import Mipro, MiproZeroShot
 from benchmarks.optimizers.simba import Simba
 from benchmarks.optimizers.textgrad import TextGrad
-from dspy_greater.run.events import Evaluation, RowOutcome, StepTaken
+from dspy_greater.objective.types import Evaluation, RowOutcome
+from dspy_greater.run.events import StepTaken
 from dspy_greater.settings import Settings
 
 SEED = "Answer the question."

@@ -12,8 +12,8 @@ from scripted_engine import SEED, exact_match, planted_engine, planted_rows, pro
 
 from dspy_greater.metric import RowMetric
 from dspy_greater.objective.evaluator import Objective
+from dspy_greater.objective.types import Evaluation
 from dspy_greater.program.predictors import predictors_of
-from dspy_greater.run.events import Evaluation
 from dspy_greater.search.edits import Edit, propose_edits
 from dspy_greater.search.select import given_up
 from dspy_greater.search.state import SearchState, begin

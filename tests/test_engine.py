@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
-from dspy_greater.errors import ContextLengthError, LayoutError, WeightsError
+from dspy_greater.errors import ContextLengthError, EngineMemoryError, LayoutError, WeightsError
 from dspy_greater.model import sampling as decode_module
-from dspy_greater.model.engine import Counters, Engine, EngineMemoryError, GenerationRequest
+from dspy_greater.model.engine import Counters, Engine, GenerationRequest
 from dspy_greater.model.kv_cache import InPlaceLayer
 from dspy_greater.model.registry import shared_engine
 

@@ -24,8 +24,8 @@ from scripted_gradsum import (
 )
 from scripted_text import Asked, text_lm
 
-from dspy_greater.errors import JudgeError, ProgramError, RunDirectoryError, SettingsError
-from dspy_greater.gradsum.meter import BudgetSpent, Meter
+from dspy_greater.errors import BudgetSpent, JudgeError, ProgramError, RunDirectoryError, SettingsError
+from dspy_greater.gradsum.meter import Meter
 from dspy_greater.program.fingerprint import described_lm
 from dspy_greater.run.events import IterationTaken
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -94,6 +95,20 @@ def foreign_errors(tree: ast.Module) -> Iterator[tuple[int, str]]:
                 yield node.lineno, f"{node.name} is an error outside the hierarchy of GreaterError"
 
 
+def errors_away_from_home(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Classes that descend from an error of `errors`, under whatever name that was imported."""
+    ours = {
+        name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, BaseException)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            ours |= {alias.asname for alias in node.names if alias.name in ours and alias.asname}
+        if isinstance(node, ast.ClassDef):
+            bases = {getattr(base, "id", "") or getattr(base, "attr", "") for base in node.bases}
+            if bases & ours:
+                yield node.lineno, f"{node.name} is an error that is not in errors.py"
+
+
 Rule = Callable[[ast.Module], Iterator[tuple[int, str]]]
 
 
@@ -120,6 +135,26 @@ def test_the_library_keeps_the_rule(rule: Rule) -> None:
     assert not broken(rule, LIBRARY)
 
 
+def test_no_error_is_defined_outside_of_errors() -> None:
+    assert not broken(errors_away_from_home, [path for path in LIBRARY if path.name != "errors.py"])
+    assert len(list(errors_away_from_home(parse(source(ROOT / "dspy_greater" / "errors.py"))))) > 10
+
+
+def test_no_error_of_a_loaded_module_is_defined_outside_of_errors() -> None:
+    """Whatever their source looks like."""
+    for path in LIBRARY:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        importlib.import_module(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    found = descendants(errors.GreaterError)
+    assert errors.EngineMemoryError in found and errors.MalformedAnswer in found
+    assert not [each for each in found if each.__module__ != errors.__name__]
+
+
+def descendants(kind: type) -> set[type]:
+    below = {each for each in kind.__subclasses__() if each.__module__.startswith("dspy_greater")}
+    return below.union(*(descendants(each) for each in below))
+
+
 @pytest.mark.parametrize(
     ("rule", "text", "line"),
     [
@@ -129,6 +164,9 @@ def test_the_library_keeps_the_rule(rule: Rule) -> None:
         (foreign_errors, "raise ValueError('no')", 1),
         (foreign_errors, "raise RuntimeError", 1),
         (foreign_errors, "class Lost(Exception):\n    pass", 1),
+        (errors_away_from_home, "from .errors import LossError\nclass Odd(LossError):\n    pass", 2),
+        (errors_away_from_home, "from .errors import LossError as E\nclass Odd(E):\n    pass", 2),
+        (errors_away_from_home, "def f():\n    class Odd(errors.LossError):\n        pass", 2),
         (undocumented, "x = 1", 1),
         (undocumented, "'''A module.'''\ndef f():\n    pass", 2),
         (undocumented, "'''A module.'''\nclass A:\n    pass", 2),

@@ -18,20 +18,12 @@ from any_event import bits, events
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspy_greater.errors import GreaterError, RunDirectoryError
+from dspy_greater.errors import EventFormatError, GreaterError, RunDirectoryError
+from dspy_greater.objective.types import Candidate, Evaluation, RowOutcome
 from dspy_greater.run import lines
-from dspy_greater.run.events import (
-    Candidate,
-    Evaluation,
-    Event,
-    RowOutcome,
-    SearchStarted,
-    StepTaken,
-    Validated,
-    Warned,
-)
+from dspy_greater.run.events import Event, SearchStarted, StepTaken, Validated, Warned
 from dspy_greater.run.journal import Journal
-from dspy_greater.run.serialise import EventFormatError, to_json
+from dspy_greater.run.serialise import to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 IDENTITY = {"settings": {"steps": 3, "seed": 0}, "weights": "tiny@1:float32"}
@@ -120,7 +112,7 @@ def test_every_line_is_standard_json(tmp_path: Path) -> None:
 
     text = write(tmp_path).read_text(encoding="ascii")
     parsed = [json.loads(line, parse_constant=refuse)["payload"] for line in text.splitlines()]
-    assert parsed[0] == {"format": "dspy_greater journal", "version": 1, "identity": IDENTITY}
+    assert parsed[0] == {"format": "dspy_greater journal", "version": 2, "identity": IDENTITY}
     assert [each["type"] for each in parsed[1:]] == [type(event).__name__ for event in HAPPENED]
 
 
@@ -297,11 +289,48 @@ def rewrite(path: Path, payloads: list[Any]) -> None:
     path.write_bytes(content)
 
 
-def test_another_format_version_is_refused(tmp_path: Path) -> None:
+# As format version 1 wrote it: a run of one event.
+VERSION_1 = (
+    b'{"crc32":"53444131","payload":{"format": "dspy_greater journal", "version": 1, "identity": {"seed": 0}}}\n'
+    b'{"crc32":"9a8e4835","payload":{"type":"SearchStarted","predictor":"predict","seed":{"token_ids":[5,7],'
+    b'"instruction":"Think.","rows":[{"row":0,"score":0.5,"inputs":{"question":"2+2?","pair":{"$tuple":[1,2]}},'
+    b'"written":{"reasoning":"four"},"cross_entropy":{"$float":"nan"},"error":null,"preamble":"","calls":[],'
+    b'"unparsed":false}],"score":0.5,"cross_entropy":0.25,"fluency_nll":3.0,"objective":[0.5,{"$float":"inf"}],'
+    b'"complete":true},"steps":3,"spent":{},"samples":[]}}\n'
+)
+
+
+def test_a_journal_of_the_older_format_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    rewrite(path, [{"format": "dspy_greater journal", "version": 2}, {"type": "Unheard"}])
-    with pytest.raises(RunDirectoryError, match="has format version 2, and this dspy_greater reads version 1. Use"):
+    path.write_bytes(VERSION_1)
+    assert lines.read(VERSION_1).damaged_line is None and len(lines.read(VERSION_1).payloads) == 2
+    with pytest.raises(RunDirectoryError) as caught:
+        Journal.open(tmp_path, {"seed": 0})
+    assert str(caught.value) == (
+        f"{path} has format version 1: an older dspy_greater wrote it, and this one has another form for events "
+        "(version 2), so it cannot go on from there. Finish that run with the dspy_greater that began it, use another "
+        f"log_dir, or delete {path} to begin again."
+    )
+    assert path.read_bytes() == VERSION_1
+
+
+def test_a_line_of_the_older_format_is_refused_under_the_header_of_today_too(tmp_path: Path) -> None:
+    old = json.loads(lines.read(VERSION_1).payloads[1])
+    rewrite(tmp_path / "journal.jsonl", [{"format": "dspy_greater journal", "version": 2, "identity": IDENTITY}, old])
+    with pytest.raises(RunDirectoryError, match="Line 2 of .* is intact, but it is not an event of this version: It"):
         Journal.open(tmp_path, IDENTITY)
+
+
+@pytest.mark.parametrize("version", [3, 0.5, "2", None, [2]])
+def test_another_format_version_is_refused(tmp_path: Path, version: Any) -> None:
+    path = tmp_path / "journal.jsonl"
+    rewrite(path, [{"format": "dspy_greater journal", "version": version}, {"type": "Unheard"}])
+    with pytest.raises(RunDirectoryError, match=r"has format version .*: another dspy_greater wrote it, and this one"):
+        Journal.open(tmp_path, IDENTITY)
+
+
+def test_a_file_of_our_lines_that_is_no_journal_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
     for header in ({"format": "else"}, [1], None):
         rewrite(path, [header])
         with pytest.raises(RunDirectoryError, match="is not a journal. Move it away, or use another log_dir."):
@@ -314,13 +343,16 @@ def test_another_format_version_is_refused(tmp_path: Path) -> None:
         {"type": "Unheard"},
         {"type": ["Warned"]},
         {"type": "Warned", "message": {"$pairs": [[[], 1]]}},
+        {"type": "Warned", "message": {"$pairs": [[{"$list": []}, 1]]}},
+        {"type": "Warned", "message": "", "extra": 1},
+        {"type": "Evaluation"},
         [[[]]],
         None,
     ],
 )
 def test_an_intact_line_that_is_no_event_is_refused(tmp_path: Path, payload: Any) -> None:
     path = tmp_path / "journal.jsonl"
-    header = {"format": "dspy_greater journal", "version": 1, "identity": IDENTITY}
+    header = {"format": "dspy_greater journal", "version": 2, "identity": IDENTITY}
     rewrite(path, [header, to_json(HAPPENED[0]), payload])
     with pytest.raises(RunDirectoryError, match="Line 3 of .* is intact, but it is not an event of this version"):
         Journal.open(tmp_path, IDENTITY)

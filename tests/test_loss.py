@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
 
-from dspy_greater.errors import LayoutError, SettingsError
-from dspy_greater.model.engine import Engine, EngineMemoryError
+from dspy_greater.errors import EngineMemoryError, LayoutError, SettingsError
+from dspy_greater.model.engine import Engine
 from dspy_greater.model.fast.prefix_cache import PrefixStore
 from dspy_greater.model.teacher_forcing import Losses, in_batches, logits_before, teacher_forced_losses, token_batches
 from tests.tiny_models import tiny_model, tiny_tokenizer

@@ -31,10 +31,10 @@ from dspy_greater.metric import RowMetric
 from dspy_greater.model.teacher_forcing import teacher_forced_losses
 from dspy_greater.objective.evaluator import Instruction, Objective
 from dspy_greater.objective.sequences import headers, openings, partition, split_completion
+from dspy_greater.objective.types import Evaluation
 from dspy_greater.program.predictors import predictors_of
 from dspy_greater.program.rollout import Rollout, plain
 from dspy_greater.prompt.layout import Layout
-from dspy_greater.run.events import Evaluation
 from dspy_greater.search.select import evaluation, select
 from dspy_greater.search.state import advance, begin
 from dspy_greater.settings import Settings

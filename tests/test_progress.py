@@ -8,11 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
+from dspy_greater.objective.types import Candidate, Evaluation
 from dspy_greater.run.events import (
     BeamStarted,
     BeamValidated,
-    Candidate,
-    Evaluation,
     Event,
     IterationTaken,
     MemberEdited,

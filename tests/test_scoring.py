@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from dspy_greater.model.fast.scoring import _alike, score
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspy_greater.model.engine import Counters, Engine, EngineMemoryError, GenerationRequest
+from dspy_greater.errors import EngineMemoryError
+from dspy_greater.model.engine import Counters, Engine, GenerationRequest
 from dspy_greater.model.fast.generated_kv import Places, WrittenRows, WrittenStates, slot_mask
 from dspy_greater.model.fast.prefix_cache import shared_length
-from dspy_greater.model.fast.scoring import _alike, score
 from dspy_greater.model.kv_cache import InPlaceLayer, storage
 from dspy_greater.model.prefill import LEAST_SAVED, Part, parts_of
 from dspy_greater.model.teacher_forcing import teacher_forced_losses

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import settings as quickly
 from hypothesis import strategies as st
 
-from dspy_greater.run.events import Evaluation
+from dspy_greater.objective.types import Evaluation
 from dspy_greater.search.state import (
     SearchState,
     advance,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import settings as quickly
 from hypothesis import strategies as st
 
-from dspy_greater.run.events import Evaluation, RowOutcome
+from dspy_greater.objective.types import Evaluation, RowOutcome
 from dspy_greater.search.select import evaluation, given_up, has_no_chance, outdoes, realised_change, select
 
 NAN, INF = math.nan, math.inf

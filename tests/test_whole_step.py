@@ -29,13 +29,13 @@ from scripted_engine import (
 )
 
 from dspy_greater.estimators.paper_gradient import gradient_over_reasoning
-from dspy_greater.fidelity import spearman
 from dspy_greater.metric import RowMetric
 from dspy_greater.objective.evaluator import Objective
 from dspy_greater.objective.replay import Reasoning
+from dspy_greater.objective.types import Candidate, Evaluation, RowOutcome
 from dspy_greater.program.predictors import predictors_of
 from dspy_greater.report.result import PredictorResult
-from dspy_greater.run.events import Candidate, Evaluation, RowOutcome, SearchStarted, StepTaken
+from dspy_greater.run.events import SearchStarted, StepTaken
 from dspy_greater.run.serialise import from_json, to_json
 from dspy_greater.search.default_step import hopeful, take_whole_step
 from dspy_greater.search.loop import minimise, take_step
@@ -43,6 +43,7 @@ from dspy_greater.search.select import realised_change
 from dspy_greater.search.state import SearchState, begin, step_random
 from dspy_greater.search.state import default_step as whole_step
 from dspy_greater.settings import Settings
+from dspy_greater.stats import spearman
 
 ROWS = planted_rows(24)
 FEW = ROWS[:4]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.fidelity.table import interval
+from dspy_greater.stats import mean
 
 BASELINE = "whole"  # the default, which the others are compared with; without it the first is
 
@@ -18,16 +19,16 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
     done = {name: [cell for cell in cells if cell["variant"] == name and "accuracy" in cell] for name in names}
     head = ["variant", "mean, %, 95 % interval over searches", *tasks, f"{baseline} is better by", "searches", "steps"]
     lines = [f"| {' | '.join(head)} | failed |", f"|{' --- |' * (len(head) + 1)}"]
-    for name in sorted(names, key=lambda name: -_mean([cell["accuracy"] for cell in done[name]])):
+    for name in sorted(names, key=lambda name: -mean([cell["accuracy"] for cell in done[name]])):
         found = done[name]
-        mean, low, high = interval([100 * cell["accuracy"] for cell in found])
-        by_task = [_mean([100 * cell["accuracy"] for cell in found if cell["task"] == task]) for task in tasks]
+        middle, low, high = interval([100 * cell["accuracy"] for cell in found])
+        by_task = [mean([100 * cell["accuracy"] for cell in found if cell["task"] == task]) for task in tasks]
         lead = "" if name == baseline else _lead(done[baseline], found)
-        steps = _mean([cell["steps"] for cell in found])
+        steps = mean([cell["steps"] for cell in found])
         failed = sum(cell["variant"] == name and "error" in cell for cell in cells)
         accuracies = " | ".join(f"{each:.1f}" for each in by_task)
         lines.append(
-            f"| {name} | {mean:.1f} ({low:.1f} to {high:.1f}) | {accuracies} | {lead} | {len(found)} | {steps:.0f} "
+            f"| {name} | {middle:.1f} ({low:.1f} to {high:.1f}) | {accuracies} | {lead} | {len(found)} | {steps:.0f} "
             f"| {failed} |"
         )
     return "\n".join(lines)
@@ -40,9 +41,5 @@ def _lead(baseline: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -
     leads = [100 * (mine - other) for mine, other in shared if other is not None]
     if not leads:
         return "-"
-    mean, low, high = interval(leads)
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")
+    middle, low, high = interval(leads)
+    return f"{middle:+.1f} ({low:+.1f} to {high:+.1f})"

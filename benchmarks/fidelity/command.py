@@ -60,7 +60,11 @@ MIDWAY: Mapping[str, Sequence[str]] = {
 def main(argv: Sequence[str]) -> int:
     """Measure what is missing and print the table."""
     arguments = _parser().parse_args(argv)
-    dspy.configure(lm=local_lm(arguments.model))
+    with dspy.context(lm=local_lm(arguments.model)):
+        return _measure(arguments)
+
+
+def _measure(arguments: argparse.Namespace) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     done = _read(arguments.out / "positions.jsonl")
     for plan in _plans(arguments):

@@ -14,9 +14,9 @@ from dspy_greater.lm.local import weights_behind
 from dspy_greater.metric import RowMetric
 from dspy_greater.objective.evaluator import Objective
 from dspy_greater.objective.replay import Reasoning
+from dspy_greater.objective.types import Evaluation
 from dspy_greater.program.predictors import predictors_of, with_instruction
 from dspy_greater.program.rollout import pin_lms
-from dspy_greater.run.events import Evaluation
 from dspy_greater.search.default_step import hopeful
 from dspy_greater.search.edits import Edit, propose_edits
 from dspy_greater.search.select import realised_change

@@ -11,7 +11,7 @@ from dspy_greater.estimators.paper_gradient import gradient_over_reasoning
 from dspy_greater.estimators.score_gradient import whole_gradient
 from dspy_greater.objective.evaluator import Objective
 from dspy_greater.objective.replay import Reasoning, advantages
-from dspy_greater.run.events import Evaluation
+from dspy_greater.objective.types import Evaluation
 from dspy_greater.search.edits import Edit
 from dspy_greater.settings import Baseline, Point, Settings, Term
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
 from benchmarks.fidelity.measure import Measured
-from dspy_greater.fidelity import spearman
+from dspy_greater.stats import mean, spearman
 
 _RESAMPLES = 2000
 _PICKS = 3  # μ: candidates that a step tries
@@ -43,9 +43,9 @@ def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float, floa
     if not numbers:
         return math.nan, math.nan, math.nan
     random = Random(seed)
-    means = sorted(sum(random.choices(numbers, k=len(numbers))) / len(numbers) for _ in range(_RESAMPLES))
+    means = sorted(mean(random.choices(numbers, k=len(numbers))) for _ in range(_RESAMPLES))
     low, high = means[int(0.025 * _RESAMPLES)], means[int(0.975 * _RESAMPLES) - 1]
-    return sum(numbers) / len(numbers), low, high
+    return mean(numbers), low, high
 
 
 def table(measured: Sequence[Measured]) -> str:

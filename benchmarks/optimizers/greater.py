@@ -22,7 +22,8 @@ import dspy
 
 from benchmarks.optimizers.optimizer import Context
 from dspy_greater import GReaTerTeleprompter
-from dspy_greater.run.events import Evaluation, Event, SearchStarted, StepTaken, Validated
+from dspy_greater.objective.types import Evaluation
+from dspy_greater.run.events import Event, SearchStarted, StepTaken, Validated
 
 
 class Greater:

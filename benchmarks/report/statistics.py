@@ -1,4 +1,4 @@
-"""The statistics of the report, in the standard library alone."""
+"""The statistics of the report, beside those that a search has itself (`dspy_greater.stats`)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.harness.cells import wilson
+from dspy_greater.stats import ranks
 
 __all__ = ["Spread", "average_ranks", "holm", "mcnemar_exact", "wilson"]
 
@@ -77,9 +78,5 @@ def average_ranks(scores: Mapping[str, float]) -> dict[str, float]:
         {'a': 1.5, 'b': 3.0, 'c': 1.5}
     """
 
-    def rank(score: float) -> float:
-        above = sum(other > score for other in scores.values())
-        equal = sum(other == score for other in scores.values())
-        return above + (equal + 1) / 2
-
-    return {name: rank(score) for name, score in scores.items()}
+    places = ranks([-score for score in scores.values()])
+    return {name: place + 1 for name, place in zip(scores, places, strict=True)}

@@ -8,17 +8,13 @@ from typing import Any, Generic, TypeVar
 
 import dspy
 
-from dspy_greater.errors import GreaterError
+from dspy_greater.errors import MalformedAnswer
 from dspy_greater.gradsum.meter import Meter, Module
 from dspy_greater.program.predictors import search_adapter
 from dspy_greater.program.rollout import together
 
 Answer = TypeVar("Answer")
 _LONGEST_PROBLEM = 500  # characters
-
-
-class MalformedAnswer(GreaterError):
-    """An answer that cannot be used; the message tells the LM what is wrong with it."""
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,15 @@ from typing import Any
 
 import dspy
 
-from dspy_greater.errors import JudgeError
-from dspy_greater.gradsum.ask import Asker, MalformedAnswer, Question
+from dspy_greater.errors import JudgeError, MalformedAnswer
+from dspy_greater.gradsum.ask import Asker, Question
 from dspy_greater.gradsum.meter import Meter
 from dspy_greater.gradsum.modules import Judge
 from dspy_greater.gradsum.task import Prompts, Task
 from dspy_greater.metric import Score
 from dspy_greater.program.rollout import Rollout, run_pairs, searching_copy
 from dspy_greater.run.events import Output
+from dspy_greater.stats import mean
 
 NO_EXPECTED_ANSWER = "(none is known)"
 _WHOLE_NUMBER = re.compile(r"(-?\d+)(?:\.0+)?(?:\s*(?:/|out of)\s*\d+)?\.?")
@@ -167,7 +168,7 @@ class Evaluator:
 def mean_score(outputs: Sequence[Output]) -> tuple[float, ...]:
     """The means of the metric's and the judge's scores; the metric's decides, the judge's where that is equal."""
     columns = zip(*(output.score for output in outputs), strict=True)
-    return tuple(sum(column) / len(outputs) for column in columns)
+    return tuple(mean(column) for column in columns)
 
 
 def _with_verdict(output: Output, verdict: tuple[float, str] | None, problem: str) -> Output:

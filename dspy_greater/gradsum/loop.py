@@ -9,9 +9,10 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from dspy_greater.gradsum.ask import Asker, MalformedAnswer, Question
+from dspy_greater.errors import BudgetSpent, MalformedAnswer
+from dspy_greater.gradsum.ask import Asker, Question
 from dspy_greater.gradsum.evaluate import NO_EXPECTED_ANSWER, Evaluator, mean_score
-from dspy_greater.gradsum.meter import BudgetSpent, Meter
+from dspy_greater.gradsum.meter import Meter
 from dspy_greater.gradsum.modules import Edit, EditUnaware, Summarise, WriteGradient, WriteGradientOnOnePrompt
 from dspy_greater.gradsum.task import Prompts, Task
 from dspy_greater.metric import refuse_useless_metric

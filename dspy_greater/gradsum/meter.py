@@ -10,15 +10,11 @@ from typing import Any, Literal
 
 import dspy
 
-from dspy_greater.errors import GreaterError
+from dspy_greater.errors import BudgetSpent
 
 Module = Literal["generation", "evaluation", "gradients", "summarisation", "editing"]
 _TOKENS = ("prompt_tokens", "completion_tokens")
 _COUNTED = ("calls", *_TOKENS, "answered", "malformed", "unanswered")
-
-
-class BudgetSpent(GreaterError):
-    """The next stage would cost more LM calls or tokens than are left; it ends the loop, not the run."""
 
 
 class Meter:

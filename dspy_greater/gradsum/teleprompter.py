@@ -18,10 +18,11 @@ from dspy_greater.gradsum.task import Prompts, Task, pose
 from dspy_greater.metric import Metric
 from dspy_greater.program.roundtrip import write_back
 from dspy_greater.program.validation import winner
-from dspy_greater.report.result import GradSumResult
+from dspy_greater.report.result import GradSumResult, what_stopped
 from dspy_greater.run.events import BeamStarted, BeamValidated, Event, IterationTaken, Listener
 from dspy_greater.run.journal import Journal
-from dspy_greater.run.progress import Listeners, ProgressBar
+from dspy_greater.run.log import StepLog
+from dspy_greater.run.progress import Listeners, ProgressBar, checked_callbacks
 from dspy_greater.settings import Auto
 
 
@@ -44,7 +45,10 @@ class GradSumTeleprompter(Teleprompter):
         seed: decides every random choice.
         log_dir: directory for the run's journal. Called again with the same inputs, `compile` goes on
             after the last iteration that was finished.
-        listeners: called with every event (`dspy_greater.run.events`).
+        callbacks: functions that are called with every event (`dspy_greater.run.events`). One that returns exactly
+            `False` ends the loop after that iteration: the best so far is returned, and a run with a `log_dir` can go
+            on from there. One that raises is warned of once and not called again.
+        listeners: the same, under an older name.
         progress: show a progress bar; None shows it on a terminal only.
         **settings: any field of `GradSumSettings`, such as `beam_width=3, iterations=10, sample_size=30,
             candidates_per_edit=3, subset_size=10, summarize=True, judge_scale=(1, 5), max_lm_calls=None`.
@@ -75,6 +79,7 @@ class GradSumTeleprompter(Teleprompter):
         auto: Auto | None = None,
         seed: int = 0,
         log_dir: str | Path | None = None,
+        callbacks: Sequence[Listener] = (),
         listeners: Sequence[Listener] = (),
         progress: bool | None = None,
         **settings: Any,
@@ -92,7 +97,8 @@ class GradSumTeleprompter(Teleprompter):
         self.settings = GradSumSettings.of(auto, **settings)
         self.seed = seed
         self.log_dir = log_dir
-        self.listeners = tuple(listeners)
+        # Not under the name `callbacks`, where DSPy looks for its own.
+        self.listeners = (*checked_callbacks(listeners, "listeners"), *checked_callbacks(callbacks))
         self.progress = progress
 
     def compile(
@@ -135,7 +141,7 @@ class GradSumTeleprompter(Teleprompter):
             Journal.open(self.log_dir, task.identity()) as journal,
             ProgressBar(show=self.progress) as bar,
         ):
-            run = _Run(task, journal, Listeners([bar, *self.listeners]))
+            run = _Run(task, journal, Listeners([bar, StepLog(), *self.listeners]))
             run.search()
             result = run.validate()
         return _finished(student, result)
@@ -153,13 +159,17 @@ class _Run:
         self._interrupted = False
 
     def search(self) -> None:
-        """The loop, from where an interrupted run stopped; Ctrl-C ends it with what was found."""
+        """The loop, from where an interrupted run stopped; Ctrl-C and callbacks end it with what was found."""
         recorded = self._journal.recorded()
         iterations = [event for event in recorded if isinstance(event, IterationTaken)]
         self._tell(BeamStarted(self._task.seed_prompts, self._task.settings.iterations), record=not recorded)
+        if self._listeners.stopped:
+            return
         try:
             for iteration, fresh in self._loop.run(iterations):
                 self._tell(iteration, record=fresh)
+                if self._listeners.stopped:
+                    return
         except KeyboardInterrupt:
             self._interrupted = True
 
@@ -184,12 +194,19 @@ class _Run:
             spent_by_module=by_module,
             interrupted=self._interrupted,
             out_of_budget=loop.out_of_budget,
+            stopped_by=what_stopped(
+                interrupted=self._interrupted, called_off=self._called_off, out_of_budget=loop.out_of_budget
+            ),
         )
+
+    @property
+    def _called_off(self) -> bool:
+        return self._listeners.stopped and len(self._loop.iterations) < self._task.settings.iterations
 
     def _tell(self, event: Event, *, record: bool) -> None:
         if record:
             self._journal.append(event)
-        self._listeners.emit(event)
+        self._listeners.emit(event, replayed=not record)
 
 
 def _check_text(name: str, value: object) -> None:

@@ -22,6 +22,7 @@ from dspy_greater.objective.loss import losses
 from dspy_greater.objective.replay import ReasonedSequence, Reasoning
 from dspy_greater.objective.score import DEFAULT_CRITERION, Criterion, evaluation
 from dspy_greater.objective.sequences import Examples, written_key
+from dspy_greater.objective.types import Evaluation, RowOutcome
 from dspy_greater.program.predictors import PredictorSite
 from dspy_greater.program.rollout import (
     Generate,
@@ -33,8 +34,8 @@ from dspy_greater.program.rollout import (
     searching_copy,
 )
 from dspy_greater.prompt.layout import Layout, Supervised
-from dspy_greater.run.events import Evaluation, RowOutcome
 from dspy_greater.settings import Settings
+from dspy_greater.stats import mean
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ class Evaluator:
                     replace(row, cross_entropy=loss if self._field else 1.0 - row.score)
                     for row, (loss, _) in zip(rows, pairs, strict=True)
                 ],
-                sum(fluency) / len(fluency) if fluency else math.nan,
+                mean(fluency),
                 score_fluency_weight=self._settings.score_fluency_weight,
                 uncertainty_weight=self._uncertainty_weight,
             )

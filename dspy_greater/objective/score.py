@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dspy_greater.run.events import Evaluation, RowOutcome
+from dspy_greater.objective.types import Evaluation, RowOutcome
+from dspy_greater.stats import mean
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ def evaluation(
         >>> evaluation((1,), "Add.", [row], 3.0, score_fluency_weight=0.02).objective
         (0.06, 0.5)
     """
-    score = sum(row.score for row in rows) / len(rows)
+    score = mean([row.score for row in rows])
     finite = [row for row in rows if math.isfinite(row.cross_entropy)]
-    cross_entropy = sum(row.cross_entropy for row in finite) / len(finite) if finite else math.nan
+    cross_entropy = mean([row.cross_entropy for row in finite])
     uncertain = uncertainty_weight * sum(map(answer_uncertainty, finite)) / max(1, len(finite))
     mistakes = 1.0 - score + uncertain + score_fluency_weight * fluency_nll
     objective = (mistakes, cross_entropy)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from dspy_greater.objective.replay import ReasonedSequence
+from dspy_greater.objective.types import CallOutcome, RowOutcome
 from dspy_greater.program.predictors import PredictorSite, calls_of
 from dspy_greater.program.rollout import Rollout, plain
 from dspy_greater.prompt.layout import Layout
 from dspy_greater.prompt.spans import Span, Supervised
-from dspy_greater.run.events import CallOutcome, RowOutcome
 
 _MOST_CUTS = 8  # attempts to make a row fit the context by shortening its reasoning
 _MARK = "\ue000value\ue000"

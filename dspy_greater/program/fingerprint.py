@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dspy_greater.program.predictors import PredictorSite
-from dspy_greater.run.serialise import JSON
+
+JSON = Any  # what `json.dumps` takes
 
 _SAMPLING = ("temperature", "top_p", "max_tokens", "max_completion_tokens", "seed")
 

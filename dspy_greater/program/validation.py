@@ -7,6 +7,7 @@ from typing import Any
 
 from dspy_greater.metric import RowMetric, refuse_useless_metric
 from dspy_greater.program.rollout import roll_out, searching_copy
+from dspy_greater.stats import mean
 
 
 def validation_scores(
@@ -32,7 +33,7 @@ def validation_scores(
     programs = [searching_copy(program, texts) for texts in finalists]
     rollouts = roll_out(programs, rows, metric, threads=threads, deployed=True)
     refuse_useless_metric(*([each.error for each in group] for group in rollouts), rows="validation rows")
-    return [sum(each.score for each in group) / len(group) for group in rollouts]
+    return [mean([each.score for each in group]) for group in rollouts]
 
 
 def winner(scores: Sequence[float] | Sequence[tuple[float, ...]]) -> int:

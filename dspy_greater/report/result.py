@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dspy_greater.fidelity import spearman
-from dspy_greater.run.events import Evaluation, IterationTaken, StepTaken
+from dspy_greater.objective.types import Evaluation
+from dspy_greater.run.events import IterationTaken, StepTaken
+from dspy_greater.stats import spearman
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class CompileResult:
     `spent` holds what the engines counted in this process: forwards, prefilled_tokens, generated_tokens,
     padded_tokens, lm_head_rows and backward_tokens. `out_of_budget` says why the search ended early, if
     `max_generated_tokens` did it; predictors that it did not come to keep their instructions and
-    are not among `predictors`.
+    are not among `predictors`. `stopped_by` is what ended it early: "interrupt" (Ctrl-C), "callback" or "budget"; None
+    when it took all its steps.
     """
 
     predictors: tuple[PredictorResult, ...]
@@ -90,6 +92,7 @@ class CompileResult:
     interrupted: bool = False
     warm_start: WarmStart | None = None
     out_of_budget: str | None = None
+    stopped_by: str | None = None
 
     @property
     def spent_by_phase(self) -> dict[str, dict[str, int]]:
@@ -140,6 +143,7 @@ class GradSumResult:
     spent_by_module: dict[str, dict[str, int]]
     interrupted: bool = False
     out_of_budget: str | None = None  # why the loop ended early, if the budget did it
+    stopped_by: str | None = None  # "interrupt", "callback" or "budget"; None when it took all its iterations
 
     @property
     def prompts(self) -> dict[str, str]:
@@ -165,6 +169,19 @@ class GradSumResult:
     def spent(self) -> dict[str, int]:
         """`spent_by_module`, summed."""
         return _summed(self.spent_by_module.values())
+
+
+def what_stopped(*, interrupted: bool, called_off: bool, out_of_budget: str | None) -> str | None:
+    """`stopped_by` of a result.
+
+    >>> what_stopped(interrupted=False, called_off=True, out_of_budget=None)
+    'callback'
+    """
+    if interrupted:
+        return "interrupt"
+    if called_off:
+        return "callback"
+    return None if out_of_budget is None else "budget"
 
 
 def _summed(costs: Iterable[dict[str, int]]) -> dict[str, int]:

@@ -9,60 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-
-@dataclass(frozen=True)
-class CallOutcome:
-    """One call of the predictor on one row: what it was given, and the text that the model wrote."""
-
-    inputs: dict[str, object]
-    completion: str
-
-
-@dataclass(frozen=True)
-class RowOutcome:
-    """One training row under one instruction."""
-
-    row: int
-    score: float  # the user's metric; 0.0 when the row failed
-    inputs: dict[str, object]  # of the predictor's own call; empty when it was not called
-    written: dict[str, object]  # output fields before the supervised one: the reasoning
-    cross_entropy: float  # of the gold answer after that reasoning; NaN when not finite or not taken
-    error: str | None = None  # why the row failed, if it did
-    preamble: str = ""  # what the model wrote before its first field: a native <think> block
-    calls: tuple[CallOutcome, ...] = ()  # every call of the predictor, where there is no gold value
-    unparsed: bool = False  # the model did not write the field that has a gold value
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One instruction on all training rows, with reasoning of its own.
-
-    `objective` is (mistake rate + weighted fluency, cross-entropy), compared left to
-    right; lower is better. It is infinite when no row has a finite loss.
-    """
-
-    token_ids: tuple[int, ...]
-    instruction: str
-    rows: tuple[RowOutcome, ...]
-    score: float  # mean of the metric over the rows
-    cross_entropy: float  # mean over the rows with a finite loss
-    fluency_nll: float  # nats per instruction token
-    objective: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A token that was proposed for a position, and what became of it."""
-
-    token: int
-    text: str
-    log_probability: float  # mean over the proposal contexts, nats
-    gradient: float | None  # its slope, lower is better; `variant="paper"`: relative to the current token's
-    evaluation: Evaluation | None  # None when it was not selected
-    edit: str = "replace"  # "insert": in front of the position; "delete": the token that was there
-    forecast: float | None = None  # predicted change of the expected loss, by re-weighted scoring
-    effective_samples: float | None = None  # how many reasonings carry the forecast
-    realised: tuple[float, float] | None = None  # change of mistake rate and of cross-entropy, on the same rows
+from dspy_greater.objective.types import Candidate, Evaluation
 
 
 @dataclass(frozen=True)
@@ -87,6 +34,7 @@ class StepTaken:
     chosen: Evaluation  # the instruction after the step
     reason: str  # why, in words
     spent: dict[str, int]  # this step: the engines' counters, and `runs`, of the program on a row
+    current_text: str = ""  # of the current token; empty where a token is appended
 
     @property
     def predictions(self) -> tuple[tuple[float, tuple[float, float]], ...]:
@@ -196,4 +144,4 @@ class BeamValidated:
 
 
 Event = SearchStarted | StepTaken | Validated | Warned | BeamStarted | IterationTaken | BeamValidated
-Listener = Callable[[Event], None]
+Listener = Callable[[Event], object]  # one that returns exactly False stops the search

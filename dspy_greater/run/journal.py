@@ -25,7 +25,7 @@ from dspy_greater.run.lock import DirectoryLock
 from dspy_greater.run.serialise import JSON, from_json, to_json
 
 _FORMAT = "dspy_greater journal"
-_VERSION = 1
+_VERSION = 2  # 1: events without a type at every part of them
 _MOST_DIFFERENCES = 20
 _WIDEST_VALUE = 80  # characters
 _ABSENT = "absent"
@@ -184,10 +184,13 @@ def _check_header(path: Path, header: Any, now: dict[str, JSON]) -> None:
     known = cast("dict[str, Any]", header) if isinstance(header, dict) else {}
     if known.get("format") != _FORMAT:
         raise RunDirectoryError(f"{path} is not a journal. Move it away, or use another log_dir.")
-    if known.get("version") != _VERSION:
+    version = known.get("version")
+    if version != _VERSION:
+        age = "an older" if version == 1 else "another"
         raise RunDirectoryError(
-            f"{path} has format version {known.get('version')}, and this dspy_greater reads version "
-            f"{_VERSION}. Use the dspy_greater that wrote it, or another log_dir."
+            f"{path} has format version {version}: {age} dspy_greater wrote it, and this one has another form for "
+            f"events (version {_VERSION}), so it cannot go on from there. Finish that run with the dspy_greater that "
+            f"began it, use another log_dir, or delete {path} to begin again."
         )
     differences = list(_differences(_flat(known.get("identity")), _flat(now)))
     if not differences:

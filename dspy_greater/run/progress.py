@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO, cast
 
+from dspy_greater.errors import SettingsError
+from dspy_greater.objective.types import Evaluation
 from dspy_greater.run.events import (
     BeamStarted,
     BeamValidated,
-    Evaluation,
     Event,
     IterationTaken,
     Listener,
@@ -146,8 +147,8 @@ def _loss(evaluation: Evaluation | None) -> str:
 class Listeners:
     """Several listeners as one.
 
-    A listener that raises is reported in a warning and not called again: no callback ends a search.
-    Ctrl-C passes.
+    A listener that raises is reported in a warning and not called again: no fault of a callback ends a search.
+    Ctrl-C passes. One that returns exactly `False` asks for the end of the search, which `stopped` then tells.
 
     Example:
         >>> from dspy_greater.run.events import Warned
@@ -161,17 +162,38 @@ class Listeners:
     def __init__(self, listeners: Iterable[Listener] = ()) -> None:
         """They are called in this order."""
         self._listeners: list[Listener] = list(listeners)
+        self.stopped = False
 
-    def emit(self, event: Event) -> None:
-        """Tell every listener."""
+    def emit(self, event: Event, *, replayed: bool = False) -> None:
+        """Tell every listener; one that is replayed from a journal has stopped what it could when it was new."""
         for listener in tuple(self._listeners):
             try:
-                listener(event)
+                if listener(event) is False and not replayed:
+                    self.stopped = True
             except Exception as error:  # a user's callback may raise anything
                 self._listeners = [other for other in self._listeners if other is not listener]
                 _report(listener, event, error)
 
     __call__ = emit
+
+
+def checked_callbacks(given: object, name: str = "callbacks") -> tuple[Listener, ...]:
+    """The functions that a user gave to be called with every event.
+
+    Raises:
+        SettingsError: one of them cannot be called, or they are no list.
+
+    Example:
+        >>> checked_callbacks([print])
+        (<built-in function print>,)
+    """
+    found = tuple(cast("Iterable[object]", given)) if isinstance(given, Iterable) else None
+    if found is None or not all(map(callable, found)):
+        raise SettingsError(
+            f"{name}={given!r}: give a list of functions that take an event (dspy_greater.run.events). DSPy's own "
+            "callback objects go to dspy.configure(callbacks=[...])."
+        )
+    return cast("tuple[Listener, ...]", found)
 
 
 def _report(listener: Listener, event: Event, error: Exception) -> None:

@@ -23,7 +23,8 @@ from dspy_greater.estimators.off_policy import Forecast, Likelihood, forecast, l
 from dspy_greater.estimators.score_gradient import score_gradient
 from dspy_greater.objective.replay import Reasoning, advantages
 from dspy_greater.objective.score import DEFAULT_CRITERION, Criterion
-from dspy_greater.run.events import Candidate, Evaluation, StepTaken
+from dspy_greater.objective.types import Candidate, Evaluation
+from dspy_greater.run.events import StepTaken
 from dspy_greater.search.edits import Edit, propose_edits
 from dspy_greater.search.exploration import baseline_scale, explores, forecasts_are_trusted
 from dspy_greater.search.select import realised_change, select
@@ -149,15 +150,17 @@ class DefaultStep:
         evaluated = at.evaluator.evaluate([each.instruction for each in tried], at.model)
         selection = select(at.current, evaluated, stays=False)
         state = look.at.state
+        stands = [] if state.appends() else [at.current.token_ids[state.position]]
         return StepTaken(
             predictor=at.predictor,
             step=state.step,
             position=state.position,
-            current_token=at.current.token_ids[state.position] if not state.appends() else -1,
+            current_token=stands[0] if stands else -1,
             candidates=_told(look, evaluated),
             chosen=selection.chosen,
             reason=selection.reason,
             spent=at.evaluator.spent(before),
+            current_text=at.model.tokenizer.decode(stands),
         )
 
     def _look_ahead(self, at: StepContext, replay: Replay, random: Random) -> list[_Look]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from random import Random
 
-from dspy_greater.fidelity import spearman
-from dspy_greater.run.events import Evaluation
+from dspy_greater.objective.types import Evaluation
 from dspy_greater.search.state import SearchState
 from dspy_greater.settings import Settings
+from dspy_greater.stats import spearman
 
 _TRUSTED = 0.3  # rank correlation from which forecasts are believed
 _OUTDONE = 0.9  # share of the seed's mistakes from which on it is outdone

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 
 from dspy_greater.errors import LossError
 from dspy_greater.objective.evaluator import Evaluator
-from dspy_greater.run.events import Evaluation, StepTaken
+from dspy_greater.objective.types import Evaluation
+from dspy_greater.run.events import StepTaken
 from dspy_greater.search.state import SearchState, advance, begin
 from dspy_greater.search.step import Step, StepContext
 from dspy_greater.settings import Settings

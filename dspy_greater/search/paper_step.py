@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from dspy_greater.estimators.paper_gradient import paper_gradient
 from dspy_greater.objective.score import PAPER_CRITERION, Criterion
-from dspy_greater.run.events import Candidate, Evaluation, StepTaken
+from dspy_greater.objective.types import Candidate, Evaluation
+from dspy_greater.run.events import StepTaken
 from dspy_greater.search.edits import Edit, propose_replacements
 from dspy_greater.search.select import realised_change, select
 from dspy_greater.search.state import SearchState
@@ -81,6 +82,7 @@ class PaperStep:
             chosen=selection.chosen,
             reason=selection.reason,
             spent=at.evaluator.spent(before),
+            current_text=at.model.tokenizer.decode([stands] if stands >= 0 else []),
         )
 
     def move(self, state: SearchState, settings: Settings, positions: Positions) -> SearchState:

@@ -9,10 +9,11 @@ from typing import Any
 from dspy_greater.errors import UnusedPredictorError
 from dspy_greater.metric import refuse_useless_metric
 from dspy_greater.objective.evaluator import Evaluator
+from dspy_greater.objective.types import Evaluation
 from dspy_greater.program.roundtrip import round_trip
 from dspy_greater.program.validation import validation_scores, winner
 from dspy_greater.report.result import PredictorResult
-from dspy_greater.run.events import Evaluation, SearchStarted, StepTaken, Validated
+from dspy_greater.run.events import SearchStarted, StepTaken, Validated
 from dspy_greater.run.journal import Journal
 from dspy_greater.run.progress import Listeners
 from dspy_greater.search.loop import minimise
@@ -63,7 +64,7 @@ class PredictorSearch:
         self.interrupted = False
 
     def run(self) -> None:
-        """Algorithm 1, from where an interrupted run stopped; Ctrl-C ends it with what was found."""
+        """Algorithm 1, from where an interrupted run stopped; Ctrl-C and callbacks end it with what was found."""
         settings = self._problem.settings
         self._started = self._start()
         generated = self._generated_before + self._started.spent.get("generated_tokens", 0)
@@ -78,10 +79,14 @@ class PredictorSearch:
             recorded=[event for event in self._recorded if isinstance(event, StepTaken)],
             generated_tokens=generated,
         )
+        if self._listeners.stopped:
+            return
         try:
             for self._state, step, fresh in searching:
                 self._steps.append(step)
                 self._tell(step, record=fresh)
+                if self._listeners.stopped:
+                    return
         except KeyboardInterrupt:
             self.interrupted = True
 
@@ -90,10 +95,20 @@ class PredictorSearch:
         """What the searches spent of the budget up to now, those of earlier predictors included."""
         return self._state.generated_tokens
 
+    @property
+    def called_off(self) -> bool:
+        """Whether a callback kept steps from being taken, or other predictors from being searched."""
+        return self._listeners.stopped and (self._state.step < self._problem.settings.steps or bool(self._rest))
+
+    @property
+    def _rest(self) -> list[str]:
+        """The predictors whose turn comes later."""
+        targets = self._problem.targets
+        return [target.site.name for target in targets[targets.index(self._target) + 1 :]]
+
     def out_of_budget(self) -> str | None:
         """What the budget did not allow, in words; None when it allowed all."""
-        settings, state, targets = self._problem.settings, self._state, self._problem.targets
-        rest = [target.site.name for target in targets[targets.index(self._target) + 1 :]]
+        settings, state, rest = self._problem.settings, self._state, self._rest
         if not state.out_of_budget(settings) or (state.step >= settings.steps and not rest):
             return None
         kept = f" Not searched, and left as they were: {', '.join(rest)}." if rest else ""
@@ -167,7 +182,7 @@ class PredictorSearch:
     def _tell(self, event: Any, *, record: bool) -> None:
         if record:
             self._journal.append(event)
-        self._listeners.emit(event)
+        self._listeners.emit(event, replayed=not record)
 
 
 def _warn_if_all_failed(seed: Evaluation, name: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dspy_greater.errors import LayoutError, SettingsError
 from dspy_greater.model.interface import Model
+from dspy_greater.stats import mean
 
 CandidateT = TypeVar("CandidateT")
 
@@ -133,8 +134,7 @@ def _ranking(log_probabilities: Tensor, length: int) -> list[int]:
 
 
 def _mean_at(token: int, log_probabilities: Iterable[Tensor]) -> float:
-    values = [float(each[token]) for each in log_probabilities]
-    return sum(values) / len(values)
+    return mean([float(each[token]) for each in log_probabilities])
 
 
 def _check(contexts: Sequence[Sequence[int]], **at_least_one: int) -> None:

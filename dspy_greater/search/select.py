@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dspy_greater.run.events import Evaluation, RowOutcome
+from dspy_greater.objective.types import Evaluation, RowOutcome
+from dspy_greater.stats import mean
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def realised_change(current: Evaluation, challenger: Evaluation) -> tuple[float,
     mistakes = [before.score - after.score for before, after in pairs]
     losses = [after.cross_entropy - before.cross_entropy for before, after in pairs]
     finite = [each for each in losses if math.isfinite(each)]
-    return _mean(mistakes), _mean(finite)
+    return mean(mistakes), mean(finite)
 
 
 def select(current: Evaluation, challengers: Sequence[Evaluation], *, stays: bool = True) -> Selection:
@@ -72,7 +73,3 @@ def _paired(one: Evaluation, other: Evaluation) -> list[tuple[RowOutcome, RowOut
     """The rows that both were run on."""
     rows = {row.row: row for row in one.rows}
     return [(rows[row.row], row) for row in other.rows if row.row in rows]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from dspy_greater.run.events import Evaluation, StepTaken
+from dspy_greater.objective.types import Evaluation
+from dspy_greater.run.events import StepTaken
 from dspy_greater.settings import Settings
 
 _SENTENCE_ENDS = (".", "!", "?", "。", "！", "？")

@@ -14,7 +14,8 @@ from typing import Protocol
 from dspy_greater.model.interface import Model
 from dspy_greater.objective.evaluator import Evaluator
 from dspy_greater.objective.score import Criterion
-from dspy_greater.run.events import Evaluation, StepTaken
+from dspy_greater.objective.types import Evaluation
+from dspy_greater.run.events import StepTaken
 from dspy_greater.search.state import SearchState
 from dspy_greater.settings import Settings
 

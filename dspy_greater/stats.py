@@ -1,14 +1,34 @@
-"""Did the predictions come true? Rank correlation between predicted and realised change of the loss.
+"""The small statistics of a search: means, their error, and rank correlation.
 
-A ranking of candidates earns its cost when those that it puts first turn out best once they have reasoned for
-themselves. Every step knows both for the candidates that it tried, so every run measures it.
+Rank correlation between predicted and realised change tells whether a ranking of candidates earned its cost: whether
+those that it put first turned out best once they had reasoned for themselves. Every step knows both for the
+candidates that it tried, so every run measures it.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
+
+
+def mean(values: Sequence[float]) -> float:
+    """The arithmetic mean; nan of no values.
+
+    >>> mean([1.0, 2.0]), mean([])
+    (1.5, nan)
+    """
+    return sum(values) / len(values) if values else math.nan
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of independent values, such as the paired differences of two instructions; 0 of fewer than two.
+
+    >>> standard_error([1.0, 3.0]), standard_error([1.0])
+    (1.0, 0.0)
+    """
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def spearman(predicted: Sequence[float], realised: Sequence[float] | Sequence[tuple[float, ...]]) -> float:
@@ -43,8 +63,9 @@ def ranks(values: Sequence[Any]) -> list[float]:
 
 
 def _pearson(one: Sequence[float], other: Sequence[float]) -> float:
-    one = [value - sum(one) / len(one) for value in one]
-    other = [value - sum(other) / len(other) for value in other]
+    middle = mean(one), mean(other)
+    one = [value - middle[0] for value in one]
+    other = [value - middle[1] for value in other]
     scale = math.sqrt(sum(value * value for value in one) * sum(value * value for value in other))
     return math.nan if scale == 0 else sum(first * second for first, second in zip(one, other, strict=True)) / scale
 

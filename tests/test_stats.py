@@ -1,4 +1,4 @@
-"""Rank correlation of predictions: known values, ties, and what cannot be ranked."""
+"""Means, their error and the rank correlation of predictions: known values, ties, and what has no value."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspy_greater.fidelity import ranks, spearman
+from dspy_greater.stats import mean, ranks, spearman, standard_error
+
+
+def test_the_mean_of_nothing_is_no_number() -> None:
+    assert mean([1.0, 2.0, 6.0]) == mean((1, 2, 6)) == 3.0
+    assert math.isnan(mean([])) and math.isnan(mean([1.0, math.nan]))
+
+
+def test_the_error_of_a_mean_shrinks_with_the_root_of_the_number_of_values() -> None:
+    assert standard_error([0.0, 2.0]) == pytest.approx(1.0)  # deviation √2 over √2
+    assert standard_error([0.0, 2.0] * 8) == pytest.approx(math.sqrt(16 / 15) / 4)
+    assert standard_error([3.0]) == standard_error([]) == standard_error([2.0, 2.0]) == 0.0
 
 
 def test_ties_share_their_mean_rank() -> None:

@@ -121,7 +121,8 @@ class GReaTerTeleprompter(Teleprompter):
 
         Args:
             student: the program; it is not changed.
-            trainset: examples with inputs set and gold values for an output field.
+            trainset: examples with inputs set and gold values for an output field. In a text field a list of them is
+                a list of acceptable answers.
             metric: instead of the one given to the constructor.
             teacher: accepted for DSPy's interface; gradients need none.
             valset: rows on which the finalists meet the seed; without any, part of the trainset.

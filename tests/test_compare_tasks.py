@@ -55,6 +55,13 @@ def test_an_unknown_task_is_an_error_that_names_the_nearest() -> None:
         tasks.load("bbh:navigat", data_dir=None, seed=0)
 
 
+def test_any_of_several_acceptable_answers_is_right() -> None:
+    metric = answers.metric_of(answers.number)
+    row = dspy.Example(question="2 + 2", answer=["4", "four", "4.0"]).with_inputs("question")
+    given = [metric(row, dspy.Prediction(answer=text)) for text in ("It is 4.", "5", "none")]
+    assert given == [1.0, 0.0, 0.0]
+
+
 # --- splits ---
 
 

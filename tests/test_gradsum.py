@@ -157,6 +157,16 @@ def test_a_judge_needs_no_expected_answers() -> None:
     assert {asked["expected"] for asked in asked_of(teacher.judge_lm)} == {"(none is known)"}
 
 
+def test_the_judge_is_shown_all_acceptable_answers_and_no_gaps() -> None:
+    teacher = optimizer(iterations=1)
+    rows = [row.copy(answer=[row.answer, None, "b"], level=float("nan")) for row in TRAIN]
+    teacher.compile(program(), rows, valset=[row.copy(answer=" ") for row in VALIDATION])
+    told = {asked["inputs"].removeprefix("question: "): asked["expected"] for asked in asked_of(teacher.judge_lm)}
+    trained = {row.question for row in TRAIN} & set(told)
+    assert {told[number] for number in trained} == {f"answer: one of: a{number}; b" for number in trained}
+    assert {told[row.question] for row in VALIDATION} == {"(none is known)"}
+
+
 def test_the_judge_is_shown_the_expected_answer_where_there_is_one() -> None:
     teacher = optimizer(iterations=1)
     teacher.compile(program(), TRAIN, valset=VALIDATION)

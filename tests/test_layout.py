@@ -407,10 +407,11 @@ def test_an_extractor_replaces_the_header() -> None:
 
 def test_a_missing_empty_or_unfitting_gold_value_is_refused() -> None:
     layout = layout_for()
-    with pytest.raises(LayoutError, match="Could not find the gold value '' of `answer`"):
-        layout.supervised("Answer.", ROW, {"reasoning": "so"}, "answer", "")
-    with pytest.raises(DataError, match="gold value of `answer` is missing"):
-        layout.supervised("Answer.", ROW, {"reasoning": "so"}, "answer", None)
+    for missing in ("", " ", None, float("nan"), []):
+        with pytest.raises(DataError, match="gold value of `answer` is missing"):
+            layout.supervised("Answer.", ROW, {"reasoning": "so"}, "answer", missing)
+    with pytest.raises(DataError, match="`answer` has 2 acceptable answers. Lay out each of them by itself."):
+        layout.supervised("Answer.", ROW, {"reasoning": "so"}, "answer", ["four", "4"])
     with pytest.raises(LayoutError, match="`reasoning` comes before `answer` and has no value"):
         layout.supervised("Answer.", ROW, {}, "answer", "four")
     with pytest.raises(LayoutError, match="`verdict` is not an output field"):

@@ -16,6 +16,7 @@ from typing import Any
 import dspy
 
 from benchmarks.optimizers.optimizer import Context, Metric
+from benchmarks.tasks import answers
 
 
 class Gepa:
@@ -52,7 +53,7 @@ def with_feedback(metric: Metric) -> Metric:
         score = metric(gold, pred, trace)
         if pred_name is None:
             return score
-        expected = "\n".join(f"{name}: {value}" for name, value in gold.labels().items())
+        expected = "\n".join(f"{name}: {value}" for name, value in answers.expected(gold).items())
         verdict = "That is right." if score >= 1 else f"That is wrong; the score is {score:g}."
         return dspy.Prediction(score=score, feedback=f"{verdict} Expected was\n{expected}")
 

@@ -33,6 +33,7 @@ import dspy
 from dspy import lm15
 
 from benchmarks.optimizers.optimizer import Context
+from benchmarks.tasks import answers
 from dspy_greater.program.predictors import carrying
 
 BATCH_SIZE = 3
@@ -166,7 +167,7 @@ class _Descent:
             inputs={**prompts, **fields}, response_role_description=_RESPONSE
         )
         response.predecessors = [*prompts.values(), *fields.values()]
-        gold = "\n".join(str(value) for value in answered.row.labels().values())
+        gold = "\n".join(answers.expected(answered.row).values())
         inputs = {"prediction": response, "ground_truth_answer": self._constant(gold, _GOLD)}
         return function(lambda **_: f"{answered.score:g}", _EVALUATION)(inputs=inputs)
 

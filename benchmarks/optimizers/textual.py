@@ -23,6 +23,7 @@ from dspy.teleprompt.teleprompt import Teleprompter
 from benchmarks.harness.budget import BudgetSpent
 from benchmarks.harness.candidates import Candidate
 from benchmarks.optimizers.optimizer import Context, Metric
+from benchmarks.tasks import answers
 from dspy_greater.errors import DataError, ProgramError
 from dspy_greater.metric import RowMetric
 
@@ -352,4 +353,4 @@ def shown_input(row: dspy.Example) -> str:
 
 def shown_label(row: dspy.Example) -> str:
     """What a row's right answer is."""
-    return fields(row.labels())
+    return fields(answers.expected(row))

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from dspy_greater.prompt.gold import gold_of, labels_as_text
+
 Normalise = Callable[[str, str], object]  # (answer, question) -> comparable form, None for no answer
 Metric = Callable[..., float]
 
@@ -102,7 +104,7 @@ def words(answer: str, question: str = "") -> tuple[str, ...] | None:
 
 
 def metric_of(normalise: Normalise) -> Metric:
-    """A metric of DSPy's form: 1.0 where the prediction's answer is the example's, otherwise 0.0.
+    """A metric of DSPy's form: 1.0 where the prediction's answer is the example's, or one of them, otherwise 0.0.
 
     Example:
         >>> import dspy
@@ -113,11 +115,22 @@ def metric_of(normalise: Normalise) -> Metric:
 
     def metric(example: Any, prediction: Any, trace: object = None, *_: object) -> float:
         question = str(example.question)
-        gold = normalise(str(example.answer), question)
+        golds = [normalise(str(answer), question) for answer in gold_of(str, example.answer).answers]
         given = normalise(str(getattr(prediction, "answer", "")), question)
-        return float(given is not None and given == gold)
+        return float(given is not None and given in golds)
 
     return metric
+
+
+def expected(example: Any) -> dict[str, str]:
+    """A row's right answers in words, by field.
+
+    Example:
+        >>> import dspy
+        >>> expected(dspy.Example(question="2 + 2", answer=["4", "four"]).with_inputs("question"))
+        {'answer': 'one of: 4; four'}
+    """
+    return labels_as_text(example.labels().toDict(), {"answer": str})
 
 
 def _plain(text: str) -> str:

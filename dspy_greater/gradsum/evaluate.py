@@ -16,6 +16,7 @@ from dspy_greater.gradsum.modules import Judge
 from dspy_greater.gradsum.task import Prompts, Task
 from dspy_greater.metric import Score
 from dspy_greater.program.rollout import Rollout, run_pairs, searching_copy
+from dspy_greater.prompt.gold import labels_as_text
 from dspy_greater.run.events import Output
 from dspy_greater.stats import mean
 
@@ -33,6 +34,8 @@ class Evaluator:
 
     def __init__(self, task: Task, rows: Sequence[Any], asker: Asker, meter: Meter) -> None:
         self._task, self._rows, self._asker, self._meter = task, rows, asker, meter
+        fields = [field for site in task.sites for field in site.signature.output_fields.items()]
+        self._annotations = {name: info.annotation for name, info in fields}
         self._known: dict[tuple[tuple[tuple[str, str], ...], int], Output] = {}
 
     def recall(self, prompts: Prompts, outputs: Iterable[Output]) -> None:
@@ -89,7 +92,7 @@ class Evaluator:
         return Output(
             row=row,
             inputs=self._text(example.inputs().items()),
-            expected=self._text((name, value) for name, value in example.labels().items() if value is not None),
+            expected=self._text(labels_as_text(example.labels().toDict(), self._annotations).items()),
             written=self._written(rollout),
             trace=self._trace(rollout),
             metric=metric,

@@ -20,7 +20,7 @@ from dspy_greater.model.engine import Engine
 from dspy_greater.model.interface import Model
 from dspy_greater.objective.loss import losses
 from dspy_greater.objective.replay import ReasonedSequence, Reasoning
-from dspy_greater.objective.score import DEFAULT_CRITERION, Criterion, evaluation
+from dspy_greater.objective.score import DEFAULT_CRITERION, Criterion, evaluation, likeliest
 from dspy_greater.objective.sequences import Examples, written_key
 from dspy_greater.objective.types import Evaluation, RowOutcome
 from dspy_greater.program.predictors import PredictorSite
@@ -201,23 +201,25 @@ class Evaluator:
     def _score(
         self, instructions: Sequence[Instruction], drafts: Sequence[Sequence[RowOutcome]], session: Model
     ) -> None:
-        """Exact losses for all rows of all instructions in one pass; remember the evaluations."""
+        """Exact losses for all rows and acceptable answers in one pass; remember the evaluations."""
         laid_out = [
-            [self.examples.fluency_sequence(instruction.text, row) for row in rows]
+            [self.examples.alternatives(instruction.text, row) for row in rows]
             for instruction, rows in zip(instructions, drafts, strict=True)
         ]
-        flat = [each for group in laid_out for each in group if each is not None]
+        flat = [each for group in laid_out for answers in group for each in answers if each is not None]
         taken_losses = losses(session, flat, answer_temperature=self._settings.answer_temperature)
         taken = iter(zip(taken_losses.cross_entropy, taken_losses.fluency_nll, strict=True))
         for instruction, rows, group in zip(instructions, drafts, laid_out, strict=True):
-            pairs = [(math.nan, math.nan) if each is None else next(taken) for each in group]
-            fluency = [nll for _, nll in pairs if math.isfinite(nll)]
+            pairs = [[(math.nan, math.nan) if each is None else next(taken) for each in answers] for answers in group]
+            best = [likeliest(loss for loss, _ in answers) for answers in pairs]
+            counts = [answers[at] for answers, at in zip(pairs, best, strict=True)]
+            fluency = [nll for _, nll in counts if math.isfinite(nll)]
             self._known[instruction.text] = evaluation(
                 instruction.token_ids,
                 instruction.text,
                 [
-                    replace(row, cross_entropy=loss if self._field else 1.0 - row.score)
-                    for row, (loss, _) in zip(rows, pairs, strict=True)
+                    replace(row, cross_entropy=loss if self._field else 1.0 - row.score, answer=answer)
+                    for row, (loss, _), answer in zip(rows, counts, best, strict=True)
                 ],
                 mean(fluency),
                 score_fluency_weight=self._settings.score_fluency_weight,

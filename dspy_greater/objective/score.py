@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dspy_greater.objective.types import Evaluation, RowOutcome
@@ -24,6 +24,17 @@ class Criterion:
 
 DEFAULT_CRITERION = Criterion()
 PAPER_CRITERION = Criterion(counts_uncertainty=False, counts_missing_header=False)
+
+
+def likeliest(cross_entropies: Iterable[float]) -> int:
+    """Which of a row's acceptable answers counts: that of the least loss, of equals the first; 0 if none is finite.
+
+    Example:
+        >>> likeliest([2.0, 0.5, 0.5]), likeliest([math.nan, 3.0]), likeliest([math.nan])
+        (1, 1, 0)
+    """
+    losses = [each if math.isfinite(each) else math.inf for each in cross_entropies]
+    return losses.index(min(losses))
 
 
 def evaluation(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from dspy_greater.errors import DataError
 from dspy_greater.objective.replay import ReasonedSequence
 from dspy_greater.objective.types import CallOutcome, RowOutcome
 from dspy_greater.program.predictors import PredictorSite, calls_of
 from dspy_greater.program.rollout import Rollout, plain
+from dspy_greater.prompt.gold import row_gold
 from dspy_greater.prompt.layout import Layout
 from dspy_greater.prompt.spans import Span, Supervised
 
@@ -24,7 +27,7 @@ class Examples:
         layout: of the predictor's prompt.
         site: the predictor.
         field: its output field with gold values; None where there is none.
-        rows: the training rows.
+        rows: the training rows; with `field`, each has gold for it.
         context_length: the most tokens of a sequence, None for no limit.
         header_counts: where the adapter found no answer, the model is asked for the field's header as well as for
             the gold value.
@@ -41,13 +44,14 @@ class Examples:
         header_counts: bool = False,
     ) -> None:
         self._layout, self._site, self._field = layout, site, field
-        self._rows, self._limit, self._header_counts = tuple(rows), context_length, header_counts
+        self._golds = [_acceptable(site, field, row, example) for row, example in enumerate(rows)] if field else []
+        self._rows, self._limit, self._header_counts = len(rows), context_length, header_counts
         self._openings = openings(site)
         self._headers = headers(site, field) if field else ()
         self._tails: dict[str, int] = {}  # inputs of a call -> tokens of its prompt behind the instruction
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._rows
 
     def outcome(self, index: int, rollout: Rollout) -> RowOutcome:
         """What is kept of a run on row `index`; its loss is not taken yet."""
@@ -78,14 +82,14 @@ class Examples:
     def supervised(
         self, instruction: str, row: RowOutcome, *, reasoned: bool = True, cut: bool = True
     ) -> Supervised | None:
-        """The row's tokens up to its gold value, the reasoning cut to what fits the context.
+        """The row's tokens up to the gold value that counts (`row.answer`), the reasoning cut to what fits the context.
 
         None when the predictor was not called on it, has no gold value, or nothing can make it fit. Without
         `reasoned` the reasoning is left empty, without `cut` it is all there, whether or not it fits.
         """
         if not row.inputs or self._field is None:
             return None
-        gold, from_header = self._rows[row.row].labels()[self._field], self._header_counts and row.unparsed
+        gold, from_header = self._golds[row.row][row.answer], self._header_counts and row.unparsed
         written, preamble = dict(row.written), row.preamble
         if not reasoned:
             written, preamble = dict.fromkeys(written, ""), ""
@@ -122,6 +126,11 @@ class Examples:
             if len(each.token_ids) <= limit
         )
 
+    def alternatives(self, instruction: str, row: RowOutcome) -> list[Supervised | None]:
+        """As `fluency_sequence`, for each of the row's acceptable answers; without a gold value there is one."""
+        count = len(self._golds[row.row]) if self._field is not None else 1
+        return [self.fluency_sequence(instruction, replace(row, answer=answer)) for answer in range(count)]
+
     def prompt_length(self, sequence: ReasonedSequence, instruction: str, row: RowOutcome) -> int:
         """How many tokens of a sequence of the row are its prompt; the rest the predictor wrote, or the gold value."""
         if self._field is None:
@@ -144,9 +153,9 @@ class Examples:
 
 
 def written_key(row: RowOutcome) -> str:
-    """Two runs on a row with the same key were given and wrote the same."""
+    """Two runs on a row with the same key were given and wrote the same, and the same answer counts."""
     calls = [(call.inputs, call.completion) for call in row.calls]
-    return repr((row.inputs, row.written, row.preamble, calls, row.unparsed))
+    return repr((row.inputs, row.written, row.preamble, calls, row.unparsed, row.answer))
 
 
 def openings(site: PredictorSite) -> tuple[str, ...]:
@@ -179,6 +188,15 @@ def partition(text: str, separators: Sequence[str]) -> tuple[str, str, str]:
     """
     found = next((each for each in separators if each in text), None)
     return text.partition(found) if found else (text, "", "")
+
+
+def _acceptable(site: PredictorSite, field: str, row: int, example: Any) -> tuple[object, ...]:
+    gold = row_gold(site.signature, field, example)
+    if gold.missing:
+        raise DataError(
+            f"Row {row} has no gold value for `{field}` of predictor `{site.name}`. Fill it in, or leave the row out."
+        )
+    return gold.answers
 
 
 def _header(site: PredictorSite, place: int) -> str:

@@ -25,11 +25,12 @@ class RowOutcome:
     score: float  # the user's metric; 0.0 when the row failed
     inputs: dict[str, object]  # of the predictor's own call; empty when it was not called
     written: dict[str, object]  # output fields before the supervised one: the reasoning
-    cross_entropy: float  # of the gold answer after that reasoning; NaN when not finite or not taken
+    cross_entropy: float  # of the gold answer after that reasoning, the least of all; NaN when not finite or not taken
     error: str | None = None  # why the row failed, if it did
     preamble: str = ""  # what the model wrote before its first field: a native <think> block
     calls: tuple[CallOutcome, ...] = ()  # every call of the predictor, where there is no gold value
     unparsed: bool = False  # the model did not write the field that has a gold value
+    answer: int = 0  # of the row's acceptable answers the one that counts: the likeliest after that reasoning
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
+
+import dspy
+from dspy.adapters.utils import get_annotation_name
 
 from dspy_greater.errors import DataError
 from dspy_greater.program.fingerprint import row_key
 from dspy_greater.program.predictors import PredictorSite, check_examples, name_rows
-from dspy_greater.prompt.target import coerce_gold
+from dspy_greater.prompt.gold import ADDRESS, Gold, allows_none, gold_of, row_gold, shortened
+from dspy_greater.prompt.target import AssistantTexts
 
 # `stacklevel` of a warning from a function that `pose` calls: that function, `pose`, `compile`, the two
 # wrappers that DSPy puts around it, and then the line that the user wrote.
@@ -78,35 +82,64 @@ def split(
 def supervised_field(site: PredictorSite, trainset: Sequence[Any]) -> str | None:
     """The last output field of the predictor that the examples carry a gold value for, or None.
 
+    A field that is None on every row, though it may be, gives way to one that tells rows apart.
+
     Raises `DataError` when some rows lack that value, or do not say which fields are inputs.
     """
     check_examples(trainset)
+    found: str | None = None
     for name in reversed(site.output_fields):
-        if len(_without_gold(name, trainset)) < len(trainset):
-            refuse_missing_gold(site, name, trainset)
-            return name
-    return None
+        golds = [gold for example in trainset if (gold := _gold(site, name, example)) is None or not gold.missing]
+        if any(gold is None or gold.answers != (None,) for gold in golds):
+            found = name
+            break
+        found = found or (name if golds else None)
+    if found is not None:
+        refuse_missing_gold(site, found, trainset)
+    return found
 
 
 def refuse_missing_gold(site: PredictorSite, field: str, rows: Sequence[Any], *, name: str = "trainset") -> None:
-    """Raises `DataError` when some rows have no gold value for an output field, or an empty one."""
-    missing = _without_gold(field, rows)
+    """Raises `DataError` when some rows have no gold value for an output field, see `gold`."""
+    missing = _without_gold(site, field, rows)
     if missing:
+        none = ", None where there is none" if allows_none(site.signature.output_fields[field].annotation) else ""
         raise DataError(
             f"{name_rows(missing)} of the {name} {_have(missing)} no gold value for `{field}`, which "
-            f"predictor `{site.name}` is trained on (rows are counted from 0). Fill in the value, "
+            f"predictor `{site.name}` is trained on (rows are counted from 0). Fill in the value{none}, "
             "or leave those rows out."
         )
 
 
 def refuse_unfit_gold(site: PredictorSite, field: str, trainset: Sequence[Any]) -> None:
-    """Raises `DataError` when a gold value cannot be written in the type of its output field."""
+    """Raises `DataError` when a gold value does not fit the type of its output field."""
     reasons: dict[int, DataError] = {}
     for row, example in enumerate(trainset):
         try:
-            coerce_gold(site.signature, field, example.labels()[field])
+            row_gold(site.signature, field, example)
         except DataError as error:
             reasons[row] = error
+    _refuse(site, field, reasons)
+
+
+def refuse_unwritable_gold(site: PredictorSite, field: str, rows: Sequence[Any], trainset: Sequence[Any]) -> None:
+    """Raises `DataError` when the predictor's adapter cannot write an acceptable answer of one of these training rows.
+
+    What their losses need is tried: a rendering in which the answer can be found.
+    """
+    texts = AssistantTexts(site.adapter, _alone(site.signature, field))
+    numbers = {id(example): row for row, example in enumerate(trainset)}
+    reasons: dict[int, DataError] = {}
+    for example in rows:
+        try:
+            for answer in row_gold(site.signature, field, example).answers:
+                _try_to_write(texts, site, field, answer)
+        except DataError as error:
+            reasons[numbers[id(example)]] = error
+    _refuse(site, field, dict(sorted(reasons.items())))
+
+
+def _refuse(site: PredictorSite, field: str, reasons: Mapping[int, DataError]) -> None:
     if reasons:
         rows = list(reasons)
         raise DataError(
@@ -115,10 +148,72 @@ def refuse_unfit_gold(site: PredictorSite, field: str, trainset: Sequence[Any]) 
         ) from reasons[rows[0]]
 
 
-def _without_gold(field: str, rows: Sequence[Any]) -> list[int]:
-    """The rows with no value for a field, or an empty text, which leaves nothing to train on."""
-    values = [example.labels().get(field) for example in rows]
-    return [row for row, value in enumerate(values) if value is None or (isinstance(value, str) and not value.strip())]
+def warn_of_misread_gold(site: PredictorSite, field: str, rows: Sequence[Any]) -> None:
+    """Warns where the adapter does not read a gold value as that value again, so that `==` finds no answer right."""
+    annotation = site.signature.output_fields[field].annotation
+    if annotation is str:
+        return
+    signature, adapter = _alone(site.signature, field), type(site.adapter).__name__
+    golds = (row_gold(signature, field, example) for example in rows)
+    for answer in {repr(each): each for gold in golds for each in gold.answers}.values():
+        written, read = _read_again(site.adapter, signature, field, answer)
+        if read is None:
+            continue
+        warnings.warn(
+            f"{adapter} writes the gold value {shortened(answer)} of `{field}` ({get_annotation_name(annotation)}) as "
+            f"{shortened(written)}, and {read}, so a metric that compares values finds no such answer right. Use "
+            "another adapter (dspy.JSONAdapter keeps types apart) or another type, or compare texts in the metric.",
+            stacklevel=CALL_OF_COMPILE,
+        )
+        return
+
+
+def _read_again(adapter: Any, signature: Any, field: str, answer: object) -> tuple[str, str | None]:
+    """What an adapter writes for an answer, and what it reads there in words; None where that is the answer."""
+    with dspy.context(callbacks=[]):
+        written = str(adapter.format_assistant_message_content(signature, {field: answer}))
+        try:
+            read = adapter.parse(signature, written)[field]
+            same = gold_of(signature.output_fields[field].annotation, read).answers == (answer,)
+        except Exception:  # an adapter of one's own may raise anything
+            return written, "cannot read that again"
+    texts = [" ".join(each.split()) if isinstance(each, str) else each for each in (read, answer)]
+    return written, None if same or texts[0] == texts[1] else f"reads that as {shortened(read)}"
+
+
+def _without_gold(site: PredictorSite, field: str, rows: Sequence[Any]) -> list[int]:
+    """The rows whose gold value for a field is missing."""
+    golds = [_gold(site, field, example) for example in rows]
+    return [row for row, gold in enumerate(golds) if gold is not None and gold.missing]
+
+
+def _gold(site: PredictorSite, field: str, example: Any) -> Gold | None:
+    """None for a value that is there and does not fit."""
+    try:
+        return row_gold(site.signature, field, example)
+    except DataError:
+        return None
+
+
+def _alone(signature: Any, field: str) -> Any:
+    """The signature with no other output field."""
+    for name in signature.output_fields:
+        if name != field:
+            signature = signature.delete(name)
+    return signature
+
+
+def _try_to_write(texts: AssistantTexts, site: PredictorSite, field: str, answer: object) -> None:
+    adapter, kind = type(site.adapter).__name__, get_annotation_name(site.signature.output_fields[field].annotation)
+    try:
+        found = texts.text({}, field, answer)
+    except Exception as error:  # an adapter of one's own may raise anything
+        raise DataError(f"{adapter} cannot write {shortened(answer)} in a field of type {kind}: {error}") from error
+    if ADDRESS in found.text[found.gold :] and not isinstance(answer, str):
+        raise DataError(
+            f"{adapter} writes {shortened(answer)} in a field of type {kind} by its address. Give a text, a number, or "
+            "a list of them."
+        )
 
 
 def _have(rows: Sequence[int]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from dspy_greater.program.predictors import PredictorSite
@@ -49,4 +49,8 @@ def _digest(values: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _canonical(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, sort_keys=True, default=str)
+    return json.dumps(values, sort_keys=True, default=_as_text)
+
+
+def _as_text(value: object) -> JSON:
+    return sorted(map(repr, value)) if isinstance(value, Set) else str(value)  # a set has another order in each process

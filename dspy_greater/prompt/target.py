@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dspy.adapters.utils import parse_value, serialize_for_json
+from dspy.adapters.utils import serialize_for_json
 
 from dspy_greater.errors import DataError, LayoutError
+from dspy_greater.prompt.gold import gold_of
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def assistant_text(
     text stands between the reasoning and the gold value instead of the adapter's header.
 
     Raises `LayoutError` when the field or an earlier value is missing, or the gold value cannot be
-    located, and `DataError` when the gold value does not fit the field's type.
+    located, and `DataError` when the gold value is missing, does not fit the field's type, or is several answers.
     """
     return _located(adapter, signature, written, field, gold).with_extractor(extractor)
 
@@ -137,23 +138,21 @@ def _located(adapter: Any, signature: Any, written: Mapping[str, object], field:
         )
     signature = _up_to(signature, field)
     values = {name: written[name] for name in earlier}
-    values[field] = gold = coerce_gold(signature, field, gold)
+    values[field] = gold = _one_answer(signature, field, gold)
 
     def render(changes: Mapping[str, object]) -> str:
         return adapter.format_assistant_message_content(signature, {**values, **changes})
 
     body = render({})
-    others = _render_stand_ins(render, field, gold, adapter)
+    others = [body, *_render_stand_ins(render, field, gold, adapter)]  # an empty list in XML has no tag that closes
     start = len(os.path.commonprefix(others))
-    tail = len(_common_suffix(others))
-    stop = len(body) - tail
-    before, after = others[0][:start], others[0][len(others[0]) - tail :]
-    if start >= stop or body[:start] != before or body[stop:] != after:
+    stop = len(body) - len(_common_suffix(others))
+    header = _header_start(render, earlier, values, body, adapter) if earlier else 0
+    if not header <= start < stop:
         raise LayoutError(
             f"Could not find the gold value {gold!r} of `{field}` in what {type(adapter).__name__} writes. "
             "Check that it is not empty, or use ChatAdapter, JSONAdapter or XMLAdapter."
         )
-    header = _header_start(render, earlier, values, body, adapter) if earlier else 0
     return _Located(body, header, start, stop)
 
 
@@ -164,25 +163,15 @@ def _up_to(signature: Any, field: str) -> Any:
     return signature
 
 
-def coerce_gold(signature: Any, field: str, gold: object) -> object:
-    """The gold value in the type of its field, so that it is rendered as the model should write it.
-
-    Raises `DataError` when it is missing or does not fit.
-    """
-    if gold is None:
-        raise DataError(f"The gold value of `{field}` is missing (None). Give every row a value.")
-    annotation = signature.output_fields[field].annotation
-    if annotation is str:
-        return gold if isinstance(gold, (str, list)) else str(gold)
-    if isinstance(annotation, type) and type(gold) is annotation:
-        return gold
-    try:
-        return parse_value(gold, annotation)
-    except (ValueError, TypeError) as error:
-        raise DataError(
-            f"The gold value {gold!r} of `{field}` does not fit its type {annotation!r}: {error}. "
-            "Correct the rows, or the field's type."
-        ) from error
+def _one_answer(signature: Any, field: str, gold: object) -> object:
+    """The gold value in the type of its field, so that it is rendered as the model should write it."""
+    answers = gold_of(signature.output_fields[field].annotation, gold, field).answers
+    if not answers:
+        raise DataError(f"The gold value of `{field}` is missing ({gold!r}). Give every row a value.")
+    first, *others = answers
+    if others:
+        raise DataError(f"`{field}` has {len(answers)} acceptable answers. Lay out each of them by itself.")
+    return first
 
 
 def _stand_ins(value: object) -> tuple[object, ...]:

@@ -27,8 +27,10 @@ from dspy_greater.program.dataset import (
     as_list,
     refuse_missing_gold,
     refuse_unfit_gold,
+    refuse_unwritable_gold,
     split,
     supervised_field,
+    warn_of_misread_gold,
 )
 from dspy_greater.program.fingerprint import described, fingerprint
 from dspy_greater.program.predictors import (
@@ -39,6 +41,7 @@ from dspy_greater.program.predictors import (
     refuse_unusable,
 )
 from dspy_greater.program.rollout import pin_lms
+from dspy_greater.prompt.gold import shortened
 from dspy_greater.prompt.layout import Layout
 from dspy_greater.run.serialise import JSON
 from dspy_greater.search.step import Step
@@ -167,6 +170,9 @@ def pose(
     train, validation = split(rows, held_out, settings=settings, seed=seed)
     _warn_of_the_rest(kept, step)
     for target in targets:
+        if target.field is not None:
+            refuse_unwritable_gold(target.site, target.field, train, rows)
+            warn_of_misread_gold(target.site, target.field, train)
         if len(sites) == 1:  # the inputs of later predictors are known only once the program runs
             _check_context(target, [*train, *validation])
     return Problem(pin_lms(student), targets, train, validation, row_metric, settings, step, seed, extractor)
@@ -299,12 +305,7 @@ def _check_context(target: Target, rows: Sequence[Any]) -> None:
     if tokens >= limit:
         raise ContextLengthError(
             f"The prompt of predictor `{site.name}` takes {tokens} tokens for the row "
-            f"{_shortened(inputs[index])}, and {target.engine.name} has a context of {limit} tokens, which leaves "
+            f"{shortened(inputs[index])}, and {target.engine.name} has a context of {limit} tokens, which leaves "
             "no room for an answer. Leave out or shorten such rows, use fewer demos, or use a model with a longer "
             "context."
         )
-
-
-def _shortened(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."

@@ -30,6 +30,17 @@ class UnusedPredictorError(ProgramError):
     """The program never calls a predictor that is to be optimised."""
 
 
+class CallMismatchError(ProgramError):
+    """A predictor's calls send something else than the search would score.
+
+    `predictor` is the one that could be left out for that; it is empty where no search would be right.
+    """
+
+    def __init__(self, message: str, predictor: str = "") -> None:
+        super().__init__(message)
+        self.predictor = predictor
+
+
 class WeightsError(GreaterError, ValueError):
     """No open weights are known for a predictor's LM, or they could not be loaded."""
 

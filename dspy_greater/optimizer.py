@@ -11,7 +11,7 @@ from typing import Any
 
 from dspy.teleprompt import Teleprompter
 
-from dspy_greater.errors import SettingsError, UnusedPredictorError
+from dspy_greater.errors import CallMismatchError, SettingsError, UnusedPredictorError
 from dspy_greater.metric import Metric
 from dspy_greater.program.dataset import as_list
 from dspy_greater.program.rollout import engines_behind, searching_copy
@@ -162,8 +162,9 @@ class GReaTerTeleprompter(Teleprompter):
                 search = PredictorSearch(problem, target, program, journal, listeners, generated_tokens=generated)
                 try:
                     search.run()  # Algorithm 1
-                except UnusedPredictorError as error:
-                    if target.field is not None or (not results and target is problem.targets[-1]):
+                except (CallMismatchError, UnusedPredictorError) as error:
+                    another = isinstance(error, CallMismatchError) and error.predictor != target.site.name
+                    if another or target.field is not None or (not results and target is problem.targets[-1]):
                         raise
                     warnings.warn(f"{error} It keeps its instruction.", stacklevel=4)  # the call of compile
                     continue

@@ -41,7 +41,14 @@ plain = st.recursive(
     ),
     max_leaves=6,
 )
-calls = st.builds(CallOutcome, inputs=st.dictionaries(names, plain, max_size=2), completion=texts)
+demos = st.none() | st.lists(st.dictionaries(names, plain, max_size=2), max_size=2).map(tuple)
+calls = st.builds(
+    CallOutcome,
+    inputs=st.dictionaries(names, plain, max_size=2),
+    completion=texts,
+    demos=demos,
+    limit=st.none() | st.integers(0, 99),
+)
 outcomes = st.builds(
     RowOutcome,
     row=st.integers(0, 99),
@@ -52,6 +59,7 @@ outcomes = st.builds(
     error=st.none() | texts,
     preamble=texts,
     calls=st.lists(calls, max_size=2).map(tuple),
+    demos=demos,
 )
 evaluations = st.builds(
     Evaluation,
@@ -116,6 +124,7 @@ events = st.one_of(
         steps=st.integers(),
         spent=costs,
         samples=st.lists(outcomes, max_size=1).map(tuple),
+        called_as=st.text(),
     ),
     st.builds(
         StepTaken,

@@ -186,8 +186,11 @@ def test_renderings_equal_the_golden_ones(template: str, adapter: str) -> None:
 
 
 def test_a_template_that_drops_the_instruction_is_refused() -> None:
-    with pytest.raises(LayoutError, match=r"occurs 0 times.*keeps the system message"):
+    with pytest.raises(LayoutError, match=r"drops what a user's message says.*keeps the system message"):
         Layout(family_tokenizer(template=DROPS_INSTRUCTION), dspy.ChatAdapter(), SIGNATURE)
+    shortens = DROPS_INSTRUCTION.replace("'\n'", "message['content'][:20]")
+    with pytest.raises(LayoutError, match=r"occurs 0 times.*keeps the system message"):
+        Layout(family_tokenizer(template=shortens), dspy.ChatAdapter(), SIGNATURE)
 
 
 def test_a_template_that_repeats_the_instruction_is_refused() -> None:

@@ -175,8 +175,7 @@ def test_unsupported_programs_say_what_to_do() -> None:
         with pytest.raises(ProgramError, match=r"field `picture` of type Image.*text field, or leave .*predictors="):
             refuse_unsupported(picture)
         (past,) = predictors_of(dspy.Predict("past: dspy.History, question -> answer"))
-        with pytest.raises(ProgramError, match=r"field `past` of type History"):
-            refuse_unsupported(past)
+        refuse_unsupported(past)  # its messages are text
     with (
         dspy.context(lm=None),
         pytest.raises(ProgramError, match=r"`query` has no language model.*dspy.configure"),
@@ -187,6 +186,36 @@ def test_unsupported_programs_say_what_to_do() -> None:
         pytest.raises(ProgramError, match=r"the string 'openai/x'.*Pass a dspy.LM"),
     ):
         refuse_unusable(predictors_of(TwoHops()))
+
+
+class Facts(dspy.Type):
+    """A type of a user's own that is written as text, or as something else."""
+
+    items: list[str]
+    apart: bool = False
+
+    def format(self) -> Any:
+        text = " and ".join(self.items)
+        return [{"type": "image_url", "image_url": {"url": text}}] if self.apart else text
+
+
+def test_a_type_of_the_users_own_is_taken_where_the_rows_show_that_it_is_text() -> None:
+    signature = dspy.Signature("question, facts -> answer").with_updated_fields("facts", type_=Facts)
+    several = dspy.Signature("question, facts -> answer").with_updated_fields("facts", type_=list[Facts])
+    with dspy.context(lm=dummy()):
+        (site,) = predictors_of(dspy.Predict(signature))
+        (many,) = predictors_of(dspy.Predict(several))
+    text, image = Facts(items=["a", "b"]), Facts(items=["a", "b"], apart=True)
+    refuse_unsupported(site, [row(question="?", facts=text)])
+    refuse_unsupported(many, [row(question="?", facts=[text, text])])
+    for strange, rows in (
+        (site, []),
+        (site, [row(question="?")]),
+        (site, [row(question="?", facts=text), row(question="?", facts=image)]),
+        (many, [row(question="?", facts=[text, image])]),
+    ):
+        with pytest.raises(ProgramError, match=r"field `facts` of type Facts"):
+            refuse_unsupported(strange, rows)
 
 
 def test_an_instruction_that_lists_tools_is_known_by_its_fields() -> None:

@@ -72,6 +72,11 @@ class Batcher:
         """How many requests each of the latest batches had, oldest first."""
         return tuple(self._sizes)
 
+    def is_in_lockstep(self) -> bool:
+        """Whether the calling thread is a worker of a lockstep group."""
+        group = self._group
+        return group is not None and group.has_this_thread()
+
     def submit(self, request: Any) -> Any:
         """Wait for this request's result; raises what computing its batch raised."""
         group = self._group

@@ -218,6 +218,15 @@ class LocalEngine:
         """
         return self.batcher.lockstep(workers, stall_seconds=stall_seconds, compute=generate)
 
+    def prompt_ids(self, request: lm15.Request) -> tuple[int, ...]:
+        """The tokens that the model reads for a request, which are those that a search scores.
+
+        Raises:
+            LayoutError: the chat template refuses the request's messages.
+            lm15.UnsupportedFeatureError: a message has a part that is not text.
+        """
+        return self._encoder.chat_ids(messages_of(request))
+
     def close(self) -> None:
         """Nothing to close: no thread, no connection; the weights go when nothing holds them."""
 
@@ -260,7 +269,7 @@ class LocalEngine:
 
         refuse_unsupported_features(request)
         tokenizer, config = self.engine.tokenizer, request.config
-        prompt = self._encoder.chat_ids(messages_of(request))  # the tokens that a search would score
+        prompt = self.prompt_ids(request)
         room = self.engine.room(len(prompt))
         most = config.max_tokens or DEFAULT_MAX_TOKENS
         writer = TextWriter(tokenizer, stop=config.stop, on_text=on_text)
@@ -319,7 +328,12 @@ class AsyncLocalEngine:
         return AsyncLocalEngine, (self.local,)
 
     async def complete(self, request: lm15.Request) -> lm15.Response:
-        """Answer one request without blocking the event loop."""
+        """Answer one request without blocking the event loop, unless its thread is in lockstep.
+
+        There the thread itself has to wait, so that batches do not depend on timing.
+        """
+        if self.local.batcher.is_in_lockstep():
+            return self.local.complete(request)
         return await asyncio.get_running_loop().run_in_executor(_waiters(), self.local.complete, request)
 
     async def stream(self, request: lm15.Request) -> AsyncIterator[Any]:

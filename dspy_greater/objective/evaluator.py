@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from random import Random
 from typing import Any
 
+from dspy_greater.errors import CallMismatchError
 from dspy_greater.metric import RowMetric
 from dspy_greater.model.counters import Counters
 from dspy_greater.model.engine import Engine
@@ -23,9 +24,9 @@ from dspy_greater.objective.replay import ReasonedSequence, Reasoning
 from dspy_greater.objective.score import DEFAULT_CRITERION, Criterion, evaluation, likeliest
 from dspy_greater.objective.sequences import Examples, written_key
 from dspy_greater.objective.types import Evaluation, RowOutcome
+from dspy_greater.program.called import CalledAs, brings_a_signature, called_as, scored_calls
 from dspy_greater.program.predictors import PredictorSite
 from dspy_greater.program.rollout import (
-    Generate,
     Rollout,
     asked_of_servers,
     engines_behind,
@@ -33,9 +34,12 @@ from dspy_greater.program.rollout import (
     run_pairs,
     searching_copy,
 )
+from dspy_greater.program.sent import differences, refuse_differences, refuse_ignored_signature, warn_of_lost_thoughts
 from dspy_greater.prompt.layout import Layout, Supervised
 from dspy_greater.settings import Settings
 from dspy_greater.stats import mean
+
+_MORE = "Please."  # an instruction that is another one with this after it
 
 
 @dataclass(frozen=True)
@@ -77,30 +81,86 @@ class Evaluator:
         fixed: str = "",
     ) -> None:
         self.engine = engine
-        self.layout = Layout(
-            engine.tokenizer, site.adapter, site.signature, demos=site.demos, extractor=extractor, fixed=fixed
-        )
-        self.examples = Examples(
-            self.layout,
-            site,
-            field,
-            rows,
-            engine.context_length,
-            header_counts=criterion.counts_missing_header
-            and extractor is None,  # an extractor asks for the answer itself
-        )
         self._program, self._site, self._field = program, site, field
         self._rows, self._metric, self._settings = tuple(rows), metric, settings
+        self._extractor, self._fixed = extractor, fixed
+        self._header_counts = criterion.counts_missing_header and extractor is None  # which asks for the answer itself
         self._uncertainty_weight = settings.uncertainty_weight if criterion.counts_uncertainty else 0.0
+        self._lay_out(CalledAs(site))
         self._known: dict[str, Evaluation] = {}
         self._laid_out: dict[tuple[int, str], tuple[ReasonedSequence, ...]] = {}
         self._engines = list({id(each): each for each in [engine, *engines_behind(program)]}.values())
         self._runs = self._served_tokens = 0
 
+    def _lay_out(self, called: CalledAs) -> None:
+        self.called = called
+        self.layout: Layout = called.layout(self.engine.tokenizer, extractor=self._extractor, fixed=self._fixed)
+        self.examples = Examples(
+            self.layout,
+            called.site,
+            self._field,
+            self._rows,
+            self.engine.context_length,
+            header_counts=self._header_counts,
+        )
+
     def seed(self) -> Instruction:
         """The instruction that the predictor has now."""
         text = self._site.instruction
         return Instruction(self.layout.instruction_ids(text), text)
+
+    def evaluate_seed(self) -> tuple[Evaluation, list[Rollout]]:
+        """The seed's evaluation, as `evaluate` makes it, and its runs; what these really sent is what is laid out.
+
+        Raises:
+            CallMismatchError: what the predictor's calls send cannot be laid out.
+            MetricError, ProgramError: as `evaluate`.
+        """
+        with self.engine.session() as session:
+            rollouts = self._run_seed(self._rows, session)
+            refuse_dead_lm(rollouts, len(self._rows))
+            self._follow(rollouts)
+            seed = self.seed()
+            outcomes = [self.examples.outcome(index, each) for index, each in enumerate(rollouts)]
+            self._score([seed], [outcomes], session)
+        return self._known[seed.text], rollouts
+
+    def follow_again(self, seed: Evaluation, called_as: str) -> None:
+        """Lay prompts out as an interrupted run did: one row is run again to see how the predictor is called.
+
+        Raises:
+            CallMismatchError: it is called in another way than `called_as`.
+        """
+        index = next((row.row for row in seed.rows if row.inputs), 0)
+        with self.engine.session() as session:
+            self._follow(self._run_seed(self._rows[index : index + 1], session))
+        if self.called.description != called_as:
+            raise CallMismatchError(
+                f"Predictor `{self._site.name}` is called in another way than when this run began: "
+                f"{self.called.description or 'as it is'} now, {called_as} then. Start a new run in another log_dir, "
+                "or restore the program."
+            )
+
+    def _run_seed(self, rows: Sequence[Any], session: Model) -> list[Rollout]:
+        copied = searching_copy(self._program, {self._site.name: self._site.instruction})
+        return self._roll_out([(copied, row) for row in rows], session)
+
+    def _follow(self, rollouts: Sequence[Rollout]) -> None:
+        """Lay prompts out as these runs sent them, or refuse."""
+        name, calls = self._site.name, scored_calls(rollouts, self._site.name, every=self._field is None)
+        called = called_as(self._site, calls, str(self.engine.tokenizer.chat_template), supervised=self._field)
+        if called.description:
+            self._lay_out(called)
+        found = differences(called, self.layout, self.engine, calls, supervised=self._field)
+        refuse_differences(name, found, len(calls))
+        warn_of_lost_thoughts(name, self.layout, calls)
+        at = next((i for i, each in enumerate(rollouts) if brings_a_signature(each, name)), None)
+        if at is not None:  # does it take the predictor's instruction along?
+            copied = searching_copy(self._program, {name: f"{self._site.instruction} {_MORE}"})
+            [again] = run_pairs([(copied, self._rows[at])], self._metric, threads=1, refuse_dead=False)
+            self._count([again])
+            asked = dict(copied.named_predictors())[name].signature.instructions
+            refuse_ignored_signature(name, asked, scored_calls([again], name, every=True))
 
     def evaluate(self, instructions: Sequence[Instruction], model: Model | None = None) -> list[Evaluation]:
         """Let every instruction reason on all rows, score it with the metric and take the exact losses.
@@ -181,16 +241,18 @@ class Evaluator:
         """Every instruction on every row."""
         copies = [searching_copy(self._program, {self._site.name: each.text}) for each in instructions]
         pairs = [(copy, row) for copy in copies for row in self._rows]
-        threads = self._settings.threads
-        done = run_pairs(pairs, self._metric, threads=threads, refuse_dead=False, generate=self._generate(session))
+        done = self._roll_out(pairs, session)
         refuse_dead_lm(done, len(self._rows))
-        self._count(done)
         outcomes = [self.examples.outcome(at % len(self._rows), each) for at, each in enumerate(done)]
         return [outcomes[start : start + len(self._rows)] for start in range(0, len(done), len(self._rows))]
 
-    def _generate(self, session: Model) -> Generate | None:
-        """The session's, where the program runs on the very model whose instruction is evaluated."""
-        return session.generate if engines_behind(self._program) == [self.engine] else None
+    def _roll_out(self, pairs: Sequence[tuple[Any, Any]], session: Model) -> list[Rollout]:
+        """Programs on rows; the session generates where they run on the very model whose instruction is evaluated."""
+        generate = session.generate if engines_behind(self._program) == [self.engine] else None
+        threads = self._settings.threads
+        done = run_pairs(pairs, self._metric, threads=threads, refuse_dead=False, generate=generate)
+        self._count(done)
+        return done
 
     def _count(self, rollouts: Sequence[Rollout]) -> None:
         self._runs += len(rollouts)

@@ -10,8 +10,10 @@ from typing import Any
 from dspy_greater.errors import DataError
 from dspy_greater.objective.replay import ReasonedSequence
 from dspy_greater.objective.types import CallOutcome, RowOutcome
+from dspy_greater.program.called import own_demos, token_limit
 from dspy_greater.program.predictors import PredictorSite, calls_of
 from dspy_greater.program.rollout import Rollout, plain
+from dspy_greater.program.tracing import Answer, PredictorCall
 from dspy_greater.prompt.gold import row_gold
 from dspy_greater.prompt.layout import Layout
 from dspy_greater.prompt.spans import Span, Supervised
@@ -63,6 +65,9 @@ class Examples:
         earlier = names[: names.index(self._field)] if self._field else ()
         written = {name: plain(call.outputs.get(name, "")) for name in earlier}
         preamble, body = split_completion(self._openings, call.completion or "")
+        tags = self._layout.thought_tags if call.thoughts else None
+        if call.thoughts and tags is not None:  # where the model wrote what a server returns apart
+            preamble, body = tags.block(call.thoughts) + preamble.lstrip("\n"), body.lstrip("\n")
         reasoning, header, _ = partition(body, self._headers)
         failed = call.error is not None and call.completion is not None
         unparsed = failed and self._field is not None and self._field not in call.outputs and not header
@@ -72,12 +77,22 @@ class Examples:
             )  # what did not parse is still what the model reasoned
         inputs = {name: plain(value) for name, value in call.inputs.items()}
         calls = () if self._field else calls_of(rollout.trace, self._site.name)
-        told = tuple(
-            CallOutcome({name: plain(value) for name, value in each.inputs.items()}, each.completion)
-            for each in calls
-            if each.completion is not None  # None: the language model could not be called
+        told = tuple(self._told(each, answer) for each in calls for answer in each.samples)
+        demos = own_demos(self._site, call) if self._field else None
+        return RowOutcome(
+            index, rollout.score, inputs, written, math.nan, rollout.error, preamble, told, unparsed, demos
         )
-        return RowOutcome(index, rollout.score, inputs, written, math.nan, rollout.error, preamble, told, unparsed)
+
+    def _told(self, call: PredictorCall, answer: Answer) -> CallOutcome:
+        text, tags = answer.text or "", self._layout.thought_tags if answer.thoughts else None
+        if answer.thoughts and tags is not None:
+            text = tags.joined(answer.thoughts, answer.text)
+        return CallOutcome(
+            {name: plain(value) for name, value in call.inputs.items()},
+            text,
+            own_demos(self._site, call),
+            0 if answer.text is None else token_limit(call),
+        )
 
     def supervised(
         self, instruction: str, row: RowOutcome, *, reasoned: bool = True, cut: bool = True
@@ -90,11 +105,11 @@ class Examples:
         if not row.inputs or self._field is None:
             return None
         gold, from_header = self._golds[row.row][row.answer], self._header_counts and row.unparsed
-        written, preamble = dict(row.written), row.preamble
+        written, preamble, layout = dict(row.written), row.preamble, self._layout.with_demos(row.demos)
         if not reasoned:
             written, preamble = dict.fromkeys(written, ""), ""
         for _ in range(_MOST_CUTS):
-            found = self._layout.supervised(
+            found = layout.supervised(
                 instruction, row.inputs, written, self._field, gold, preamble=preamble, from_header=from_header
             )
             surplus = len(found.token_ids) - self._limit if cut and self._limit is not None else 0
@@ -118,7 +133,10 @@ class Examples:
             if found is None:
                 return ()
             return (ReasonedSequence(found.token_ids, found.instruction, found.reasoning, found.answer),)
-        laid_out = [self._layout.written(instruction, call.inputs, call.completion) for call in row.calls]
+        laid_out = [
+            self._layout.with_demos(call.demos).written(instruction, call.inputs, call.completion, limit=call.limit)
+            for call in row.calls
+        ]
         limit = self._limit if cut and self._limit is not None else math.inf
         return tuple(
             ReasonedSequence(each.token_ids, each.instruction, each.completion)
@@ -135,9 +153,9 @@ class Examples:
         """How many tokens of a sequence of the row are its prompt; the rest the predictor wrote, or the gold value."""
         if self._field is None:
             return sequence.generated.start
-        inputs = repr(row.inputs)
+        inputs = repr((row.inputs, row.demos))
         if inputs not in self._tails:
-            prompt = self._layout.prompt(instruction, row.inputs)
+            prompt = self._layout.with_demos(row.demos).prompt(instruction, row.inputs)
             self._tails[inputs] = len(prompt.token_ids) - prompt.instruction.stop
         return sequence.instruction.stop + self._tails[inputs]
 
@@ -154,8 +172,12 @@ class Examples:
 
 def written_key(row: RowOutcome) -> str:
     """Two runs on a row with the same key were given and wrote the same, and the same answer counts."""
-    calls = [(call.inputs, call.completion) for call in row.calls]
-    return repr((row.inputs, row.written, row.preamble, calls, row.unparsed, row.answer))
+    calls = [(_given(call), call.completion) for call in row.calls]
+    return repr((_given(row), row.written, row.preamble, calls, row.unparsed, row.answer))
+
+
+def _given(asked: RowOutcome | CallOutcome) -> object:
+    return asked.inputs if asked.demos is None else (asked.inputs, asked.demos)
 
 
 def openings(site: PredictorSite) -> tuple[str, ...]:

@@ -15,6 +15,8 @@ class CallOutcome:
 
     inputs: dict[str, object]
     completion: str
+    demos: tuple[dict[str, object], ...] | None = None  # of this call, where it had others than the predictor
+    limit: int | None = None  # of tokens: a text that reached it was cut off, and no end of the turn follows it
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class RowOutcome:
     preamble: str = ""  # what the model wrote before its first field: a native <think> block
     calls: tuple[CallOutcome, ...] = ()  # every call of the predictor, where there is no gold value
     unparsed: bool = False  # the model did not write the field that has a gold value
+    demos: tuple[dict[str, object], ...] | None = None  # as in `CallOutcome`, where there is a gold value
     answer: int = 0  # of the row's acceptable answers the one that counts: the likeliest after that reasoning
 
 

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import copy
-import threading
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import dspy
 from dspy.adapters.types import Type as CustomType
-from dspy.utils.callback import BaseCallback
+from dspy.adapters.types.base_type import CUSTOM_TYPE_START_IDENTIFIER
+from dspy.adapters.utils import serialize_for_json
 from dspy.utils.exceptions import AdapterParseError, DSPyError
 
 from dspy_greater.errors import DataError, ProgramError
+from dspy_greater.program.tracing import CallRecorder, PredictorCall, described
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 _ROWS_NAMED = 10
 # Custom types that every adapter writes into the prompt as ordinary text.
-_TEXT_TYPES = ("Code", "Reasoning")
+_TEXT_TYPES = ("Code", "Reasoning", "Tool", "ToolCalls", "ToolCallResults")
 # What the optimizers attach to the program that they return.
 _ATTACHED = {"candidate_programs", "detailed_results", "score"}
 
@@ -44,21 +48,7 @@ class PredictorSite:
     input_fields: tuple[str, ...]
     output_fields: tuple[str, ...]
     lists_tools: bool = False
-
-
-@dataclass(frozen=True)
-class PredictorCall:
-    """One call of one predictor: its inputs, and its parsed outputs or what the model wrote instead.
-
-    `completion` is the model's text where an adapter parsed one; `outputs` holds the fields that could be
-    parsed; `error` is None for a call that succeeded.
-    """
-
-    predictor: str
-    inputs: Mapping[str, Any]
-    outputs: Mapping[str, Any]
-    completion: str | None = None
-    error: str | None = None
+    own_lm: bool = True  # False: it has none and uses that of DSPy's settings
 
 
 @dataclass(frozen=True)
@@ -119,6 +109,7 @@ def predictors_of(program: Any, *, adapter: Any = None) -> tuple[PredictorSite, 
                 input_fields=tuple(signature.input_fields),
                 output_fields=tuple(signature.output_fields),
                 lists_tools=_lists_tools(signature),
+                own_lm=predictor.lm is not None,
             )
         )
     return tuple(sites)
@@ -154,11 +145,14 @@ def name_rows(rows: Sequence[int]) -> str:
     return f"Row{'s' if len(rows) > 1 else ''} {named}{more}"
 
 
-def refuse_unsupported(site: PredictorSite) -> None:
-    """Raises `ProgramError` when a predictor's prompt is not all text, saying why and what to do."""
+def refuse_unsupported(site: PredictorSite, examples: Sequence[Any] = ()) -> None:
+    """Raises `ProgramError` when a predictor's prompt is not all text, saying why and what to do.
+
+    A type that DSPy does not know as text is taken for an input that is text in each of the `examples`.
+    """
     for name, info in site.signature.fields.items():
         unusual = _unusual_types(info)
-        if unusual:
+        if unusual and not (name in site.input_fields and _are_texts([each.get(name) for each in examples])):
             raise ProgramError(
                 f"Predictor `{site.name}` has the field `{name}` of type {unusual[0]}, which is not written into the "
                 "prompt as plain text. Use a text field, or leave the predictor out: predictors=[...] names those "
@@ -253,20 +247,44 @@ def trace_calls(
     trace.calls[-1].outputs["answer"], trace.error
     ```
     """
-    recorder = _Recorder(predictor_names(program) if names is None else names)
     overrides: dict[str, Any] = {
         "trace": [],
         "adapter": (adapter or dspy.settings.adapter) if deployed else search_adapter(adapter),
-        "callbacks": [*dspy.settings.get("callbacks", []), recorder],
     }
     if lm is not None:
         overrides["lm"] = lm
+    recorder = CallRecorder(predictor_names(program) if names is None else names, overrides.get("lm", dspy.settings.lm))
+    # First of all: what other callbacks change, they change again when a prompt is laid out.
+    overrides["callbacks"] = [recorder, *dspy.settings.get("callbacks", [])]
     with dspy.context(**overrides):
         try:
-            prediction = program(**example.inputs())
+            prediction = run_program(program, example.inputs())
         except Exception as error:  # whatever a program raises is an outcome of the run
-            return CallTrace(recorder.calls(), None, _describe(error), _failure(error), error)
+            return CallTrace(recorder.calls(), None, described(error), _failure(error), error)
     return CallTrace(recorder.calls(), prediction)
+
+
+def run_program(program: Any, inputs: Mapping[str, Any]) -> Any:
+    """Call the program with these inputs; one that has only `aforward` runs in an event loop of its own.
+
+    ```python
+    run_program(dspy.Predict("question -> answer"), {"question": "2 + 2?"}).answer
+    ```
+    """
+    # Asked of class and attributes: DSPy warns of every look at an instance's own `forward`.
+    is_sync = hasattr(type(program), "forward") or "forward" in vars(program)
+    if is_sync or not hasattr(type(program), "aforward"):
+        return program(**inputs)
+
+    def run() -> Any:
+        return asyncio.run(program.acall(**inputs))
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return run()
+    with ThreadPoolExecutor(1) as elsewhere:  # this thread's loop is running, in a notebook for one
+        return elsewhere.submit(carrying(run)).result()
 
 
 def calls_of(calls: Iterable[PredictorCall], name: str) -> tuple[PredictorCall, ...]:
@@ -301,51 +319,6 @@ def carrying(function: Callable[Arguments, Result]) -> Callable[Arguments, Resul
     return bound
 
 
-class _Recorder(BaseCallback):
-    """Collects the predictor calls of one run; the program may call predictors from several threads."""
-
-    def __init__(self, names: Mapping[int, str]) -> None:
-        self._names = names
-        self._lock = threading.Lock()
-        self._open: dict[str, tuple[str, dict[str, Any]]] = {}
-        self._done: dict[str, PredictorCall | None] = {}
-        self._completions: dict[str, str] = {}
-
-    def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        name = self._names.get(id(instance))
-        if name is None:
-            return
-        arguments = dict(inputs.get("kwargs", inputs))
-        with self._lock:
-            fields = instance.signature.input_fields
-            self._open[call_id] = (name, {key: value for key, value in arguments.items() if key in fields})
-            self._done[call_id] = None
-
-    def on_adapter_parse_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        parent = _active_call()
-        with self._lock:
-            if parent in self._open:
-                self._completions[parent] = str(inputs.get("completion"))
-
-    def on_module_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
-        with self._lock:
-            if call_id not in self._open:
-                return
-            name, inputs = self._open.pop(call_id)
-            completion = self._completions.pop(call_id, None)
-            parsed = dict(outputs.items()) if isinstance(outputs, dspy.Prediction) else {}
-            if isinstance(exception, AdapterParseError):
-                failed: Any = exception
-                completion, partial = str(failed.lm_response), failed.parsed_result
-                parsed = dict(partial) if isinstance(partial, Mapping) else {}
-            error = None if exception is None else _describe(exception)
-            self._done[call_id] = PredictorCall(name, inputs, parsed, completion, error)
-
-    def calls(self) -> tuple[PredictorCall, ...]:
-        with self._lock:
-            return tuple(call for call in self._done.values() if call is not None)
-
-
 def _is_compiled(module: Any) -> bool:
     """Whether an optimizer attached its results; a program may have a `score` of its own."""
     attached = vars(module)
@@ -361,16 +334,6 @@ def _refuse_stranger(program: Any) -> None:
         )
 
 
-def _active_call() -> str:
-    from dspy.utils.callback_context import ACTIVE_CALL_ID
-
-    return ACTIVE_CALL_ID.get() or ""
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
 def _failure(error: Exception) -> Literal["parse", "lm", "program"]:
     if isinstance(error, AdapterParseError):
         return "parse"
@@ -384,11 +347,16 @@ def _lists_tools(signature: Any) -> bool:
     return {"next_tool_name", "next_tool_args"} <= names or any("ToolCalls" in text for text in annotations)
 
 
+def _are_texts(values: Sequence[Any]) -> bool:
+    """Whether there are values of such a type, and an adapter writes every one of them as text."""
+    if not values or any(value is None or isinstance(value, str) for value in values):
+        return False
+    return not any(CUSTOM_TYPE_START_IDENTIFIER in json.dumps(serialize_for_json(value)) for value in values)
+
+
 def _unusual_types(info: Any) -> list[str]:
     found = CustomType.extract_custom_type_from_annotation(info.rebuild_annotation())
     names = [kind.__name__ for kind in found]
-    if info.annotation is dspy.History:
-        names.append("History")
     return [name for name in names if name.split("[")[0].split("_")[0] not in _TEXT_TYPES]
 
 

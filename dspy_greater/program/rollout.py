@@ -162,10 +162,10 @@ def engines_behind(program: Any) -> list[Engine]:
 
 
 def asked_of_servers(program: Any, rollouts: Iterable[Rollout]) -> Iterator[str]:
-    """What language models that are not in-process answered in these runs, call by call."""
+    """What language models that are not in-process answered in these runs, sample by sample, with their thoughts."""
     served = {site.name for site in predictors_of(program) if _local_engine(site.lm) is None}
-    for rollout in rollouts:
-        yield from (call.completion for call in rollout.trace if call.predictor in served and call.completion)
+    for call in (call for rollout in rollouts for call in rollout.trace if call.predictor in served):
+        yield from (text for answer in call.samples for text in (answer.thoughts, answer.text) if text)
 
 
 def searching_copy(program: Any, texts: Mapping[str, str], seed: int = 0) -> Any:

@@ -35,7 +35,7 @@ def round_trip(
 
     Raises `LayoutError` when they differ, with the first difference.
     """
-    row = dict(inputs) if inputs is not None else dict.fromkeys(layout.signature.input_fields, "x")
+    row = dict(inputs) if inputs is not None else layout.placeholders
     deployed_signature = layout.signature.with_instructions(instruction)
     messages = layout.adapter.format(deployed_signature, list(layout.demos), row)
     deployed = layout.encoder.chat_ids(messages)

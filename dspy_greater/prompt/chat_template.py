@@ -6,14 +6,20 @@ needs neither torch nor DSPy: it works on the tokenizer object it is given and n
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from dspy_greater.errors import LayoutError
 
-_SYSTEM_PROBE, _USER_PROBE = "zqsystemprobe", "zquserprobe"
+Form = Literal["text", "parts"]  # how a template reads a message's content
+
+_PROBE, _USER_PROBE = "zqsystemprobe", "zquserprobe"
 _ABSENT = object()
-_accepts_system: dict[str, bool] = {}  # chat template -> whether the system role reaches the text
+_FORMS: tuple[Form, ...] = ("text", "parts")
+_EARLIER = "earlier user"  # a user's message that is not the last one
+_known_forms: dict[tuple[str, str], Form | None] = {}  # (chat template, role) -> form; None: it drops the content
 
 
 def render_chat(
@@ -26,9 +32,10 @@ def render_chat(
     """Render chat messages with the tokenizer's own chat template.
 
     Tokenise the result with `add_special_tokens=False`: the template has written every special token,
-    the beginning of the sequence included. A template that refuses or drops the system role (probed, not
-    looked up by name) gets the system text as the beginning of the first user message. Text parts of a
-    multi-part message are joined by newlines.
+    the beginning of the sequence included. What a template does with a message is probed, not looked up by name: one
+    that does not read a text, as templates of vision-language models, gets a list with one text part; one that
+    refuses or drops the system role gets the system text as the beginning of the first user message. Text parts of
+    a multi-part message are joined by newlines.
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
@@ -39,7 +46,8 @@ def render_chat(
             wrote sees what the model saw when it wrote it.
 
     Raises:
-        LayoutError: there is no chat template, it refuses these messages, or a part is not text.
+        LayoutError: there is no chat template, it refuses these messages or drops what they say, or a part is not
+            text.
 
     Example:
         >>> class Plain:
@@ -64,9 +72,10 @@ def render_chat(
                 f"continue_final=True needs an assistant message at the end, not one of {plain[-1]['role']!r}."
             )
         written = plain.pop()["content"]
-    if any(message["role"] == "system" for message in plain) and not _takes_system(tokenizer, template):
+    if any(message["role"] == "system" for message in plain) and _form(tokenizer, template, "system") is None:
         plain = fold_system(plain)
-    text = _apply(tokenizer, plain, continue_final or add_generation_prompt)
+    _refuse_dropped(tokenizer, template, plain)
+    text = render_messages(tokenizer, plain, continue_final or add_generation_prompt)
     return _single_beginning(tokenizer, text) + written
 
 
@@ -113,12 +122,12 @@ def end_of_turn_ids(tokenizer: Any) -> tuple[int, ...]:
     """
     if getattr(tokenizer, "chat_template", None) is None:
         return ()
-    exchange = [{"role": "user", "content": _USER_PROBE}, {"role": "assistant", "content": _SYSTEM_PROBE}]
+    exchange = [{"role": "user", "content": _USER_PROBE}, {"role": "assistant", "content": _PROBE}]
     try:
-        text = _apply(tokenizer, exchange, False)
+        text = render_messages(tokenizer, exchange, False)
     except LayoutError:
         return ()
-    _, found, tail = text.rpartition(_SYSTEM_PROBE)
+    _, found, tail = text.rpartition(_PROBE)
     ids = _plain_ids(tokenizer, tail.lstrip()) if found else []
     special = set(getattr(tokenizer, "all_special_ids", ()))
     added = getattr(tokenizer, "added_tokens_decoder", {})
@@ -139,24 +148,101 @@ def _template_of(tokenizer: Any) -> str:
     return str(template)
 
 
-def _apply(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+def with_template_options(tokenizer: Any, options: Mapping[str, Any]) -> Any:
+    """The tokenizer, or a copy of it whose chat template always gets these variables (`enable_thinking` and such)."""
+    if not options:
+        return tokenizer
+    changed = copy.copy(tokenizer)
+    changed.apply_chat_template = functools.partial(tokenizer.apply_chat_template, **options)
+    return changed
+
+
+def _apply(tokenizer: Any, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
     except Exception as error:  # a template can raise anything its author wrote
         roles = [message["role"] for message in messages]
         raise LayoutError(f"The chat template refused messages with the roles {roles}: {error}") from error
 
 
-def _takes_system(tokenizer: Any, template: str) -> bool:
-    known = _accepts_system.get(template)
-    if known is None:
-        probe = [{"role": "system", "content": _SYSTEM_PROBE}, {"role": "user", "content": _USER_PROBE}]
+def render_messages(tokenizer: Any, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+    """What the chat template makes of messages whose contents are texts, in the form that it reads.
+
+    Nothing is folded, checked or cleaned as `render_chat` does.
+
+    Raises:
+        LayoutError: there is no chat template, or it refuses these messages.
+    """
+    template = _template_of(tokenizer)
+    formed = [_in_form(message, _form(tokenizer, template, message["role"])) for message in messages]
+    return _apply(tokenizer, formed, add_generation_prompt)
+
+
+def _in_form(message: Mapping[str, str], form: Form | None) -> dict[str, Any]:
+    content: Any = message["content"]
+    return {**message, "content": [{"type": "text", "text": content}] if form == "parts" else content}
+
+
+def _form(tokenizer: Any, template: str, role: str) -> Form | None:
+    """The form in which what a message of this role says reaches the prompt, text before a list of parts.
+
+    None when it reaches it in neither form; text where the template refuses the probe, so that its own words are
+    heard when it refuses a real prompt.
+    """
+    key = (template, role)
+    if key not in _known_forms:
+        _known_forms[key] = _probed(tokenizer, template, role)
+    return _known_forms[key]
+
+
+def _probed(tokenizer: Any, template: str, role: str) -> Form | None:
+    if role not in ("system", "user", "assistant", _EARLIER):
+        return "text"
+    refuses_text = False
+    for form in _FORMS:
         try:
-            known = _SYSTEM_PROBE in _apply(tokenizer, probe, True)
+            if _PROBE in _apply(tokenizer, _exchange(tokenizer, template, role, form), True):
+                return form
         except LayoutError:
-            known = False
-        _accepts_system[template] = known
-    return known
+            refuses_text = refuses_text or form == "text"
+    return "text" if refuses_text and role != "system" else None
+
+
+def _exchange(tokenizer: Any, template: str, role: str, form: Form) -> list[dict[str, Any]]:
+    """A short conversation in which a message of this role, in this form, says the probe."""
+    probe = _in_form({"role": role.rpartition(" ")[2], "content": _PROBE}, form)
+    if role == "user":
+        return [probe]
+    asked = _in_form({"role": "user", "content": _USER_PROBE}, _form(tokenizer, template, "user"))
+    if role == "system":
+        return [probe, asked]
+    if role == "assistant":
+        return [asked, probe, asked]
+    said = {"role": "assistant", "content": _USER_PROBE}
+    return [probe, _in_form(said, _form(tokenizer, template, "assistant")), asked]
+
+
+def _refuse_dropped(tokenizer: Any, template: str, messages: Sequence[Mapping[str, str]]) -> None:
+    """Raises `LayoutError` when the template leaves out what one of these messages says."""
+    spoken = [message["role"] for message in messages if message["content"].strip()]
+    asked = spoken.count("user")
+    dropped = [
+        what
+        for what, role, needed in (
+            ("a user's message says", "user", asked > 0),
+            ("an assistant's earlier message says", "assistant", "assistant" in spoken[:-1]),
+            ("a user's earlier messages say", _EARLIER, asked > 1),
+        )
+        if needed and _form(tokenizer, template, role) is None
+    ]
+    if dropped:
+        raise LayoutError(
+            f"The chat template drops what {dropped[0]}, whether it is given as text or as a list of parts. Set "
+            "tokenizer.chat_template to one that keeps the system message and all others, or leave out what it "
+            "drops: demonstrations and a history are earlier messages."
+        )
 
 
 def _single_beginning(tokenizer: Any, text: str) -> str:

@@ -8,8 +8,11 @@ first one usually takes in the last blank of the adapter's indentation.
 
 from __future__ import annotations
 
+import copy
 import inspect
+import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from dspy_greater.errors import LayoutError
@@ -18,6 +21,7 @@ from dspy_greater.prompt.encoder import EncodedText, PromptEncoder, RenderedText
 from dspy_greater.prompt.spans import Prompt, Span, Supervised, Written, covering
 from dspy_greater.prompt.target import AssistantTexts
 from dspy_greater.prompt.template import Frame, Frames, remember
+from dspy_greater.prompt.thoughts import ThoughtTags, thought_tags
 from dspy_greater.prompt.token_filter import LegalText
 
 __all__ = ["Layout", "Prompt", "Span", "Supervised", "Written"]
@@ -72,9 +76,36 @@ class Layout:
         self._frames = Frames(self.encoder, adapter, signature, self.demos)
         self._ids: dict[str, tuple[int, ...]] = {}
         self._fixed_tokens: dict[str, int] = {}
+        self._with_demos: dict[str, Layout] = {}
         self._end_of_turn = end_of_turn_ids(tokenizer) or _end_of_text(tokenizer)
 
     # ------------------------------------------------------------------ prompts
+
+    def with_demos(self, demos: Sequence[Any] | None) -> Layout:
+        """The layout of a call with demonstrations of its own; None: with those of the predictor."""
+        if demos is None:
+            return self
+        key = json.dumps([dict(demo) for demo in demos], default=repr)
+        if key not in self._with_demos:
+            other = copy.copy(self)  # shares all that does not depend on demonstrations
+            other.demos = list(demos)
+            other._frames = Frames(self.encoder, self.adapter, self.signature, other.demos)
+            remember(self._with_demos, key, other)
+        return self._with_demos[key]
+
+    def messages(self, instruction: str, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The messages that DSPy would send with this instruction and these inputs."""
+        return self._frames.messages(instruction, inputs)
+
+    @property
+    def placeholders(self) -> dict[str, Any]:
+        """Inputs that stand for those of a row."""
+        return dict(self._frames.reference_inputs)
+
+    @cached_property
+    def thought_tags(self) -> ThoughtTags | None:
+        """The tags between which the model thinks, as far as its chat template tells them."""
+        return thought_tags(self.tokenizer)
 
     def prompt(self, instruction: str, inputs: Mapping[str, Any]) -> Prompt:
         """The prompt that DSPy would send with this instruction and these inputs.

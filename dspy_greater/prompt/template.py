@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import dspy
 from dspy.adapters.utils import serialize_for_json
 
 from dspy_greater.errors import LayoutError
@@ -31,8 +32,8 @@ class Frames:
     """Renders the prompts of one predictor: what stands before and after the instruction, and how it is spelled.
 
     A word that occurs nowhere (`sentinel`) stands for the instruction, so that a prompt is rendered once per
-    row and not once per row and instruction. `reference` is the frame of a row of placeholders, `joiner` what
-    the adapter writes for a line break in an instruction.
+    row and not once per row and instruction. `reference` is the frame of a row of placeholders
+    (`reference_inputs`), `joiner` what the adapter writes for a line break in an instruction.
 
     Raises `LayoutError` when the instruction cannot be found exactly once in the rendered prompt.
     """
@@ -43,8 +44,11 @@ class Frames:
         self._spelled: dict[str, str] = {}
         self.sentinel = _unused_word(adapter, signature, self._demos)
         self._marked = signature.with_instructions(self.sentinel)
-        self._reference_inputs = dict.fromkeys(signature.input_fields, "x")
-        self.reference = self._make(self._reference_inputs)
+        self.reference_inputs = {
+            name: dspy.History(messages=[]) if info.annotation is dspy.History else "x"
+            for name, info in signature.input_fields.items()
+        }
+        self.reference = self._make(self.reference_inputs)
         self.joiner = self._spell_slowly(f"{self.sentinel}\n{self.sentinel}").replace(self.sentinel, "")
         self._verbatim = self._spell_slowly(_VERBATIM_PROBE) == _VERBATIM_PROBE
 
@@ -85,8 +89,24 @@ class Frames:
             tuple((a - stop, b - stop) for a, b in rendered.plain if a >= stop),
         )
 
+    def messages(self, instruction: str, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The messages that DSPy sends with this instruction and these inputs."""
+        own = instruction == self._signature.instructions  # making a signature takes longer than the messages
+        return self._format(self._signature if own else self._signature.with_instructions(instruction), inputs)
+
+    def _format(self, signature: Any, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+        # What was recorded of a conversation is a plain mapping, and adapters want the object.
+        told = {
+            name: dspy.History(**value)
+            for name, value in inputs.items()
+            if isinstance(value, Mapping)
+            and name in signature.input_fields
+            and signature.input_fields[name].annotation is dspy.History
+        }
+        return list(self._adapter.format(signature, self._demos, {**inputs, **told}))
+
     def _render(self, signature: Any, inputs: Mapping[str, Any]) -> RenderedText:
-        messages = self._adapter.format(signature, self._demos, dict(inputs))
+        messages = self._format(signature, inputs)
         for message in messages:
             if not isinstance(message.get("content"), str):
                 raise LayoutError(
@@ -99,7 +119,7 @@ class Frames:
         frame = self.reference
         if not instruction.strip():
             raise LayoutError("The instruction is empty. Give the predictor's signature an instruction.")
-        text = self._render(self._signature.with_instructions(instruction), self._reference_inputs).text
+        text = self._render(self._signature.with_instructions(instruction), self.reference_inputs).text
         stop = len(text) - len(frame.after)
         if not text.startswith(frame.before) or not text.endswith(frame.after) or stop <= len(frame.before):
             raise LayoutError(

@@ -20,6 +20,7 @@ class SearchStarted:
     seed: Evaluation
     steps: int
     spent: dict[str, int] = field(default_factory=dict[str, int])  # on the seed's evaluation, as in `StepTaken`
+    called_as: str = ""  # in which other way than the predictor itself its calls are rendered
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from dspy_greater.errors import UnusedPredictorError
 from dspy_greater.metric import refuse_useless_metric
 from dspy_greater.objective.evaluator import Evaluator
 from dspy_greater.objective.types import Evaluation
+from dspy_greater.program.called import called_as, scored_calls
+from dspy_greater.program.rollout import Rollout
 from dspy_greater.program.roundtrip import round_trip
+from dspy_greater.program.sent import differences, refuse_context_lms, refuse_differences
 from dspy_greater.program.validation import validation_scores, winner
 from dspy_greater.report.result import PredictorResult
 from dspy_greater.run.events import SearchStarted, StepTaken, Validated
@@ -161,23 +165,42 @@ class PredictorSearch:
         """The seed's reasoning and losses, from the journal or made now.
 
         Raises:
+            CallMismatchError: a predictor's calls send something else than would be scored.
             MetricError: the metric failed on every row.
             ProgramError: the program never called the predictor.
         """
         recorded = [event for event in self._recorded if isinstance(event, SearchStarted)]
         if recorded:
             started = recorded[0]
+            if started.called_as:
+                self._evaluator.follow_again(started.seed, started.called_as)
             self._evaluator.recall([started.seed])
         else:
             before = self._evaluator.spent()
-            (seed,) = self._evaluator.evaluate([self._evaluator.seed()])
+            seed, rollouts = self._evaluator.evaluate_seed()
             refuse_useless_metric([row.error for row in seed.rows])
+            self._look_at_the_others(rollouts)
             _refuse_unused_predictor(seed, self._name)
             _warn_if_all_failed(seed, self._name)
             spent = self._evaluator.spent(before)
-            started = SearchStarted(self._name, seed, self._problem.settings.steps, spent)
+            called_as = self._evaluator.called.description
+            started = SearchStarted(self._name, seed, self._problem.settings.steps, spent, called_as)
         self._tell(started, record=not recorded)
         return started
+
+    def _look_at_the_others(self, rollouts: Sequence[Rollout]) -> None:
+        """Refuse, before the first search, what would end a later one: all predictors were called in these runs."""
+        problem = self._problem
+        if self._target is not problem.targets[0]:
+            return
+        refuse_context_lms(problem.borrowed, [call for rollout in rollouts for call in rollout.trace])
+        others = [each for each in problem.targets[1:] if each.field is not None]  # the rest keep their instruction
+        for target in others:
+            calls = scored_calls(rollouts, target.site.name, every=False)
+            tokenizer = target.engine.tokenizer
+            called = called_as(target.site, calls, str(tokenizer.chat_template), supervised=target.field)
+            found = differences(called, called.layout(tokenizer), target.engine, calls, supervised=target.field)
+            refuse_differences(target.site.name, found, len(calls))
 
     def _tell(self, event: Any, *, record: bool) -> None:
         if record:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from dspy_greater.errors import (
@@ -88,6 +88,7 @@ class Problem:
     step: Step
     seed: int
     extractor: str | None = None
+    borrowed: Mapping[str, Any] = field(default_factory=dict[str, Any])  # LMs of predictors without one of their own
 
     def identity(self) -> dict[str, JSON]:
         """What must be the same for an interrupted run to be continued."""
@@ -175,7 +176,8 @@ def pose(
             warn_of_misread_gold(target.site, target.field, train)
         if len(sites) == 1:  # the inputs of later predictors are known only once the program runs
             _check_context(target, [*train, *validation])
-    return Problem(pin_lms(student), targets, train, validation, row_metric, settings, step, seed, extractor)
+    borrowed = {site.name: site.lm for site in sites if not site.own_lm}
+    return Problem(pin_lms(student), targets, train, validation, row_metric, settings, step, seed, extractor, borrowed)
 
 
 def _selected(sites: Sequence[PredictorSite], predictors: Sequence[str] | None) -> list[PredictorSite]:
@@ -251,7 +253,7 @@ def _targets(
 
 
 def _target(site: PredictorSite, field: str | None, trainset: Sequence[Any], weights: Any, mode: Mode | None) -> Target:
-    refuse_unsupported(site)
+    refuse_unsupported(site, trainset)
     if field is not None:
         refuse_unfit_gold(site, field, trainset)
     engine = weights_behind(site.lm, weights=weights, predictor_name=site.name)

@@ -5,6 +5,13 @@ Each message says what is wrong, where, and what to do about it.
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+# What a user's program or metric may raise without ending the search: code that a model wrote may call exit().
+OUTCOMES = (Exception, SystemExit, asyncio.CancelledError)
+
 
 class GreaterError(Exception):
     """Root of all errors that `dspy_greater` raises on purpose."""
@@ -41,6 +48,18 @@ class CallMismatchError(ProgramError):
         self.predictor = predictor
 
 
+class UnvalidatedError(GreaterError, RuntimeError):
+    """A search ended early, and what it had found could not be compared with the student on the validation rows.
+
+    `program` is the student with the best instructions on the training rows, `detailed_results` the record as
+    `compile` attaches it. What ended the search is the `__cause__`.
+    """
+
+    def __init__(self, message: str, *, program: Any = None, detailed_results: Any = None) -> None:
+        super().__init__(message)
+        self.program, self.detailed_results = program, detailed_results
+
+
 class WeightsError(GreaterError, ValueError):
     """No open weights are known for a predictor's LM, or they could not be loaded."""
 
@@ -54,7 +73,11 @@ class ContextLengthError(LayoutError):
 
 
 class EngineMemoryError(GreaterError, MemoryError):
-    """One row alone does not fit into memory."""
+    """One row alone does not fit into memory; `finished` has what was written for others of its batch, by place."""
+
+    def __init__(self, message: str, *, finished: Mapping[int, Any] | None = None) -> None:
+        super().__init__(message)
+        self.finished = dict(finished or {})
 
 
 class LossError(GreaterError, ArithmeticError):

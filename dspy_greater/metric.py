@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dspy_greater.errors import MetricError
+from dspy_greater.errors import OUTCOMES, MetricError
 
 Metric = Callable[..., Any]
+METRIC_FAILED = "the metric"  # how the error of a row begins that the metric failed on
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,16 @@ class RowMetric:
             value = self.function(example, prediction, *self._extra)
         except MetricError:
             raise
-        except Exception as error:  # a user's metric may fail on a row; the row then counts as wrong
-            return Score(0.0, f"the metric raised {type(error).__name__}: {error}")
+        except OUTCOMES as error:  # a user's metric may fail on a row; the row then counts as wrong
+            return Score(0.0, f"{METRIC_FAILED} raised {type(error).__name__}: {error}")
         return _coerced(value)
+
+    def late(self, example: Any, prediction: Any) -> Score:
+        """The score of one row once the metric has proven itself: what is no score then makes its row a failure."""
+        try:
+            return self(example, prediction)
+        except MetricError as error:
+            return Score(0.0, f"{METRIC_FAILED} gave no score: {error}")
 
 
 def refuse_useless_metric(*runs: Sequence[str | None], rows: str = "training rows") -> None:
@@ -81,7 +89,7 @@ def refuse_useless_metric(*runs: Sequence[str | None], rows: str = "training row
         rows: what the rows are, for the message.
     """
     errors = [error for run in runs for error in run]
-    if errors and all((error or "").startswith("the metric") for error in errors):
+    if errors and all((error or "").startswith(METRIC_FAILED) for error in errors):
         raise MetricError(
             f"The metric failed on all {len(runs[0])} {rows}; on the first, {errors[0]}. Try "
             "metric(row, program(**row.inputs())) on one of them and mend it."
@@ -118,7 +126,7 @@ def _coerced(value: Any) -> Score:
             "number, or a dspy.Prediction(score=...)."
         )
     if math.isnan(score) or math.isinf(score):
-        return Score(0.0, f"the metric returned {score}")
+        return Score(0.0, f"{METRIC_FAILED} returned {score}")
     return Score(float(score), feedback=str(feedback) if feedback else None)
 
 

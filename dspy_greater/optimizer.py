@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import time
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dspy.teleprompt import Teleprompter
 
-from dspy_greater.errors import CallMismatchError, SettingsError, UnusedPredictorError
+from dspy_greater.errors import UnvalidatedError
 from dspy_greater.metric import Metric
+from dspy_greater.notices import warn_caller
 from dspy_greater.program.dataset import as_list
-from dspy_greater.program.rollout import engines_behind, searching_copy
+from dspy_greater.program.rollout import engines_behind
 from dspy_greater.program.roundtrip import write_back
-from dspy_greater.report.result import CompileResult, PredictorResult, what_stopped
-from dspy_greater.run.events import Listener, Warned
+from dspy_greater.report.result import CompileResult, what_stopped
+from dspy_greater.run.events import Listener
 from dspy_greater.run.journal import Journal
 from dspy_greater.run.log import StepLog
 from dspy_greater.run.progress import Listeners, ProgressBar, checked_callbacks
-from dspy_greater.search.predictor_search import PredictorSearch
+from dspy_greater.search.coordinate_descent import CoordinateDescent, Found
 from dspy_greater.search.problem import Modes, Problem, pose
 from dspy_greater.search.step import Step
 from dspy_greater.search.variants import Variant, step_of
 from dspy_greater.search.warm_start import compile_warm
-from dspy_greater.settings import Auto, Settings
+from dspy_greater.settings import Auto, Settings, checked_log_dir, checked_seed
 
 
 class GReaTerTeleprompter(Teleprompter):
@@ -83,7 +84,7 @@ class GReaTerTeleprompter(Teleprompter):
         log_dir: str | Path | None = None,
         weights: Any = None,
         extractor: str | None = None,
-        predictors: Sequence[str] | None = None,
+        predictors: Iterable[str] | None = None,
         mode: Modes = None,
         warm_start: Teleprompter | None = None,
         callbacks: Sequence[Listener] = (),
@@ -92,16 +93,14 @@ class GReaTerTeleprompter(Teleprompter):
         **settings: Any,
     ) -> None:
         super().__init__()
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise SettingsError(f"seed={seed!r}: give a whole number.")
         self.metric = metric
         self.settings = Settings.of(auto, **settings)
         self.step = step_of(variant)
-        self.seed = seed
-        self.log_dir = log_dir
+        self.seed = checked_seed(seed)
+        self.log_dir = checked_log_dir(log_dir)
         self.weights = weights
         self.extractor = extractor
-        self.predictors = predictors
+        self.predictors = tuple(predictors) if isinstance(predictors, Iterator) else predictors
         self.mode: Modes = mode
         self.warm_start = warm_start
         # Not under the name `callbacks`, where DSPy looks for its own.
@@ -129,10 +128,14 @@ class GReaTerTeleprompter(Teleprompter):
 
         Returns:
             The program, with `detailed_results` (`CompileResult`), `candidate_programs` and `score` (0 to 1).
-            Ctrl-C ends the search early with the best so far; a second one raises.
+            Ctrl-C ends the search early with the best so far; a second one raises. So does an error of any kind, once
+            an instruction besides the student's own was tried: what was found is validated and returned, with a
+            warning, and `detailed_results.stopped_by` says what happened.
 
         Raises:
             GreaterError: one of its subclasses, before the search, for input that cannot work.
+            UnvalidatedError: the search ended early, and its validation failed too; carries what was found.
+            Exception: what ended the search before any other instruction was tried.
         """
         trainset, valset = as_list(trainset, name="trainset"), as_list(valset, name="valset")
         problem = pose(
@@ -151,40 +154,22 @@ class GReaTerTeleprompter(Teleprompter):
         if self.warm_start is not None:
             return compile_warm(self, student, problem, trainset, valset)
         meter = _Meter(problem)
-        program, results, generated = problem.program, [], 0
-        interrupted, called_off, stopped = False, False, None
         with (
             Journal.open(self.log_dir, problem.identity()) as journal,
             ProgressBar(show=self.progress) as bar,
         ):
             listeners = Listeners([bar, StepLog(), *self.listeners])
-            for target in problem.targets:
-                search = PredictorSearch(problem, target, program, journal, listeners, generated_tokens=generated)
-                try:
-                    search.run()  # Algorithm 1
-                except (CallMismatchError, UnusedPredictorError) as error:
-                    another = isinstance(error, CallMismatchError) and error.predictor != target.site.name
-                    if another or target.field is not None or (not results and target is problem.targets[-1]):
-                        raise
-                    warnings.warn(f"{error} It keeps its instruction.", stacklevel=4)  # the call of compile
-                    continue
-                except KeyboardInterrupt:  # before this predictor's seed was evaluated
-                    if not results:
-                        raise
-                    interrupted = True
-                    break
-                result = search.validate()
-                program = searching_copy(program, {target.site.name: result.instruction})
-                results.append(result)
-                interrupted, called_off = search.interrupted, search.called_off
-                if interrupted or called_off:
-                    break
-                generated, stopped = search.generated_tokens, search.out_of_budget()
-                if stopped is not None:
-                    listeners.emit(Warned(stopped))
-                    break
-        why = what_stopped(interrupted=interrupted, called_off=called_off, out_of_budget=stopped)
-        return _finished(student, meter.result(tuple(results), stopped, why))
+            found = CoordinateDescent(problem, journal, listeners).run()  # Algorithm 1, predictor by predictor
+        detailed = meter.result(found)
+        if found.unvalidated is not None:
+            raise _unvalidated(student, detailed) from found.unvalidated
+        if found.error is not None:
+            warn_caller(
+                f"The search ended early, {found.error}\nThe best that was validated is returned."
+                f"{_GO_ON if self.log_dir else ''}",
+                RuntimeWarning,
+            )
+        return _finished(student, detailed)
 
 
 class _Meter:
@@ -196,19 +181,20 @@ class _Meter:
         engines = {id(engine): engine for engine in taking_part}
         self._before = [(engine, engine.counters) for engine in engines.values()]
 
-    def result(
-        self, predictors: tuple[PredictorResult, ...], out_of_budget: str | None, stopped_by: str | None
-    ) -> CompileResult:
+    def result(self, found: Found) -> CompileResult:
         spent = [asdict(engine.counters - before) for engine, before in self._before]
         return CompileResult(
-            predictors=predictors,
+            predictors=found.predictors,
             train_rows=len(self._problem.train),
             validation_rows=len(self._problem.validation),
             seconds=time.monotonic() - self._started,
             spent={name: sum(part[name] for part in spent) for name in spent[0]},
-            interrupted=stopped_by == "interrupt",
-            out_of_budget=out_of_budget,
-            stopped_by=stopped_by,
+            interrupted=found.interrupted,
+            out_of_budget=found.out_of_budget,
+            stopped_by=found.error
+            or what_stopped(
+                interrupted=found.interrupted, called_off=found.called_off, out_of_budget=found.out_of_budget
+            ),
         )
 
 
@@ -218,9 +204,28 @@ def _finished(student: Any, detailed: CompileResult) -> Any:
     *earlier, last = detailed.predictors
     others = {result.name: result.instruction for result in earlier}
     ranked = sorted(last.validation.items(), key=lambda pair: -pair[1])
+    # What an interrupt or an error kept from being validated comes last.
+    ranked += [(each.instruction, math.nan) for each in last.finalists if each.instruction not in last.validation]
     best.candidate_programs = [
         {"score": score, "program": write_back(student, {**others, last.name: text})} for text, score in ranked
     ]
     best.score = detailed.score
     best.detailed_results = detailed
     return best
+
+
+def _unvalidated(student: Any, detailed: CompileResult) -> UnvalidatedError:
+    """The error that carries what was found where nothing could be compared with the student."""
+    [result] = detailed.predictors
+    best, seed = result.finalists[0], result.seed
+    return UnvalidatedError(
+        f"The search ended early, {detailed.stopped_by}\nSo no instruction could be compared with the student's on "
+        f"the validation rows. On the training rows the best is {best.instruction!r} (score {best.score:.3g}, the "
+        f"student's {seed.score:.3g}). `error.program` is the student with it, and `error.detailed_results` the "
+        f"record.{_GO_ON}",
+        program=write_back(student, {result.name: best.instruction}),
+        detailed_results=detailed,
+    )
+
+
+_GO_ON = " A run with a log_dir goes on from the last step that was taken."

@@ -27,9 +27,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from dspy_greater.errors import SettingsError
+from dspy_greater.scalars import plain_scalar
 
 Auto = Literal["light", "medium", "heavy"]
 
@@ -80,6 +82,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Raises `SettingsError` when a value is out of range."""
+        make_plain(self)
         check_whole_numbers(self, _AT_LEAST)
         optional = {name: 1 for name in ("max_generated_tokens", "selections") if getattr(self, name) is not None}
         check_whole_numbers(self, optional)
@@ -110,6 +113,45 @@ def chosen_knobs(
         )
     preset: Mapping[str, int] = {} if auto is None else presets[auto]
     return {**preset, **{name: value for name, value in overrides.items() if value is not None}}
+
+
+def make_plain(settings: Any) -> None:
+    """Put Python's own numbers in the place of numpy's and torch's in a frozen dataclass that is being built."""
+    for field in fields(settings):
+        object.__setattr__(settings, field.name, plain_scalar(getattr(settings, field.name)))
+
+
+def checked_seed(seed: Any) -> int:
+    """The seed as a plain whole number.
+
+    Raises:
+        SettingsError: it is none.
+
+    >>> checked_seed(3)
+    3
+    """
+    found = plain_scalar(seed)
+    if isinstance(found, bool) or not isinstance(found, int):
+        raise SettingsError(f"seed={seed!r}: give a whole number.")
+    return found
+
+
+def checked_log_dir(log_dir: Any) -> str | Path | None:
+    """The directory, as text or a `Path`.
+
+    Raises:
+        SettingsError: it is no path, or an empty one, which would be the current directory.
+
+    >>> checked_log_dir("runs/navigate")
+    'runs/navigate'
+    """
+    if log_dir is None or isinstance(log_dir, Path) or (isinstance(log_dir, str) and log_dir.strip()):
+        return log_dir
+    to_path = getattr(log_dir, "__fspath__", str)
+    found = to_path()
+    if not isinstance(found, str) or not found.strip():
+        raise SettingsError(f"log_dir={log_dir!r}: give the path of a directory, or None to keep no journal.")
+    return Path(found)
 
 
 def check_whole_numbers(settings: object, at_least: Mapping[str, int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import random
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
 from dspy_greater.errors import ContextLengthError, EngineMemoryError, LayoutError, WeightsError
+from dspy_greater.lm.local import LocalEngine
 from dspy_greater.model import sampling as decode_module
 from dspy_greater.model.engine import Counters, Engine, GenerationRequest
 from dspy_greater.model.kv_cache import InPlaceLayer
@@ -182,6 +184,37 @@ def test_a_single_row_that_does_not_fit_says_what_to_do(monkeypatch: Any) -> Non
     monkeypatch.setattr(engine.model, "forward", starved)
     with pytest.raises(EngineMemoryError, match=r"One row alone .* 'tiny-llama' .*smaller dtype"):
         engine.generate([(5, 6)], max_new_tokens=2)
+
+
+def test_a_row_that_does_not_fit_spoils_neither_the_other_rows_nor_the_size_of_the_batches(monkeypatch: Any) -> None:
+    prompts = random_prompts(6)
+    expected = build().generate(prompts, max_new_tokens=4)
+    engine = build(max_batch_rows=6)
+    forward = engine.model.forward
+
+    def starved(*args: Any, **options: Any) -> Any:
+        if options["input_ids"].shape[1] > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return forward(*args, **options)
+
+    starved.__signature__ = inspect.signature(forward)
+    monkeypatch.setattr(engine.model, "forward", starved)
+    with pytest.raises(EngineMemoryError, match="One row alone") as found:
+        engine.generate([*prompts[:3], [7] * 120, *prompts[3:]], max_new_tokens=4)
+    assert [found.value.finished.get(place) for place in range(7)] == [*expected[:3], None, *expected[3:]]
+    assert engine.max_batch_rows == 6
+
+    local = LocalEngine(engine)
+    with ThreadPoolExecutor(3) as pool, local.lockstep(3) as group:
+
+        def asked(prompt: Any) -> Any:
+            with group.worker():
+                return local.batcher.submit(GenerationRequest(tuple(prompt), 4))
+
+        futures = [pool.submit(asked, prompt) for prompt in (prompts[0], [7] * 120, prompts[1])]
+        errors = [future.exception() for future in futures]
+    assert [type(error) for error in errors] == [type(None), EngineMemoryError, type(None)]
+    assert [futures[place].result() for place in (0, 2)] == expected[:2]
 
 
 def test_other_runtime_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: Any) -> None:

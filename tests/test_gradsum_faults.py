@@ -24,10 +24,22 @@ from scripted_gradsum import (
 )
 from scripted_text import Asked, text_lm
 
-from dspy_greater.errors import BudgetSpent, JudgeError, ProgramError, RunDirectoryError, SettingsError
+from dspy_greater.errors import (
+    BudgetSpent,
+    JudgeError,
+    ProgramError,
+    RunDirectoryError,
+    SettingsError,
+    UnvalidatedError,
+)
+from dspy_greater.gradsum import GradSumSettings
+from dspy_greater.gradsum.ask import Asker
+from dspy_greater.gradsum.evaluate import Evaluator
+from dspy_greater.gradsum.loop import Loop
 from dspy_greater.gradsum.meter import Meter
+from dspy_greater.gradsum.task import Task, pose
 from dspy_greater.program.fingerprint import described_lm
-from dspy_greater.run.events import IterationTaken
+from dspy_greater.run.events import IterationTaken, Warned
 
 HELD_OUT = (1, 4, 7, 9, 12, 14)
 VALIDATION = [ROWS[number] for number in HELD_OUT]
@@ -189,10 +201,115 @@ def test_a_server_that_dies_during_the_run_is_an_error_and_the_run_goes_on_later
     task = text_lm(dying, "scripted/task")
     student = program()
     student.set_lm(task)
-    with pytest.raises(ProgramError, match="could not be called.*connection refused.*log_dir goes on from its last"):
+    with pytest.raises(UnvalidatedError, match="could not be called.*connection refused.*log_dir goes on") as found:
         optimizer(log_dir=tmp_path, iterations=5).compile(student, TRAIN, valset=VALIDATION)
+    assert isinstance(found.value.__cause__, ProgramError)
+    assert instruction_of(found.value.program) == found.value.detailed_results.iterations[-1].beam[0]["predict"] != SEED
     resumed = optimizer(log_dir=tmp_path, iterations=5).compile(program(), TRAIN, valset=VALIDATION)
     assert resumed.score > resumed.detailed_results.seed_score
+
+
+def test_a_server_that_is_gone_for_one_iteration_ends_the_loop_and_what_was_found_is_validated() -> None:
+    def hiccup(asked: Asked) -> Any:
+        if len(scored) == 1 and validating == []:
+            raise OSError("connection refused")
+        return program_script(asked)
+
+    scored: list[Any] = []
+    validating: list[Any] = []
+
+    def listener(event: Any) -> None:
+        if isinstance(event, IterationTaken):
+            scored.append(event)
+        elif isinstance(event, Warned):
+            validating.append(event)
+
+    with pytest.warns(RuntimeWarning, match="ended early, after iteration 1 of 5: ProgramError.*connection refused"):
+        better = optimizer(iterations=5, listeners=[listener]).compile(program(hiccup), TRAIN, valset=VALIDATION)
+    details = better.detailed_results
+    assert len(details.iterations) == 1 and better.score > details.seed_score
+    assert details.stopped_by is not None and details.stopped_by.startswith("after iteration 1 of 5: ProgramError: The")
+    assert not details.interrupted
+
+
+def test_one_pair_of_prompts_and_row_that_is_too_long_is_no_dead_server() -> None:
+    """The row works under other prompts, and the prompts work on other rows."""
+
+    def picky(asked: Asked) -> Any:
+        if asked["question"] == "3" and asked.instruction == SEED:
+            raise OSError("the prompt is too long")
+        return program_script(asked)
+
+    task = posed_task(program(picky))
+    meter = Meter()
+    evaluator = Evaluator(task, ROWS, Asker(meter, retries=0, threads=1), meter)
+    evaluator.evaluate([{"predict": SEED}], [0, 1, 2])
+    evaluator.evaluate([{"predict": "Level 9."}], [3])
+    [[output]] = evaluator.evaluate([{"predict": SEED}], [3])
+    assert output.metric == 0.0 and "the prompt is too long" in (output.error or "")
+
+
+def posed_task(student: Any, **options: Any) -> Task:
+    return pose(
+        student,
+        ROWS,
+        exact_match,
+        None,
+        description="Put an a before the question.",
+        criteria=None,
+        lms=(text_lm(judge_script), None, None),
+        settings=GradSumSettings.of(None, **options),
+        seed=0,
+    )
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), MemoryError("full"), OSError("disk")], ids=repr)
+def test_whatever_ends_the_loop_late_leaves_what_was_found(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Any, *arguments: Any) -> Any:
+        if self.iterations:
+            raise error
+        return original(self, *arguments)
+
+    original = Loop._select
+    monkeypatch.setattr(Loop, "_select", broken)
+    with pytest.warns(RuntimeWarning, match=type(error).__name__):
+        better = compiled()
+    assert len(better.detailed_results.iterations) == 1
+    assert better.score > better.detailed_results.seed_score
+    assert f"after iteration 1 of 3: {type(error).__name__}" in better.detailed_results.stopped_by
+
+
+def test_an_error_before_anything_was_found_is_raised_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Any, *arguments: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Loop, "_select", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        compiled()
+
+
+def test_a_first_interrupt_in_the_validation_keeps_the_students_prompts_and_a_second_one_raises() -> None:
+    def interrupted(self: Any, finalists: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "validate", interrupted)
+        better = compiled()
+        assert better.detailed_results.interrupted and instruction_of(better) == SEED
+        assert len(better.candidate_programs) > 1
+        with pytest.raises(KeyboardInterrupt):
+            compiled(listeners=[after(1, KeyboardInterrupt)])
+
+
+def test_a_metric_that_fails_on_every_validation_row_compares_nothing() -> None:
+    def metric(example: Any, prediction: Any, trace: object = None) -> bool:
+        if example.question in {row.question for row in VALIDATION}:
+            raise KeyError("note")
+        return exact_match(example, prediction)
+
+    with pytest.raises(UnvalidatedError, match="The metric failed on all 6 validation rows") as found:
+        compiled(metric=metric, criteria=None)
+    assert instruction_of(found.value.program) != SEED
 
 
 # --- kills, interrupts ---

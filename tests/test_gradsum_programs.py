@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import dspy
@@ -13,7 +14,8 @@ from scripted_engine import optimizer as greater
 from scripted_text import Asked, text_lm
 
 from dspy_greater import GradSumTeleprompter
-from dspy_greater.errors import ProgramError
+from dspy_greater.errors import DataError, ProgramError, UnusedPredictorError
+from dspy_greater.run.events import IterationTaken
 
 # --- two predictors: the first finds the number in the question, the second writes it as a word ---
 
@@ -142,6 +144,108 @@ def test_instructions_that_list_tools_are_never_rewritten() -> None:
     only.set_lm(text_lm(lambda asked: "x"))
     with pytest.raises(ProgramError, match="Every predictor lists its tools"):
         GradSumTeleprompter("Answer.", metric=planted_match, progress=False).compile(only, ROWS[:3], valset=ROWS[3:])
+
+
+# --- what the student's own run says ---
+
+
+def matching(example: Any, prediction: Any, trace: object = None) -> bool:
+    return prediction.answer == example.answer
+
+
+class WithSpare(Two):
+    """Has a predictor that it never calls."""
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__(lm)
+        self.spare = dspy.Predict(dspy.Signature("question -> guess", "Guess it."))
+        self.set_lm(lm)
+
+
+def teacher_of(**settings: Any) -> GradSumTeleprompter:
+    options = {
+        "iterations": 2,
+        "beam_width": 2,
+        "validation_rows": 3,
+        "progress": False,
+        "metric": matching,
+        **settings,
+    }
+    return GradSumTeleprompter("Write it.", judge_lm=text_lm(blame), editor_lm=text_lm(mend), **options)
+
+
+class Killed(BaseException):
+    """Stands for a process that dies."""
+
+
+def killing(event: Any) -> None:
+    if isinstance(event, IterationTaken):
+        raise Killed
+
+
+def test_a_predictor_that_is_never_called_is_not_edited_and_a_run_that_goes_on_knows_it(tmp_path: Path) -> None:
+    text = r"Predictor `spare` was not called on any of the 3 training rows\. It keeps its instruction\."
+    with pytest.warns(UserWarning, match=text) as told, pytest.raises(Killed):
+        teacher_of(log_dir=tmp_path, listeners=[killing]).compile(
+            WithSpare(text_lm(two_script)), ROWS[:3], valset=ROWS[3:]
+        )
+    assert {warning.filename for warning in told} == {__file__}
+    teacher = teacher_of(log_dir=tmp_path)
+    better = teacher.compile(WithSpare(text_lm(two_script)), ROWS[:3], valset=ROWS[3:])
+    assert better.detailed_results.prompts == {
+        "find": "Copy the digit.",
+        "write": "Write the word.",
+        "spare": "Guess it.",
+    }
+    assert better.score == 1.0
+    assert all("Guess" not in asked["prompt"] for asked in teacher.editor_lm.engine.asked)
+
+
+def test_a_program_none_of_whose_predictors_is_called_is_refused_before_anything_is_edited() -> None:
+    best = dspy.BestOfN(module=Two(text_lm(two_script)), N=1, reward_fn=lambda inputs, output: 1.0, threshold=1.0)
+    teacher = teacher_of()
+    with pytest.raises(
+        UnusedPredictorError, match="`module.write` were not called on any of the 3.*BestOfN runs copies"
+    ):
+        teacher.compile(best, ROWS[:3], valset=ROWS[3:])
+    assert teacher.judge_lm.engine.asked == teacher.editor_lm.engine.asked == []
+
+
+@pytest.mark.filterwarnings("ignore:Questions that were given up")
+def test_a_metric_that_raises_on_some_rows_is_counted_once() -> None:
+    def metric(example: Any, prediction: Any, trace: object = None) -> bool:
+        if example.question == "q1":
+            raise KeyError("note")
+        return matching(example, prediction)
+
+    text = r"The metric failed on 1 of 3 training rows, .*: row 1 of the trainset\. On row 1 .* raised KeyError: 'note'"
+    with pytest.warns(RuntimeWarning, match=text) as told:
+        teacher_of(metric=metric).compile(Two(text_lm(two_script)), ROWS[:3], valset=ROWS[3:])
+    assert sum(each.category is RuntimeWarning for each in told) == 1
+
+
+def test_an_interpreter_that_is_not_installed_is_no_prompts_fault() -> None:
+    class Runs(Two):
+        def forward(self, question: str) -> Any:
+            found = super().forward(question)
+            dspy.PythonInterpreter(deno_command=["/no/deno"])("1 + 1")
+            return found
+
+    with pytest.raises(
+        ProgramError, match="(?s)not by what the language model wrote: .*the code interpreter raised Code"
+    ):
+        teacher_of().compile(Runs(text_lm(two_script)), ROWS[:3], valset=ROWS[3:])
+
+
+def test_rows_that_name_their_inputs_differently_are_refused() -> None:
+    rows = [dspy.Example(text=row.question, answer=row.answer).with_inputs("text") for row in ROWS]
+    with pytest.raises(DataError, match="rows of the trainset are `text`, and the program takes `question`"):
+        teacher_of().compile(Two(text_lm(two_script)), rows[:3], valset=rows[3:])
+
+
+def test_rows_may_come_from_generators() -> None:
+    better = teacher_of().compile(Two(text_lm(two_script)), (row for row in ROWS[:3]), valset=(row for row in ROWS[3:]))
+    assert better.score == 1.0
 
 
 # --- with GReaTer, on a planted model with weights ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import dspy
+import numpy as np
 import pytest
 from dspy import lm15
 from tiny_models import save_tiny, tiny_model, tiny_tokenizer
@@ -22,6 +24,7 @@ from dspy_greater.errors import GreaterError, WeightsError
 from dspy_greater.lm.batcher import Batcher
 from dspy_greater.lm.local import LocalEngine, local_lm
 from dspy_greater.model.engine import Engine
+from dspy_greater.program.fingerprint import described_lm
 from dspy_greater.prompt.chat_template import render_chat
 
 ROOT = Path(__file__).parent.parent
@@ -442,3 +445,11 @@ def test_with_one_seed_different_prompts_draw_differently_and_the_same_prompt_dr
 def _request_of(lm: Any, question: str) -> Any:
     config = lm15.Config(temperature=1.0, max_tokens=12, seed=7)
     return lm15.Request(model=lm.model, messages=(lm15.Message.user(question),), config=config)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    lm = tiny_lm(max_tokens=np.int64(5), temperature=np.float32(0.5), seed=np.int32(3))
+    assert lm("one two") == tiny_lm(max_tokens=5, temperature=0.5, seed=3)("one two")
+    assert described_lm(lm)["sampling"] == {"temperature": 0.5, "max_tokens": 5, "seed": 3}
+    other = SimpleNamespace(model="m", kwargs={"temperature": np.float32(0.5), "max_tokens": np.int64(7)})
+    assert json.dumps(described_lm(other)["sampling"]) == '{"temperature": 0.5, "max_tokens": 7}'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,6 +18,7 @@ from scripted_engine import (
     ScriptedEngine,
     chat_answer,
     exact_match,
+    instruction_of,
     obedient_script,
     optimizer,
     planted_engine,
@@ -160,12 +162,23 @@ def test_a_metric_that_raises_on_some_rows_counts_them_as_mistakes(engine: Any) 
             raise ZeroDivisionError("no pears")
         return exact_match(example, prediction)
 
-    better = compile_with(engine, metric=metric, program=program_on(engine, instruction="Please count."))
+    with pytest.warns(RuntimeWarning, match="The metric failed on . of 4 .* rows, which count as mistakes") as told:
+        better = compile_with(engine, metric=metric, program=program_on(engine, instruction="Please count."))
     seed = better.detailed_results.predictors[0].seed
     failed = [row for row in seed.rows if row.error]
     assert 0 < len(failed) < 4
     assert {row.error for row in failed} == {"the metric raised ZeroDivisionError: no pears"}
     assert seed.score == 1 - len(failed) / 4
+    of_training, of_validation = [str(each.message) for each in told]
+    assert of_training.startswith(f"The metric failed on {len(failed)} of 4 training rows")
+    assert "validation rows" in of_validation and of_validation.endswith("raised ZeroDivisionError: no pears.")
+    # The rows are told by their places in the trainset of eight, of which the odd ones ask for pears.
+    found = re.search(
+        r"mistakes: rows? ([\d, ]+) of the trainset\. On row (\d+) of the trainset, (.*?), the", of_training
+    )
+    assert found is not None
+    assert len(found[1].split(", ")) == len(failed) and all(int(row) % 2 for row in found[1].split(", "))
+    assert found[3] == repr(dict(ROWS[int(found[2])].inputs()))
 
 
 @pytest.mark.parametrize("value", [None, "yes", [1]])
@@ -317,7 +330,8 @@ def test_a_program_that_never_calls_its_predictor_is_refused_with_its_own_error(
 
     refused(
         ProgramError,
-        "`step.predict` was not called on any of the 4 training rows; on the first, OSError: the index is missing",
+        r"The program failed on all 4 training rows before it called a predictor; on row \d of the trainset, "
+        r"\{'question': .*\}, the program's own code raised OSError: the index is missing\. Try program",
         engine,
         program=Broken(),
     )
@@ -338,14 +352,10 @@ class Idle(dspy.Module):
 
 
 def test_a_predictor_without_gold_values_that_is_never_called_keeps_its_instruction_with_a_warning(engine: Any) -> None:
-    with pytest.warns(UserWarning, match="was not called") as told:
+    with pytest.warns(UserWarning, match="were not called") as told:
         better = compile_with(engine, program=Idle(engine, "first", "second"))
     assert [str(each.message) for each in told] == [
-        f"Predictor `{name}` was not called on any of the 4 training rows; on the first, predictor `{name}` was not "
-        "called. A module that runs copies of a program (BestOfN, Refine) hides its predictors: compile the inner "
-        "program and wrap the result. Otherwise try program(**trainset[0].inputs()) and mend it. It keeps its "
-        "instruction."
-        for name in ("first", "second")
+        "Predictors `first`, `second` were not called on any of the 4 training rows. They keep their instructions."
     ]
     assert better.first.signature.instructions == better.second.signature.instructions == "Write a query."
     assert [each.name for each in better.detailed_results.predictors] == ["answer.predict"]
@@ -353,21 +363,31 @@ def test_a_predictor_without_gold_values_that_is_never_called_keeps_its_instruct
 
 
 def test_where_no_predictor_that_is_to_be_optimised_is_called_the_run_ends_with_an_error(engine: Any) -> None:
-    text = "`second` was not called on any of the 4 training rows; on the first, predictor `second` was not called"
+    text = r"Predictors `first`, `second` were not called on any of the 4 training rows\. Try program\(\*\*trainset"
     program = Idle(engine, "first", "second")
-    compiler = optimizer(predictors=["first", "second"])
-    with pytest.warns(UserWarning, match="`first` was not called"), pytest.raises(UnusedPredictorError, match=text):
-        compiler.compile(program, ROWS)
+    with pytest.raises(UnusedPredictorError, match=text):
+        optimizer(predictors=["first", "second"]).compile(program, ROWS)
 
 
-def test_a_predictor_with_gold_values_that_is_never_called_is_an_error() -> None:
+def test_a_predictor_that_was_asked_for_by_name_and_is_never_called_is_an_error_before_any_search(engine: Any) -> None:
+    heard: list[Any] = []
+    text = r"Predictor `first` was not called on any of the 4 training rows\..*Or leave it out of predictors=\[\.\.\.\]"
+    compiler = optimizer(predictors=["answer.predict", "first"], listeners=[heard.append])
+    with pytest.raises(UnusedPredictorError, match=text):
+        compiler.compile(Idle(engine, "first"), ROWS)
+    assert heard == [] and len(engine.batches) == 1
+
+
+def test_a_predictor_with_gold_values_that_is_never_called_is_left_alone_too() -> None:
     class Silent(Idle):
         def forward(self, question: str) -> Any:
             return dspy.Prediction(answer=self.first(question=question).query)
 
     engine = ScriptedEngine(lambda prompt: chat_answer(query="x"))
-    with pytest.raises(UnusedPredictorError, match="`answer.predict` was not called on any of the 4 training rows"):
-        compile_with(engine, program=Silent(engine, "first"))
+    with pytest.warns(UserWarning, match="`answer.predict` was not called on any of the 4 training rows. It keeps"):
+        better = compile_with(engine, program=Silent(engine, "first"))
+    assert [each.name for each in better.detailed_results.predictors] == ["first"]
+    assert instruction_of(better.answer) == "Please count."
 
 
 def test_where_gold_values_are_needed_predictors_without_are_named_and_keep_their_instructions() -> None:

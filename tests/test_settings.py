@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, fields
+import json
+from dataclasses import FrozenInstanceError, asdict, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from dspy_greater import GradSumTeleprompter, GReaTerTeleprompter
 from dspy_greater.errors import GreaterError, SettingsError
+from dspy_greater.gradsum import GradSumSettings
 from dspy_greater.settings import Settings
 
 
@@ -179,3 +187,90 @@ def test_a_search_that_would_never_forecast_again_is_refused() -> None:
     with pytest.raises(SettingsError, match="explore_every=1: no step would forecast again; give 2 or more, or 0"):
         Settings(explore_every=1)
     assert [Settings(explore_every=each).explore_every for each in (0, 2)] == [0, 2]
+
+
+# ---- numbers of other libraries
+
+
+def kinds_of(value: Any) -> list[Any]:
+    """The same number as numpy and torch have it."""
+    if isinstance(value, bool):
+        return [np.bool_(value), np.array(value), torch.tensor(value)]
+    if isinstance(value, int):
+        return [np.int64(value), np.int32(value), np.uint8(max(2, value % 256)), np.array(value), torch.tensor(value)]
+    return [np.float64(value), np.float32(value), np.array([value]), torch.tensor(value, dtype=torch.float64)]
+
+
+NUMBERS = {name: value for name, value in asdict(Settings()).items() if isinstance(value, (int, float))}
+NUMBERS |= {"selections": 2, "max_generated_tokens": 7}
+OF_GRADSUM = {name: value for name, value in asdict(GradSumSettings()).items() if isinstance(value, (int, float))}
+OF_GRADSUM |= {"max_lm_calls": 9, "max_lm_tokens": 9}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        *((Settings, name, value) for name, value in NUMBERS.items()),
+        *((GradSumSettings, name, value) for name, value in OF_GRADSUM.items()),
+    ],
+)
+def test_numbers_of_numpy_and_torch_are_numbers(kind: Any, name: str, value: Any) -> None:
+    for given in kinds_of(value):
+        settings = kind.of(None, **{name: given})
+        found = getattr(settings, name)
+        assert type(found) in (bool, int, float) and type(found) is type(given.item())
+        assert found == given.item()
+        json.dumps(asdict(settings))
+
+
+def test_a_run_with_numbers_of_numpy_is_the_same_run() -> None:
+    plain = GReaTerTeleprompter(seed=3, steps=5, walk=False, fluency_weight=0.5)
+    numpy = GReaTerTeleprompter(seed=np.int64(3), steps=np.int16(5), walk=np.False_, fluency_weight=np.float32(0.5))
+    assert (numpy.settings, numpy.seed) == (plain.settings, plain.seed)
+    assert json.dumps([asdict(numpy.settings), numpy.seed]) == json.dumps([asdict(plain.settings), plain.seed])
+    textual = GradSumTeleprompter("Do it.", "good", seed=np.uint8(3), judge_scale=np.array([0, 2]), summarize=np.True_)
+    assert (textual.seed, textual.settings) == (3, GradSumSettings(judge_scale=(0, 2)))
+    assert json.dumps(asdict(textual.settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", np.float64(5.0)),
+        ("steps", np.bool_(True)),
+        ("steps", np.array([1, 2])),
+        ("fluency_weight", np.float32("nan")),
+        ("walk", np.int64(2)),
+        ("steps", np.datetime64("2024-01-01")),
+    ],
+)
+def test_what_is_out_of_range_stays_so_as_a_number_of_numpy(name: str, value: Any) -> None:
+    with pytest.raises(SettingsError, match=f"{name}="):
+        Settings.of(None, **{name: value})
+
+
+@pytest.mark.parametrize("seed", [np.float64(1), np.bool_(True), np.array([1, 2]), "1"])
+def test_a_seed_of_numpy_has_to_be_a_whole_number_too(seed: Any) -> None:
+    for build in (GReaTerTeleprompter, lambda **options: GradSumTeleprompter("Do it.", "good", **options)):
+        with pytest.raises(SettingsError, match="seed=.*: give a whole number"):
+            build(seed=seed)
+
+
+class Elsewhere:
+    """A path of another library."""
+
+    def __init__(self, path: Any) -> None:
+        self.path = path
+
+    def __fspath__(self) -> Any:
+        return self.path
+
+
+@pytest.mark.parametrize("build", [GReaTerTeleprompter, partial(GradSumTeleprompter, "Do it.", "good")])
+def test_a_log_dir_is_any_path_and_nothing_else(build: Any) -> None:
+    assert build(log_dir=None).log_dir is None
+    assert build(log_dir="runs/a").log_dir == "runs/a" == build(log_dir=np.str_("runs/a")).log_dir
+    assert build(log_dir=Path("runs/a")).log_dir == build(log_dir=Elsewhere("runs/a")).log_dir == Path("runs/a")
+    for bad in ("", " ", 3, b"runs", Elsewhere(b"runs"), Elsewhere(""), ["runs"], True):
+        with pytest.raises(SettingsError, match="log_dir=.*: give the path of a directory, or None"):
+            build(log_dir=bad)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +14,7 @@ from dspy_greater.gradsum.ask import Asker, Question
 from dspy_greater.gradsum.meter import Meter
 from dspy_greater.gradsum.modules import Judge
 from dspy_greater.gradsum.task import Prompts, Task
-from dspy_greater.metric import Score
-from dspy_greater.program.rollout import Rollout, run_pairs, searching_copy
+from dspy_greater.program.rollout import Rollout, refuse_dead_lm, run_pairs, run_uncached, searching_copy, unscored
 from dspy_greater.prompt.gold import labels_as_text
 from dspy_greater.run.events import Output
 from dspy_greater.stats import mean
@@ -36,11 +35,17 @@ class Evaluator:
         self._task, self._rows, self._asker, self._meter = task, rows, asker, meter
         fields = [field for site in task.sites for field in site.signature.output_fields.items()]
         self._annotations = {name: info.annotation for name, info in fields}
+        self._latest: tuple[Rollout, ...] = ()
         self._known: dict[tuple[tuple[tuple[str, str], ...], int], Output] = {}
 
     def recall(self, prompts: Prompts, outputs: Iterable[Output]) -> None:
         """Remember outputs of an interrupted run."""
         self._known.update({(_key(prompts), output.row): output for output in outputs})
+
+    def take_runs(self) -> tuple[Rollout, ...]:
+        """The runs that the latest evaluation made, members and their rows in order; they are forgotten here."""
+        runs, self._latest = self._latest, ()
+        return runs
 
     def evaluate(self, beam: Sequence[Prompts], rows: Sequence[int]) -> list[tuple[Output, ...]]:
         """For each member its outputs on the rows, in their order.
@@ -48,8 +53,8 @@ class Evaluator:
         Raises:
             BudgetSpent: they do not fit into the budget.
             JudgeError: the judge gave no usable verdict on any of them.
-            MetricError: the metric returned something that is not a score.
-            ProgramError: the program's language model could not be called, not even once.
+            MetricError: the metric returned something that is not a score, the first time; later that is a mistake.
+            ProgramError: the program's language model could not be called, not even once, nor where it had answered.
         """
         wanted = [(prompts, row) for prompts in beam for row in rows]
         new = [pair for pair in wanted if (_key(pair[0]), pair[1]) not in self._known]
@@ -64,18 +69,26 @@ class Evaluator:
         meter.admit(len(pairs) * (meter.calls_per_run(len(task.sites)) + int(task.criteria is not None)))
         programs = {_key(prompts): searching_copy(task.program, prompts) for prompts, _ in pairs}
         runs = [(programs[_key(prompts)], self._rows[row]) for prompts, row in pairs]
+        metric = unscored if task.metric is None else task.metric.late if self._known else task.metric
         with meter.counting("generation"):
-            done = run_pairs(
-                runs, task.metric or _unscored, threads=task.settings.threads, refuse_dead=self._should_work(pairs)
-            )
+            done = run_pairs(runs, metric, threads=task.settings.threads, refuse_dead=False)
+            refuse_dead_lm(done, len({row for _, row in pairs}), self._probe())
         meter.add("generation", runs=len(runs))
+        self._latest = tuple(done)
         return [self._output(row, rollout) for (_, row), rollout in zip(pairs, done, strict=True)]
 
-    def _should_work(self, pairs: Sequence[tuple[Prompts, int]]) -> bool:
-        """Whether it can only be a dead server when all of these fail: not one row, or one prompt, that is too long."""
-        worked = [known for known, output in self._known.items() if output.error is None]
-        prompts, rows = {key for key, _ in worked}, {row for _, row in worked}
-        return not worked or any(_key(each) in prompts and row in rows for each, row in pairs)
+    def _probe(self) -> Callable[[], Rollout] | None:
+        """Runs again what worked before, if anything did: not a row, nor prompts, that may be too long."""
+        worked = next((known for known, output in self._known.items() if output.error is None), None)
+        if worked is None:
+            return None
+        prompts, row = worked
+
+        def probe() -> Rollout:
+            program = searching_copy(self._task.program, dict(prompts))
+            return run_uncached(program, self._rows[row], threads=self._task.settings.threads)
+
+        return probe
 
     def _output(self, row: int, rollout: Rollout) -> Output:
         task, example = self._task, self._rows[row]
@@ -181,10 +194,6 @@ def _with_verdict(output: Output, verdict: tuple[float, str] | None, problem: st
     if score >= 1.0:
         return replace(output, judged=score)
     return replace(output, judged=score, evaluation="\n".join(filter(None, [output.evaluation, explanation])))
-
-
-def _unscored(example: Any, prediction: Any) -> Score:
-    return Score(0.0)
 
 
 def _key(prompts: Mapping[str, str]) -> tuple[tuple[str, str], ...]:

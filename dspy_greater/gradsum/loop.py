@@ -16,7 +16,9 @@ from dspy_greater.gradsum.meter import Meter
 from dspy_greater.gradsum.modules import Edit, EditUnaware, Summarise, WriteGradient, WriteGradientOnOnePrompt
 from dspy_greater.gradsum.task import Prompts, Task
 from dspy_greater.metric import refuse_useless_metric
+from dspy_greater.notices import warn_caller
 from dspy_greater.run.events import IterationTaken, MemberEdited, Output, PromptsScored, TextGradient
+from dspy_greater.search.seed_run import SeedRun, check_seed_run, kept_as_they_are, refuse_nameless_inputs, unused_error
 
 NO_CRITERIA = "(none but the evaluation)"
 ONE_CALL = "(one call only)"
@@ -25,17 +27,24 @@ ONE_CALL = "(one call only)"
 class Loop:
     """The beam search from the student's prompts.
 
+    Args:
+        task: what is optimised.
+        meter: counts what it costs.
+        uncalled: predictors that the student's run in an interrupted beginning did not call.
+
     Attributes:
         iterations: those that are finished.
         out_of_budget: why the loop ended before its last iteration, if it did.
+        uncalled: predictors that the student did not call on any row of the first sample; they are not edited.
     """
 
-    def __init__(self, task: Task, meter: Meter) -> None:
+    def __init__(self, task: Task, meter: Meter, uncalled: Iterable[str] = ()) -> None:
         settings = task.settings
         self._task, self._meter = task, meter
         self._asker = Asker(meter, retries=settings.retries, threads=settings.threads)
         self._training = Evaluator(task, task.train, self._asker, meter)
-        self._sites = {site.name: site for site in task.edited}
+        self.uncalled = frozenset(uncalled)
+        self._sites = {site.name: site for site in task.edited if site.name not in self.uncalled}
         self.iterations: list[IterationTaken] = []
         self.out_of_budget: str | None = None
 
@@ -65,7 +74,7 @@ class Loop:
         sample, subset = self._draw()
         generated = self._training.evaluate(self.beam, sample)  # generation and evaluation
         if not self.iterations:
-            refuse_useless_metric([output.error for outputs in generated for output in outputs])
+            self._heed(SeedRun(self._training.take_runs(), *self._drawn(sample)))
         gradients = self._differentiate(generated)
         summaries = self._summarise(gradients)
         candidates = self._edit(summaries)
@@ -81,12 +90,35 @@ class Loop:
             spent=self._meter.spent(),
         )
 
+    def _drawn(self, sample: Sequence[int]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+        task = self._task
+        return tuple(task.train[row] for row in sample), tuple(task.numbers[row] for row in sample)
+
+    def _heed(self, run: SeedRun) -> None:
+        """What the student's own run says: what cannot work is refused, and what is never called is not edited."""
+        check_seed_run(run)
+        refuse_nameless_inputs(run, list(self._sites.values()))
+        uncalled = [name for name in self._sites if name not in run.called]
+        if len(uncalled) == len(self._sites):
+            raise unused_error(run, uncalled, self._task.program)
+        if uncalled:
+            warn_caller(kept_as_they_are(uncalled, len(run.rows)))
+        self.uncalled = frozenset(uncalled)
+        self._sites = {name: site for name, site in self._sites.items() if name not in self.uncalled}
+
     def validate(self, finalists: Sequence[Prompts]) -> list[tuple[float, ...]]:
-        """The mean scores of prompts on the validation rows, whatever is left of the budget."""
+        """The mean scores of prompts on the validation rows, whatever is left of the budget.
+
+        Raises:
+            JudgeError: the judge gave no usable verdict.
+            MetricError: the metric failed on every row.
+            ProgramError: the language model never answered.
+        """
         self._meter.lift_limits()
         task = self._task
         validation = Evaluator(task, task.validation, self._asker, self._meter)
         outputs = validation.evaluate(finalists, range(len(task.validation)))
+        refuse_useless_metric(*([output.error for output in each] for each in outputs), rows="validation rows")
         return [mean_score(each) for each in outputs]
 
     def _draw(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from dspy_greater.errors import SettingsError
-from dspy_greater.settings import Auto, check_whole_numbers, chosen_knobs
+from dspy_greater.scalars import plain_scalar
+from dspy_greater.settings import Auto, check_whole_numbers, chosen_knobs, make_plain
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class GradSumSettings:
 
     def __post_init__(self) -> None:
         """Raises `SettingsError` when a value is out of range."""
+        make_plain(self)
         check_whole_numbers(self, _AT_LEAST)
         limits = {name: 1 for name in ("max_lm_calls", "max_lm_tokens") if getattr(self, name) is not None}
         check_whole_numbers(self, limits)
@@ -67,7 +69,7 @@ class GradSumSettings:
 
     def _scale(self) -> tuple[int, int]:
         try:
-            low, high = self.judge_scale
+            low, high = map(plain_scalar, self.judge_scale)
         except (TypeError, ValueError):
             low = high = None
         if type(low) is not int or type(high) is not int:

@@ -12,8 +12,9 @@ import dspy
 from dspy_greater.errors import MetricError, ProgramError, SettingsError
 from dspy_greater.gradsum.settings import GradSumSettings
 from dspy_greater.metric import Metric, RowMetric
-from dspy_greater.program.dataset import split
+from dspy_greater.program.dataset import as_list, numbers_in, split
 from dspy_greater.program.fingerprint import described, described_lm, fingerprint
+from dspy_greater.program.inputs import refuse_strange_inputs
 from dspy_greater.program.predictors import PredictorSite, check_examples, predictors_of, refuse_unusable
 from dspy_greater.program.rollout import pin_lms
 from dspy_greater.run.serialise import JSON
@@ -38,6 +39,7 @@ class Task:
     editor_lm: Any
     settings: GradSumSettings
     seed: int
+    numbers: tuple[int, ...] = ()  # which rows of the caller's trainset the training rows are
 
     @property
     def seed_prompts(self) -> Prompts:
@@ -90,6 +92,7 @@ def pose(
         ProgramError: nothing to optimise, or no language model.
         SettingsError: the budget does not even cover the final comparison.
     """
+    trainset, valset = as_list(trainset, name="trainset"), as_list(valset, name="valset")
     check_examples(trainset)
     if valset:
         check_examples(valset, name="valset")
@@ -98,9 +101,11 @@ def pose(
             "There is nothing to score outputs by. Pass GradSumTeleprompter(criteria=...) for a judge, a metric as "
             "GradSumTeleprompter(metric=...) or compile(student, trainset, metric), or both."
         )
-    train, validation = split(trainset, valset, settings=settings, seed=seed)
     sites = predictors_of(student)
     refuse_unusable(sites)
+    refuse_strange_inputs(student, trainset)
+    refuse_strange_inputs(student, valset or (), name="valset")
+    train, validation = split(trainset, valset, settings=settings, seed=seed)
     judge_lm, gradient_lm, editor_lm = _resolved(lms, sites)
     task = Task(
         description=description,
@@ -116,6 +121,7 @@ def pose(
         editor_lm=editor_lm,
         settings=settings,
         seed=seed,
+        numbers=numbers_in(train, trainset),
     )
     _check_budget(task)
     return task

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dspy.teleprompt import Teleprompter
 
-from dspy_greater.errors import SettingsError
+from dspy_greater.errors import SettingsError, UnvalidatedError
 from dspy_greater.gradsum.loop import Loop
 from dspy_greater.gradsum.meter import Meter
 from dspy_greater.gradsum.settings import GradSumSettings
 from dspy_greater.gradsum.task import Prompts, Task, pose
 from dspy_greater.metric import Metric
+from dspy_greater.notices import warn_caller
 from dspy_greater.program.roundtrip import write_back
 from dspy_greater.program.validation import winner
 from dspy_greater.report.result import GradSumResult, what_stopped
-from dspy_greater.run.events import BeamStarted, BeamValidated, Event, IterationTaken, Listener
+from dspy_greater.run.events import BeamStarted, BeamValidated, Event, IterationTaken, Listener, NotCalled, Warned
 from dspy_greater.run.journal import Journal
 from dspy_greater.run.log import StepLog
 from dspy_greater.run.progress import Listeners, ProgressBar, checked_callbacks
-from dspy_greater.settings import Auto
+from dspy_greater.settings import Auto, checked_log_dir, checked_seed
+
+_LOG = logging.getLogger(__name__)
 
 
 class GradSumTeleprompter(Teleprompter):
@@ -88,15 +92,13 @@ class GradSumTeleprompter(Teleprompter):
         _check_text("task_description", task_description)
         if criteria is not None:
             _check_text("criteria", criteria)
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise SettingsError(f"seed={seed!r}: give a whole number.")
         self.task_description = task_description
         self.criteria = criteria
         self.metric = metric
         self.judge_lm, self.gradient_lm, self.editor_lm = judge_lm, gradient_lm, editor_lm
         self.settings = GradSumSettings.of(auto, **settings)
-        self.seed = seed
-        self.log_dir = log_dir
+        self.seed = checked_seed(seed)
+        self.log_dir = checked_log_dir(log_dir)
         # Not under the name `callbacks`, where DSPy looks for its own.
         self.listeners = (*checked_callbacks(listeners, "listeners"), *checked_callbacks(callbacks))
         self.progress = progress
@@ -121,10 +123,14 @@ class GradSumTeleprompter(Teleprompter):
 
         Returns:
             The program, with `detailed_results` (`GradSumResult`), `candidate_programs` and `score`.
-            Ctrl-C, and the end of the budget, end the loop with the best so far; a second Ctrl-C raises.
+            Ctrl-C, and the end of the budget, end the loop with the best so far; a second Ctrl-C raises. So does an
+            error of any kind, once a prompt besides the student's was chosen: what was found is validated and
+            returned, with a warning, and `detailed_results.stopped_by` says what happened.
 
         Raises:
             GreaterError: one of its subclasses, for input that cannot work; `JudgeError` for a judge that cannot.
+            UnvalidatedError: the loop ended early, and its validation failed too; carries what was found.
+            Exception: what ended the loop before any other prompt was chosen.
         """
         task = pose(
             student,
@@ -144,22 +150,40 @@ class GradSumTeleprompter(Teleprompter):
             run = _Run(task, journal, Listeners([bar, StepLog(), *self.listeners]))
             run.search()
             result = run.validate()
+        if run.unvalidated is not None:
+            raise _unvalidated(student, result) from run.unvalidated
+        if run.error is not None:
+            warn_caller(
+                f"The search ended early, {run.error}\nThe best that was validated is returned.", RuntimeWarning
+            )
         return _finished(student, result)
 
 
 class _Run:
-    """One compile: the loop, and what is kept and told of it."""
+    """One compile: the loop, and what is kept and told of it.
+
+    Attributes:
+        error: where and by which error the loop ended early, if one did it.
+        unvalidated: the error that kept what was found from being validated, if one did.
+    """
 
     def __init__(self, task: Task, journal: Journal, listeners: Listeners) -> None:
         limits = task.settings
         self._task, self._journal, self._listeners = task, journal, listeners
         self._meter = Meter(max_calls=limits.max_lm_calls, max_tokens=limits.max_lm_tokens)
-        self._loop = Loop(task, self._meter)
+        recorded = [event for event in journal.recorded() if isinstance(event, NotCalled)]
+        self._loop = Loop(task, self._meter, [name for event in recorded for name in event.predictors])
         self._started = time.monotonic()
         self._interrupted = False
+        self.error: str | None = None
+        self.unvalidated: Exception | None = None
 
     def search(self) -> None:
-        """The loop, from where an interrupted run stopped; Ctrl-C and callbacks end it with what was found."""
+        """The loop, from where an interrupted run stopped; Ctrl-C, callbacks or an error end it with what was found.
+
+        Raises:
+            Exception: whatever came before any prompt but the student's was chosen.
+        """
         recorded = self._journal.recorded()
         iterations = [event for event in recorded if isinstance(event, IterationTaken)]
         self._tell(BeamStarted(self._task.seed_prompts, self._task.settings.iterations), record=not recorded)
@@ -167,34 +191,54 @@ class _Run:
             return
         try:
             for iteration, fresh in self._loop.run(iterations):
+                if fresh and iteration.iteration == 0 and self._loop.uncalled:
+                    self._tell(NotCalled(tuple(sorted(self._loop.uncalled))), record=True)
                 self._tell(iteration, record=fresh)
                 if self._listeners.stopped:
                     return
         except KeyboardInterrupt:
             self._interrupted = True
+        except Exception as error:
+            if self._nothing_to_lose():
+                raise
+            self._stop(error, f"after iteration {len(self._loop.iterations)} of {self._task.settings.iterations}")
 
     def validate(self) -> GradSumResult:
-        """The last beam meets the student's prompts on the validation rows; a tie keeps the student's."""
+        """The last beam meets the student's prompts on the validation rows; a tie keeps the student's.
+
+        So does a first Ctrl-C, and an error, which is kept in `unvalidated`.
+        """
         task, loop = self._task, self._loop
         finalists = [task.seed_prompts]
         finalists += [prompts for prompts in loop.beam if prompts != task.seed_prompts]
-        scores = loop.validate(finalists)
-        validated = BeamValidated(tuple(finalists), tuple(scores), winner(scores))
-        self._tell(validated, record=False)
+        scores: list[tuple[float, ...]] = [(math.nan,)] * len(finalists)
+        try:
+            scores = loop.validate(finalists)
+            self._tell(BeamValidated(tuple(finalists), tuple(scores), winner(scores)), record=False)
+        except KeyboardInterrupt:
+            if self._interrupted:  # the second one
+                raise
+            self._interrupted = True
+        except Exception as error:
+            if self._nothing_to_lose():
+                raise
+            self._stop(error, "in the validation")
+            self.unvalidated = error
         by_module = self._meter.spent()
         _warn_of_unanswered(by_module)
         return GradSumResult(
             iterations=tuple(loop.iterations),
-            finalists=validated.finalists,
-            validation=validated.scores,
-            winner=validated.winner,
+            finalists=tuple(finalists),
+            validation=tuple(scores),
+            winner=winner(scores),
             train_rows=len(task.train),
             validation_rows=len(task.validation),
             seconds=time.monotonic() - self._started,
             spent_by_module=by_module,
             interrupted=self._interrupted,
             out_of_budget=loop.out_of_budget,
-            stopped_by=what_stopped(
+            stopped_by=self.error
+            or what_stopped(
                 interrupted=self._interrupted, called_off=self._called_off, out_of_budget=loop.out_of_budget
             ),
         )
@@ -202,6 +246,15 @@ class _Run:
     @property
     def _called_off(self) -> bool:
         return self._listeners.stopped and len(self._loop.iterations) < self._task.settings.iterations
+
+    def _nothing_to_lose(self) -> bool:
+        return all(prompts == self._task.seed_prompts for prompts in self._loop.beam)
+
+    def _stop(self, error: Exception, where: str) -> None:
+        told = f"{where}: {type(error).__name__}: {error}"
+        self.error = told if self.error is None else f"{self.error}; then, {told}"
+        _LOG.error("The search ended early, %s", where, exc_info=error)
+        self._listeners.emit(Warned(f"The search ended early, {told}"))
 
     def _tell(self, event: Event, *, record: bool) -> None:
         if record:
@@ -218,10 +271,9 @@ def _warn_of_unanswered(spent: dict[str, dict[str, int]]) -> None:
     given_up = {module: counted["unanswered"] for module, counted in spent.items() if counted["unanswered"]}
     if given_up:
         told = ", ".join(f"{count} of {module}" for module, count in given_up.items())
-        warnings.warn(
+        warn_caller(
             f"Questions that were given up because no answer could be used: {told}. Outputs without a verdict "
-            "count as the worst; the other questions were left out.",
-            stacklevel=4,
+            "count as the worst; the other questions were left out."
         )
 
 
@@ -236,3 +288,15 @@ def _finished(student: Any, detailed: GradSumResult) -> Any:
     best.score = detailed.score
     best.detailed_results = detailed
     return best
+
+
+def _unvalidated(student: Any, detailed: GradSumResult) -> UnvalidatedError:
+    """The error that carries what was found where nothing could be compared with the student."""
+    best = next(prompts for prompts in detailed.finalists if prompts != detailed.seed_prompts)
+    return UnvalidatedError(
+        f"The search ended early, {detailed.stopped_by}\nSo no prompt could be compared with the student's on the "
+        f"validation rows. The best on the training rows is {best!r}: `error.program` is the student with it, and "
+        "`error.detailed_results` the record. A run with a log_dir goes on after the last iteration.",
+        program=write_back(student, best),
+        detailed_results=detailed,
+    )

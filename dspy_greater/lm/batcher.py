@@ -142,8 +142,10 @@ class Batcher:
             for ticket, result in zip(batch, results, strict=True):
                 ticket.result = result
         except BaseException as error:
-            for ticket in batch:
-                ticket.error = error
+            finished = getattr(error, "finished", {})  # by place: what one row cannot spoil for the others
+            for place, ticket in enumerate(batch):
+                ticket.result = finished.get(place)
+                ticket.error = None if place in finished else error
             if not isinstance(error, Exception):
                 raise  # an interrupt belongs to the thread it hit; the others hear of it in `_outcome`
         finally:

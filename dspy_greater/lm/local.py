@@ -30,6 +30,7 @@ from dspy_greater.lm.request import (
 )
 from dspy_greater.lm.streaming import TextWriter
 from dspy_greater.prompt.encoder import PromptEncoder
+from dspy_greater.scalars import plain_scalar
 
 if TYPE_CHECKING:
     from dspy_greater.model.engine import Engine
@@ -101,10 +102,10 @@ def local_lm(
         f"{PROVIDER}/{engine.identity}",
         engine=local,
         async_engine=AsyncLocalEngine(local),
-        temperature=temperature,
-        max_tokens=max_tokens,
+        temperature=plain_scalar(temperature),
+        max_tokens=plain_scalar(max_tokens),
         cache=cache,
-        **kwargs,
+        **{name: plain_scalar(value) for name, value in kwargs.items()},
     )
 
 

@@ -33,7 +33,8 @@ class Engine:
         tokenizer: its tokenizer.
         name: what the weights are called; part of `identity`, and so of every cache key.
         revision: which version of them; found out from the weights themselves when not given.
-        max_batch_rows: the most rows decoded together, 192 on CPU and 256 elsewhere when not given.
+        max_batch_rows: the most rows decoded together, 192 on CPU and 256 elsewhere when not given; halved where memory
+            runs out.
         max_batch_tokens: rows times longest row of a batch that is read; changes memory and speed, results by rounding.
 
     Raises:
@@ -66,7 +67,7 @@ class Engine:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         commit = getattr(model.config, "_commit_hash", None)
         self.revision: str = revision or commit or _fingerprint(model, tokenizer)
-        self._batch_rows = max_batch_rows or (192 if self.device.type == "cpu" else 256)
+        self.max_batch_rows = max_batch_rows or (192 if self.device.type == "cpu" else 256)
         self._owned = False
         self._lock, self._tally_lock, self._depth = threading.RLock(), threading.Lock(), 0
         self._counters = Counters()
@@ -180,11 +181,6 @@ class Engine:
         if hasattr(config, "get_text_config"):
             config = config.get_text_config()
         return getattr(config, "max_position_embeddings", None)
-
-    @property
-    def max_batch_rows(self) -> int:
-        """The most rows decoded together; halved for good when memory runs out."""
-        return self._batch_rows
 
     @property
     def counters(self) -> Counters:
@@ -302,7 +298,7 @@ class Engine:
                 f"({failure}); use a smaller dtype such as bfloat16, a smaller max_tokens, shorter inputs or "
                 "a smaller model."
             )
-        self._batch_rows = rows // 2
+        self.max_batch_rows = rows // 2
 
 
 @contextmanager

@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from random import Random
 from typing import Any
 
-from dspy_greater.errors import CallMismatchError
+from dspy_greater.errors import CallMismatchError, LayoutError
 from dspy_greater.metric import RowMetric
 from dspy_greater.model.counters import Counters
 from dspy_greater.model.engine import Engine
@@ -25,13 +26,14 @@ from dspy_greater.objective.score import DEFAULT_CRITERION, Criterion, evaluatio
 from dspy_greater.objective.sequences import Examples, written_key
 from dspy_greater.objective.types import Evaluation, RowOutcome
 from dspy_greater.program.called import CalledAs, brings_a_signature, called_as, scored_calls
-from dspy_greater.program.predictors import PredictorSite
+from dspy_greater.program.predictors import PredictorSite, with_instructions
 from dspy_greater.program.rollout import (
     Rollout,
     asked_of_servers,
     engines_behind,
     refuse_dead_lm,
     run_pairs,
+    run_uncached,
     searching_copy,
 )
 from dspy_greater.program.sent import differences, refuse_differences, refuse_ignored_signature, warn_of_lost_thoughts
@@ -90,6 +92,7 @@ class Evaluator:
         self._known: dict[str, Evaluation] = {}
         self._laid_out: dict[tuple[int, str], tuple[ReasonedSequence, ...]] = {}
         self._engines = list({id(each): each for each in [engine, *engines_behind(program)]}.values())
+        self._first: Evaluation | None = None
         self._runs = self._served_tokens = 0
 
     def _lay_out(self, called: CalledAs) -> None:
@@ -123,7 +126,8 @@ class Evaluator:
             seed = self.seed()
             outcomes = [self.examples.outcome(index, each) for index, each in enumerate(rollouts)]
             self._score([seed], [outcomes], session)
-        return self._known[seed.text], rollouts
+        self._first = self._known[seed.text]
+        return self._first, rollouts
 
     def follow_again(self, seed: Evaluation, called_as: str) -> None:
         """Lay prompts out as an interrupted run did: one row is run again to see how the predictor is called.
@@ -169,8 +173,9 @@ class Evaluator:
         evaluation has a session of its own.
 
         Raises:
-            MetricError: the metric returned something that is not a score.
-            ProgramError: the language model could not be called, not even once.
+            MetricError: the metric returned something that is not a score, on the first instruction; on a later one
+                that is a mistake, as where the metric raises.
+            ProgramError: the language model could not be called, not even once, nor where it answered before.
         """
         new = list({each.text: each for each in instructions if each.text not in self._known}.values())
         if new:
@@ -181,6 +186,13 @@ class Evaluator:
     def recall(self, evaluations: Sequence[Evaluation]) -> None:
         """Take over evaluations of an interrupted run, so that they are not made again."""
         self._known.update({each.instruction: each for each in evaluations})
+
+    def fits(self, evaluated: Evaluation) -> bool:
+        """Whether any row can be laid out under this instruction; otherwise its loss says nothing of the model."""
+        try:
+            return any(self.examples.fluency_sequence(evaluated.instruction, row) for row in evaluated.rows)
+        except LayoutError:
+            return False
 
     def knows(self, text: str) -> bool:
         """Whether an instruction was tried."""
@@ -240,19 +252,27 @@ class Evaluator:
     def _run(self, instructions: Sequence[Instruction], session: Model) -> list[list[RowOutcome]]:
         """Every instruction on every row."""
         copies = [searching_copy(self._program, {self._site.name: each.text}) for each in instructions]
-        pairs = [(copy, row) for copy in copies for row in self._rows]
-        done = self._roll_out(pairs, session)
-        refuse_dead_lm(done, len(self._rows))
+        done = self._roll_out([(copy, row) for copy in copies for row in self._rows], session)
+        # A dead language model fails on a row, too, that was answered under the first instruction.
+        refuse_dead_lm(done, len(self._rows), None if self._first is None else partial(self._probe, self._first))
         outcomes = [self.examples.outcome(at % len(self._rows), each) for at, each in enumerate(done)]
         return [outcomes[start : start + len(self._rows)] for start in range(0, len(done), len(self._rows))]
 
     def _roll_out(self, pairs: Sequence[tuple[Any, Any]], session: Model) -> list[Rollout]:
         """Programs on rows; the session generates where they run on the very model whose instruction is evaluated."""
         generate = session.generate if engines_behind(self._program) == [self.engine] else None
+        metric = self._metric if self._first is None else self._metric.late
         threads = self._settings.threads
-        done = run_pairs(pairs, self._metric, threads=threads, refuse_dead=False, generate=generate)
+        done = run_pairs(pairs, metric, threads=threads, refuse_dead=False, generate=generate)
         self._count(done)
         return done
+
+    def _probe(self, answered: Evaluation) -> Rollout:
+        row = min(answered.rows, key=lambda row: (row.error is not None, not row.written))
+        program = with_instructions(self._program, {self._site.name: answered.instruction})
+        probed = run_uncached(program, self._rows[row.row], threads=self._settings.threads)
+        self._count([probed])
+        return probed
 
     def _count(self, rollouts: Sequence[Rollout]) -> None:
         self._runs += len(rollouts)
@@ -265,8 +285,7 @@ class Evaluator:
     ) -> None:
         """Exact losses for all rows and acceptable answers in one pass; remember the evaluations."""
         laid_out = [
-            [self.examples.alternatives(instruction.text, row) for row in rows]
-            for instruction, rows in zip(instructions, drafts, strict=True)
+            self._laid_out_rows(instruction.text, rows) for instruction, rows in zip(instructions, drafts, strict=True)
         ]
         flat = [each for group in laid_out for answers in group for each in answers if each is not None]
         taken_losses = losses(session, flat, answer_temperature=self._settings.answer_temperature)
@@ -287,3 +306,12 @@ class Evaluator:
                 score_fluency_weight=self._settings.score_fluency_weight,
                 uncertainty_weight=self._uncertainty_weight,
             )
+
+    def _laid_out_rows(self, text: str, rows: Sequence[RowOutcome]) -> list[list[Supervised | None]]:
+        """A candidate that cannot be laid out has no loss; where the first instruction cannot, nothing can."""
+        try:
+            return [self.examples.alternatives(text, row) for row in rows]
+        except LayoutError:
+            if self._first is None:
+                raise
+            return [[None] for _ in rows]

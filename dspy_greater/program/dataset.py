@@ -69,7 +69,8 @@ def split(
     train = rows[: settings.train_rows]
     if not validation:
         validation = list(train)
-    shared = len({row_key(row) for row in train} & {row_key(row) for row in validation})
+    trained_on = {row_key(row) for row in train}
+    shared = sum(row_key(row) in trained_on for row in validation)
     if shared:
         warnings.warn(
             f"{shared} of {len(validation)} validation rows are also training rows, so the validation score is "
@@ -77,6 +78,20 @@ def split(
             stacklevel=CALL_OF_COMPILE,
         )
     return tuple(train), tuple(validation)
+
+
+def numbers_in(rows: Sequence[Any], trainset: Sequence[Any]) -> tuple[int, ...]:
+    """Where each of these rows stands in the caller's trainset; of a row that stands there twice, the first place.
+
+    Example:
+        >>> train = [["a"], ["b"], ["c"]]
+        >>> numbers_in([train[2], train[0]], train)
+        (2, 0)
+    """
+    places: dict[int, int] = {}
+    for place, row in enumerate(trainset):
+        places.setdefault(id(row), place)
+    return tuple(places[id(row)] for row in rows)
 
 
 def supervised_field(site: PredictorSite, trainset: Sequence[Any]) -> str | None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from dspy_greater.program.predictors import PredictorSite
+from dspy_greater.scalars import plain_scalar
 
 JSON = Any  # what `json.dumps` takes
 
@@ -26,7 +27,7 @@ def fingerprint(rows: Sequence[Any]) -> str:
 
 def described_lm(lm: Any) -> dict[str, JSON]:
     """What an LM's answers depend on, as far as it cannot be a secret."""
-    known = getattr(lm, "kwargs", None) or {}
+    known = {name: plain_scalar(value) for name, value in (getattr(lm, "kwargs", None) or {}).items()}
     return {
         "lm": str(getattr(lm, "model", lm)),
         "sampling": {name: known[name] for name in _SAMPLING if isinstance(known.get(name), (int, float))},

@@ -9,15 +9,15 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import dspy
 from dspy.adapters.types import Type as CustomType
 from dspy.adapters.types.base_type import CUSTOM_TYPE_START_IDENTIFIER
 from dspy.adapters.utils import serialize_for_json
-from dspy.utils.exceptions import AdapterParseError, DSPyError
 
-from dspy_greater.errors import DataError, ProgramError
+from dspy_greater.errors import OUTCOMES, DataError, ProgramError
+from dspy_greater.program.failures import Failure
 from dspy_greater.program.tracing import CallRecorder, PredictorCall, described
 
 Arguments = ParamSpec("Arguments")
@@ -55,15 +55,15 @@ class PredictorSite:
 class CallTrace:
     """One run of a program on one example; `failure` says what kind of error ended it, None for none.
 
-    Failures are "parse" (the model's text did not parse), "lm" (the language model could not be
-    called) and "program" (anything else). `exception` is the error itself.
+    `source` says in words who raised it, and `exception` is the error itself.
     """
 
     calls: tuple[PredictorCall, ...]
     prediction: Any = None
     error: str | None = None
-    failure: Literal["parse", "lm", "program"] | None = None
-    exception: Exception | None = field(default=None, compare=False, repr=False)
+    failure: Failure | None = None
+    source: str | None = None
+    exception: BaseException | None = field(default=None, compare=False, repr=False)
 
 
 def search_adapter(adapter: Any = None) -> Any:
@@ -259,8 +259,9 @@ def trace_calls(
     with dspy.context(**overrides):
         try:
             prediction = run_program(program, example.inputs())
-        except Exception as error:  # whatever a program raises is an outcome of the run
-            return CallTrace(recorder.calls(), None, described(error), _failure(error), error)
+        except OUTCOMES as error:  # whatever a program raises is an outcome of the run
+            failure, source = recorder.failure_of(error), recorder.source_of(error)
+            return CallTrace(recorder.calls(), None, described(error), failure, source, error)
     return CallTrace(recorder.calls(), prediction)
 
 
@@ -332,12 +333,6 @@ def _refuse_stranger(program: Any) -> None:
             f"The student is {kind}, not a program. Pass an instance of a dspy.Module, such as "
             "dspy.ChainOfThought('question -> answer')."
         )
-
-
-def _failure(error: Exception) -> Literal["parse", "lm", "program"]:
-    if isinstance(error, AdapterParseError):
-        return "parse"
-    return "lm" if isinstance(error, DSPyError) else "program"
 
 
 def _lists_tools(signature: Any) -> bool:

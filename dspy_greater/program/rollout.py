@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dspy.adapters.utils import serialize_for_json
 
 from dspy_greater.errors import ProgramError
 from dspy_greater.lm.local import LocalEngine
-from dspy_greater.metric import RowMetric, Score
+from dspy_greater.metric import Score
+from dspy_greater.program.failures import Failure
 from dspy_greater.program.predictors import (
     PredictorCall,
     Result,
@@ -39,21 +40,32 @@ _MOST_IN_LOCKSTEP = 512  # threads that wait for one model together
 class Rollout:
     """One run of a program on one row: the last call of each predictor, and the metric's score.
 
-    `error` says why the run or the metric failed; such a row scores 0. `lm_failed` when it was that the
-    language model could not be called. `feedback` is the metric's, and `trace` every call in its order.
+    `error` says why the run or the metric failed; such a row scores 0. `failure` is the kind of that error, and
+    `source` says who raised it. `feedback` is the metric's, and `trace` every call in its order.
     """
 
     calls: Mapping[str, PredictorCall]
     score: float
     error: str | None = None
-    lm_failed: bool = False
+    failure: Failure | Literal["metric"] | None = None
+    source: str | None = None
     feedback: str | None = None
     trace: tuple[PredictorCall, ...] = ()
     prediction: Any = field(default=None, compare=False)
 
+    @property
+    def lm_failed(self) -> bool:
+        """Whether no language model answered: its error ended the run, or the program went on without any answer."""
+        return self.failure == "lm" or (len(self.trace) > 0 and all(call.lm_failed for call in self.trace))
+
 
 def roll_out(
-    programs: Sequence[Any], rows: Sequence[Any], metric: RowMetric, *, threads: int, deployed: bool = False
+    programs: Sequence[Any],
+    rows: Sequence[Any],
+    metric: Callable[[Any, Any], Score],
+    *,
+    threads: int,
+    deployed: bool = False,
 ) -> list[list[Rollout]]:
     """Run every program on every row.
 
@@ -216,9 +228,10 @@ def _run(
     trace = trace_calls(program, row, deployed=deployed, names=names)
     calls = {call.predictor: call for call in trace.calls}
     if trace.error is not None:
-        return Rollout(calls, 0.0, trace.error, trace.failure == "lm", trace=trace.calls)
+        return Rollout(calls, 0.0, trace.error, trace.failure, trace.source, trace=trace.calls)
     score = metric(row, trace.prediction)
-    return Rollout(calls, score.value, score.error, False, score.feedback, trace.calls, trace.prediction)
+    failure, source = (None, None) if score.error is None else ("metric", "the metric")
+    return Rollout(calls, score.value, score.error, failure, source, score.feedback, trace.calls, trace.prediction)
 
 
 def _all(run: Callable[..., Result], jobs: Sequence[tuple[Any, ...]], size: int) -> list[Result]:
@@ -235,17 +248,44 @@ def _all(run: Callable[..., Result], jobs: Sequence[tuple[Any, ...]], size: int)
         pool.shutdown(wait=finished, cancel_futures=True)
 
 
-def refuse_dead_lm(done: Sequence[Rollout], rows: int) -> None:
+def refuse_dead_lm(done: Sequence[Rollout], rows: int, probe: Callable[[], Rollout] | None = None) -> None:
     """A search over answers that never came would go on to the end and find nothing.
 
+    Prompts that no language model can take (too long, refused, endless) fail on every row too, and are only bad
+    prompts. What tells them from a dead model is a run that worked before.
+
+    Args:
+        done: runs of one or more programs.
+        rows: how many rows they were run on, for the message.
+        probe: runs again what worked before; None where nothing did.
+
     Raises:
-        ProgramError: the language model could not be called, not even once.
+        ProgramError: the language model could not be called, not even once, nor by the probe.
     """
-    if done and all(each.lm_failed for each in done):
-        raise ProgramError(
-            f"The language model could not be called on any of the {rows} rows; on the first, {done[0].error}. "
-            "Try program(**trainset[0].inputs()). A run with a log_dir goes on from its last step once that works."
-        )
+    if not done or not all(each.lm_failed for each in done) or (probe is not None and not probe().lm_failed):
+        return
+    first = done[0]
+    error = first.error or next(call.error for call in first.trace)
+    predictor = next((f"predictor `{call.predictor}`: " for call in first.trace if call.lm_failed), "")
+    raise ProgramError(
+        f"The language model could not be called on any of the {rows} rows; on the first, {predictor}{error}. "
+        "Try program(**trainset[0].inputs()). A run with a log_dir goes on from its last step once that works."
+    )
+
+
+def run_uncached(program: Any, row: Any, *, threads: int) -> Rollout:
+    """A run of a program on a row that asks its language models themselves, and never a cache."""
+    copied = with_instructions(program, {})
+    for _, predictor in copied.named_predictors():
+        if getattr(predictor.lm, "cache", False):
+            predictor.lm = predictor.lm.copy(cache=False)
+    [rollout] = run_pairs([(copied, row)], unscored, threads=threads, refuse_dead=False)
+    return rollout
+
+
+def unscored(example: Any, prediction: Any) -> Score:
+    """The metric of a run whose score does not matter."""
+    return Score(0.0)
 
 
 @contextmanager

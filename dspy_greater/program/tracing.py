@@ -9,8 +9,9 @@ from typing import Any
 
 import dspy
 from dspy.adapters.utils import serialize_for_json
-from dspy.utils.callback import BaseCallback
 from dspy.utils.exceptions import AdapterParseError
+
+from dspy_greater.program.failures import FailureListener
 
 # Keyword arguments of a predictor's call that are no inputs: DSPy reads them itself.
 PRIVILEGED = ("demos", "signature", "lm", "config")
@@ -48,7 +49,8 @@ class PredictorCall:
     """One call of one predictor: its inputs, and its parsed outputs or what the model wrote instead.
 
     `completion` is the model's text, of its first sample where there are several; `outputs` holds the fields that
-    could be parsed from it; `error` is None for a call that succeeded. `thoughts` is what a server returned apart
+    could be parsed from it; `error` is None for a call that succeeded, and `lm_failed` says whether the language model
+    could not be called. `thoughts` is what a server returned apart
     from that text. `sent` is the call's first question to the language model (an adapter may ask again in another
     way, which is another prompt), `given` the names among `demos`, `signature`, `lm` and `config` that the call was
     given, and `context_lm` the language model of a `dspy.context` around the call, None without one.
@@ -59,6 +61,7 @@ class PredictorCall:
     outputs: Mapping[str, Any]
     completion: str | None = None
     error: str | None = None
+    lm_failed: bool = False
     thoughts: str | None = None
     sent: Exchange | None = field(default=None, compare=False, repr=False)
     given: tuple[str, ...] = field(default=(), compare=False, repr=False)
@@ -76,7 +79,7 @@ class PredictorCall:
         return () if self.completion is None else (Answer(self.completion, self.thoughts),)
 
 
-class CallRecorder(BaseCallback):
+class CallRecorder(FailureListener):
     """Collects the predictor calls of one run; the program may call predictors from several threads.
 
     `names` are those of the predictors by their `id`. `lm` is the LM of DSPy's settings at the start of the run:
@@ -84,6 +87,7 @@ class CallRecorder(BaseCallback):
     """
 
     def __init__(self, names: Mapping[int, str], lm: Any) -> None:
+        super().__init__()
         self._names, self._lm = names, lm
         self._lock = threading.Lock()
         self._open: dict[str, _OpenCall] = {}
@@ -130,6 +134,7 @@ class CallRecorder(BaseCallback):
             asked.messages = inputs.get("messages")
 
     def on_lm_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
+        super().on_lm_end(call_id, outputs, exception)
         with self._lock:
             asked = self._asking.pop(call_id, None)
             if asked is not None:
@@ -158,8 +163,11 @@ class CallRecorder(BaseCallback):
 
     def on_module_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
         with self._lock:
-            if call_id in self._open:
-                self._done[call_id] = self._open.pop(call_id).closed(outputs, exception)
+            if call_id not in self._open:
+                return
+            call = self._open.pop(call_id)
+            self.hear(exception, "predictor", call.name)
+            self._done[call_id] = call.closed(outputs, exception, lm_failed=self.is_lms(exception))
 
     def calls(self) -> tuple[PredictorCall, ...]:
         """The calls that have ended, in the order in which they started."""
@@ -210,7 +218,7 @@ class _OpenCall:
     context_lm: Any
     exchanges: list[_OpenExchange] = field(default_factory=list[_OpenExchange])
 
-    def closed(self, outputs: Any, exception: BaseException | None) -> PredictorCall:
+    def closed(self, outputs: Any, exception: BaseException | None, *, lm_failed: bool) -> PredictorCall:
         first = self.exchanges[0] if self.exchanges else _OpenExchange()
         error: Any = exception if first.failure is None else first.failure
         answer = first.read()
@@ -230,6 +238,7 @@ class _OpenCall:
             outputs=values,
             completion=None if answer is None else answer.text or "",
             error=None if error is None else described(error),
+            lm_failed=lm_failed,
             thoughts=None if answer is None else answer.thoughts,
             sent=first.closed(),
             given=self.given,

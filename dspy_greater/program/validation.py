@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dspy_greater.metric import RowMetric, refuse_useless_metric
+from dspy_greater.notices import warn_caller
+from dspy_greater.program.inputs import shortened
 from dspy_greater.program.rollout import roll_out, searching_copy
 from dspy_greater.stats import mean
 
@@ -29,10 +31,19 @@ def validation_scores(
 
     Raises:
         MetricError: the metric failed on every row of every finalist, so that its zeros compare nothing.
+        ProgramError: the language model never answered.
     """
     programs = [searching_copy(program, texts) for texts in finalists]
-    rollouts = roll_out(programs, rows, metric, threads=threads, deployed=True)
+    rollouts = roll_out(programs, rows, metric.late, threads=threads, deployed=True)
     refuse_useless_metric(*([each.error for each in group] for group in rollouts), rows="validation rows")
+    failed = [(row, each) for group in rollouts for row, each in enumerate(group) if each.failure == "metric"]
+    if failed:
+        row, first = failed[0]
+        warn_caller(
+            f"The metric failed on {len({row for row, _ in failed})} of {len(rows)} validation rows, which count as "
+            f"mistakes. On the row {shortened(dict(rows[row].inputs()))}, {first.error}.",
+            RuntimeWarning,
+        )
     return [mean([each.score for each in group]) for group in rollouts]
 
 

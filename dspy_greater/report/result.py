@@ -70,7 +70,7 @@ class WarmStart:
     @property
     def undone(self) -> bool:
         """Whether the student's own instructions were kept, because nothing better was found."""
-        return self.student_score >= self.score
+        return not self.score > self.student_score  # a comparison that was interrupted has no scores
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ class CompileResult:
 
     `spent` holds what the engines counted in this process: forwards, prefilled_tokens, generated_tokens,
     padded_tokens, lm_head_rows and backward_tokens. `out_of_budget` says why the search ended early, if
-    `max_generated_tokens` did it; predictors that it did not come to keep their instructions and
-    are not among `predictors`. `stopped_by` is what ended it early: "interrupt" (Ctrl-C), "callback" or "budget"; None
-    when it took all its steps.
+    `max_generated_tokens` did it; predictors that it did not come to keep their instructions and are not among
+    `predictors`. `stopped_by` is what ended it early: "interrupt" (Ctrl-C), "callback", "budget", or where it ended and
+    by which error; None when it took all its steps.
     """
 
     predictors: tuple[PredictorResult, ...]
@@ -143,7 +143,7 @@ class GradSumResult:
     spent_by_module: dict[str, dict[str, int]]
     interrupted: bool = False
     out_of_budget: str | None = None  # why the loop ended early, if the budget did it
-    stopped_by: str | None = None  # "interrupt", "callback" or "budget"; None when it took all its iterations
+    stopped_by: str | None = None  # "interrupt", "callback", "budget" or an error; None when it took all iterations
 
     @property
     def prompts(self) -> dict[str, str]:

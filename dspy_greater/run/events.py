@@ -55,6 +55,13 @@ class Validated:
 
 
 @dataclass(frozen=True)
+class NotCalled:
+    """Predictors that the program called on none of the training rows, before the first search: they have none."""
+
+    predictors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Warned:
     """Something the user should know, once."""
 
@@ -144,5 +151,5 @@ class BeamValidated:
     winner: int
 
 
-Event = SearchStarted | StepTaken | Validated | Warned | BeamStarted | IterationTaken | BeamValidated
+Event = SearchStarted | StepTaken | Validated | Warned | BeamStarted | IterationTaken | BeamValidated | NotCalled
 Listener = Callable[[Event], object]  # one that returns exactly False stops the search

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, NoReturn, cast
 
 from dspy_greater.errors import RunDirectoryError
+from dspy_greater.notices import warn_caller
 from dspy_greater.run import lines
 from dspy_greater.run.events import Event
 from dspy_greater.run.lines import LineFile
@@ -122,7 +123,10 @@ class Journal:
         """Close the file and give the directory back; a second call does nothing."""
         self._closed = True
         self._file = None
-        self._resources.close()
+        try:
+            self._resources.close()
+        except OSError as error:  # some file systems say only now that a line could not be written
+            warn_caller(f"The journal could not be closed: {error.strerror or error}.", RuntimeWarning)
 
     def __enter__(self) -> Journal:
         """The journal itself."""

@@ -10,6 +10,7 @@ from dspy_greater.run.events import (
     BeamValidated,
     Event,
     IterationTaken,
+    NotCalled,
     SearchStarted,
     StepTaken,
     Validated,
@@ -74,6 +75,8 @@ class StepLog:
             score, seed = _scores(event.scores[event.winner]), _scores(event.scores[0])
             prompts = event.finalists[event.winner]
             return f"GRAD-SUM, validation of {len(event.finalists)} programs: score {score}, seed {seed}: {prompts!r}"
+        if isinstance(event, NotCalled):
+            return f"{', '.join(event.predictors)}: not called on any training row, left as it is"
         return event.message
 
     def _best_score(self, step: StepTaken) -> float:

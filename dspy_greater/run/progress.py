@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterable
 from types import TracebackType
@@ -81,8 +82,9 @@ class ProgressBar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Closes the bar."""
-        self.close()
+        """Closes the bar; whatever it is drawn on may be gone by then."""
+        with contextlib.suppress(OSError, ValueError):
+            self.close()
 
     def _begin(self, predictor: str, steps: int | None, *, unit: str = "step") -> None:
         from tqdm import tqdm

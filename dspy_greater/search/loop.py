@@ -58,7 +58,8 @@ def minimise(
         taken = known or _take(evaluator, state, settings, step, predictor, random_seed)
         evaluated = [each.evaluation for each in taken.candidates if each.evaluation is not None]
         evaluator.recall([*evaluated, taken.chosen])
-        state = advance(state, taken, evaluated, settings, positions, failed=_failed(taken, evaluated))
+        failed = _failed(evaluator, taken, evaluated)
+        state = advance(state, taken, evaluated, settings, positions, failed=failed)
         state = step.move(state, settings, positions)
         _give_up_if_failing(state, settings, predictor)
         yield state, taken, known is None
@@ -72,12 +73,16 @@ def _take(
         return step.take(StepContext(evaluator, model, state, settings, predictor, random_seed))
 
 
-def _failed(step: StepTaken, evaluated: list[Evaluation]) -> bool:
-    """Whether a step that had candidates found no finite loss; one that kept p_i untried has none to show."""
+def _failed(evaluator: Evaluator, step: StepTaken, evaluated: list[Evaluation]) -> bool:
+    """Whether a step that had candidates found no finite loss; one that kept p_i untried has none to show.
+
+    A candidate without a row to take a loss from (its prompts fill the context, say) is a bad one, and no more.
+    """
     if not step.candidates:
         return False
     if evaluated:
-        return all(math.isinf(each.objective[0]) for each in evaluated)
+        unmeasured = all(math.isinf(each.objective[0]) for each in evaluated)
+        return unmeasured and any(map(evaluator.fits, evaluated))
     slopes = [each.gradient for each in step.candidates if each.gradient is not None]
     return math.isinf(step.chosen.objective[0]) or (bool(slopes) and not any(map(math.isfinite, slopes)))
 

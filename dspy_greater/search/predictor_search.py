@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from dspy_greater.errors import UnusedPredictorError
+from dspy_greater.errors import LayoutError
 from dspy_greater.metric import refuse_useless_metric
+from dspy_greater.notices import warn_caller
 from dspy_greater.objective.evaluator import Evaluator
-from dspy_greater.objective.types import Evaluation
-from dspy_greater.program.called import called_as, scored_calls
-from dspy_greater.program.rollout import Rollout
 from dspy_greater.program.roundtrip import round_trip
-from dspy_greater.program.sent import differences, refuse_context_lms, refuse_differences
 from dspy_greater.program.validation import validation_scores, winner
 from dspy_greater.report.result import PredictorResult
 from dspy_greater.run.events import SearchStarted, StepTaken, Validated
@@ -22,6 +18,7 @@ from dspy_greater.run.journal import Journal
 from dspy_greater.run.progress import Listeners
 from dspy_greater.search.loop import minimise
 from dspy_greater.search.problem import Problem, Target
+from dspy_greater.search.seed_run import SeedRun, warn_if_all_failed
 from dspy_greater.search.state import begin
 
 
@@ -35,6 +32,10 @@ class PredictorSearch:
         journal: of the run.
         listeners: hear every event.
         generated_tokens: what the searches of earlier predictors spent of the budget.
+
+    Attributes:
+        interrupted: whether Ctrl-C ended the search.
+        stopped_by: the error that ended it, if one did.
     """
 
     def __init__(
@@ -66,22 +67,57 @@ class PredictorSearch:
         self._steps: list[StepTaken] = []
         self._generated_before = generated_tokens
         self.interrupted = False
+        self.stopped_by: Exception | None = None
+
+    def evaluate_seed(self) -> SeedRun | None:
+        """The seed's reasoning and losses: its runs, or None where the journal has them.
+
+        Raises:
+            CallMismatchError: the predictor's calls send something else than would be scored.
+            ProgramError: the language model never answered.
+        """
+        evaluator = self._evaluator
+        recorded = [event for event in self._recorded if isinstance(event, SearchStarted)]
+        if recorded:
+            self._started, self._seed = recorded[0], recorded[0].seed
+            if self._started.called_as:
+                evaluator.follow_again(self._seed, self._started.called_as)
+            evaluator.recall([self._seed])
+            return None
+        self._before = evaluator.spent()
+        self._seed, rollouts = evaluator.evaluate_seed()
+        return SeedRun(tuple(rollouts), self._problem.train, self._problem.numbers)
+
+    def start(self, run: SeedRun | None) -> None:
+        """Begin the search from the seed, whose runs these are.
+
+        Raises:
+            ContextLengthError: no row leaves room for its gold value.
+            MetricError: the metric failed on every row.
+        """
+        evaluator, settings, seed = self._evaluator, self._problem.settings, self._seed
+        if run is not None:
+            refuse_useless_metric([row.error for row in seed.rows])
+            if any(row.inputs and math.isnan(row.cross_entropy) for row in seed.rows):
+                self._target.refuse_long_answers(run.given_to(self._name), self._problem)
+            warn_if_all_failed(run)
+            spent = evaluator.spent(self._before)
+            self._started = SearchStarted(self._name, seed, settings.steps, spent, evaluator.called.description)
+        self._tell(self._started, record=run is not None)
+        generated = self._generated_before + self._started.spent.get("generated_tokens", 0)
+        self._state = begin(seed, settings, generated_tokens=generated)
 
     def run(self) -> None:
-        """Algorithm 1, from where an interrupted run stopped; Ctrl-C and callbacks end it with what was found."""
-        settings = self._problem.settings
-        self._started = self._start()
-        generated = self._generated_before + self._started.spent.get("generated_tokens", 0)
-        self._state = begin(self._started.seed, settings, generated_tokens=generated)
+        """Algorithm 1, from where a run stopped; Ctrl-C, callbacks or an error end it with what was found."""
         searching = minimise(
             self._evaluator,
             self._started.seed,
-            settings,
+            self._problem.settings,
             self._problem.step,
             predictor=self._name,
             random_seed=self._problem.seed,
             recorded=[event for event in self._recorded if isinstance(event, StepTaken)],
-            generated_tokens=generated,
+            generated_tokens=self._state.generated_tokens,
         )
         if self._listeners.stopped:
             return
@@ -93,6 +129,19 @@ class PredictorSearch:
                     return
         except KeyboardInterrupt:
             self.interrupted = True
+        except Exception as error:  # whatever it is, hours of search may lie before it
+            self.stopped_by = error
+
+    @property
+    def found_something(self) -> bool:
+        """Whether any instruction but the seed was tried and could be measured."""
+        seed = self._state.seed.instruction
+        return any(each.instruction != seed and math.isfinite(each.objective[0]) for each in self._state.best)
+
+    @property
+    def steps_taken(self) -> str:
+        """How far it came, in words."""
+        return f"after step {self._state.step} of {self._problem.settings.steps} of predictor `{self._name}`"
 
     @property
     def generated_tokens(self) -> int:
@@ -121,32 +170,60 @@ class PredictorSearch:
             f"after step {state.step} of {settings.steps} of predictor `{self._name}`.{kept}"
         )
 
-    def validate(self) -> PredictorResult:
-        """The finalists meet the seed on the validation rows; a tie keeps the seed, and so does a first Ctrl-C."""
-        problem, state = self._problem, self._state
-        texts = list(dict.fromkeys([state.seed.instruction, *(each.instruction for each in state.best)]))
-        finalists = [{self._name: text} for text in texts]
+    def validate(self, known_score: float) -> PredictorResult:
+        """The finalists meet the seed on the validation rows; a tie keeps the seed, and so does a first Ctrl-C.
+
+        `known_score` is the seed's, if an earlier predictor was validated, or nan.
+        """
+        texts = self._finalists()
         known = [each for each in self._recorded if isinstance(each, Validated) and list(each.scores) == texts]
-        if known:
-            validated = known[-1]
-        else:
-            before = self._evaluator.spent()
-            try:
-                scores = validation_scores(
-                    self._program, finalists, problem.validation, problem.metric, threads=problem.settings.threads
-                )
-            except KeyboardInterrupt:
-                if self.interrupted:  # the second one
-                    raise
-                self.interrupted = True
-                return self._result(Validated(self._name, {texts[0]: math.nan}, texts[0]))
-            spent = self._evaluator.spent(before)
-            spent["runs"] = len(finalists) * len(problem.validation)
-            validated = Validated(self._name, dict(zip(texts, scores, strict=True)), texts[winner(scores)], spent)
-        scored = {each.instruction: each.token_ids for each in [state.seed, *state.best]}
-        round_trip(self._evaluator.layout, validated.winner, scored[validated.winner])
-        self._tell(validated, record=not known)
+        try:
+            validated = known[-1] if known else self._validated(texts)
+        except KeyboardInterrupt:
+            if self.interrupted:  # the second one
+                raise
+            self.interrupted = True
+            return self.unvalidated(known_score)
+        try:
+            self._tell(validated, record=not known)
+        except KeyboardInterrupt:
+            if self.interrupted:
+                raise
+            self.interrupted = True
+        except Exception as error:  # what was validated counts, whether or not it could be told
+            self.stopped_by = self.stopped_by or error
         return self._result(validated)
+
+    def unvalidated(self, known_score: float) -> PredictorResult:
+        """The result where nothing could be validated: the seed is kept."""
+        seed = self._state.seed.instruction
+        return self._result(Validated(self._name, {seed: known_score}, seed))
+
+    def _validated(self, texts: Sequence[str]) -> Validated:
+        problem, before = self._problem, self._evaluator.spent()
+        scores = validation_scores(
+            self._program,
+            [{self._name: text} for text in texts],
+            problem.validation,
+            problem.metric,
+            threads=problem.settings.threads,
+        )
+        spent = self._evaluator.spent(before)
+        spent["runs"] = len(texts) * len(problem.validation)
+        return Validated(self._name, dict(zip(texts, scores, strict=True)), texts[winner(scores)], spent)
+
+    def _finalists(self) -> list[str]:
+        """The seed and the best of what was tried; one that DSPy would not send as it was scored is left out."""
+        seed = self._state.seed.instruction
+        texts = [seed]
+        for each in self._state.best:
+            try:
+                round_trip(self._evaluator.layout, each.instruction, each.token_ids)
+            except LayoutError as error:
+                warn_caller(f"One of the best instructions is left out. {error}", RuntimeWarning)
+            else:
+                texts.append(each.instruction)
+        return list(dict.fromkeys(texts))
 
     def _result(self, validated: Validated) -> PredictorResult:
         return PredictorResult(
@@ -161,68 +238,7 @@ class PredictorSearch:
             validation_spent=validated.spent,
         )
 
-    def _start(self) -> SearchStarted:
-        """The seed's reasoning and losses, from the journal or made now.
-
-        Raises:
-            CallMismatchError: a predictor's calls send something else than would be scored.
-            MetricError: the metric failed on every row.
-            ProgramError: the program never called the predictor.
-        """
-        recorded = [event for event in self._recorded if isinstance(event, SearchStarted)]
-        if recorded:
-            started = recorded[0]
-            if started.called_as:
-                self._evaluator.follow_again(started.seed, started.called_as)
-            self._evaluator.recall([started.seed])
-        else:
-            before = self._evaluator.spent()
-            seed, rollouts = self._evaluator.evaluate_seed()
-            refuse_useless_metric([row.error for row in seed.rows])
-            self._look_at_the_others(rollouts)
-            _refuse_unused_predictor(seed, self._name)
-            _warn_if_all_failed(seed, self._name)
-            spent = self._evaluator.spent(before)
-            called_as = self._evaluator.called.description
-            started = SearchStarted(self._name, seed, self._problem.settings.steps, spent, called_as)
-        self._tell(started, record=not recorded)
-        return started
-
-    def _look_at_the_others(self, rollouts: Sequence[Rollout]) -> None:
-        """Refuse, before the first search, what would end a later one: all predictors were called in these runs."""
-        problem = self._problem
-        if self._target is not problem.targets[0]:
-            return
-        refuse_context_lms(problem.borrowed, [call for rollout in rollouts for call in rollout.trace])
-        others = [each for each in problem.targets[1:] if each.field is not None]  # the rest keep their instruction
-        for target in others:
-            calls = scored_calls(rollouts, target.site.name, every=False)
-            tokenizer = target.engine.tokenizer
-            called = called_as(target.site, calls, str(tokenizer.chat_template), supervised=target.field)
-            found = differences(called, called.layout(tokenizer), target.engine, calls, supervised=target.field)
-            refuse_differences(target.site.name, found, len(calls))
-
     def _tell(self, event: Any, *, record: bool) -> None:
         if record:
             self._journal.append(event)
         self._listeners.emit(event, replayed=not record)
-
-
-def _warn_if_all_failed(seed: Evaluation, name: str) -> None:
-    if all(row.error is not None for row in seed.rows):
-        warnings.warn(
-            f"The program failed on all {len(seed.rows)} training rows with the seed instruction of predictor "
-            f"`{name}`; on the first: {seed.rows[0].error}\nThe search goes on from there. If no instruction can help, "
-            "check the adapter and the LM's max_tokens.",
-            RuntimeWarning,
-            stacklevel=7,  # the call of compile
-        )
-
-
-def _refuse_unused_predictor(seed: Evaluation, name: str) -> None:
-    if not any(row.inputs for row in seed.rows):
-        raise UnusedPredictorError(
-            f"Predictor `{name}` was not called on any of the {len(seed.rows)} training rows; on the first, "
-            f"{seed.rows[0].error}. A module that runs copies of a program (BestOfN, Refine) hides its predictors: "
-            "compile the inner program and wrap the result. Otherwise try program(**trainset[0].inputs()) and mend it."
-        )

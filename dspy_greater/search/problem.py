@@ -10,21 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from dspy_greater.errors import (
-    ContextLengthError,
-    DataError,
-    GreaterError,
-    MetricError,
-    ProgramError,
-    SettingsError,
-    WeightsError,
-)
+from dspy_greater.errors import DataError, GreaterError, MetricError, ProgramError, SettingsError, WeightsError
 from dspy_greater.lm.local import weights_behind
 from dspy_greater.metric import Metric, RowMetric
 from dspy_greater.model.engine import Engine
 from dspy_greater.program.dataset import (
     CALL_OF_COMPILE,
     as_list,
+    numbers_in,
     refuse_missing_gold,
     refuse_unfit_gold,
     refuse_unwritable_gold,
@@ -33,6 +26,7 @@ from dspy_greater.program.dataset import (
     warn_of_misread_gold,
 )
 from dspy_greater.program.fingerprint import described, fingerprint
+from dspy_greater.program.inputs import refuse_strange_inputs, refuse_without_inputs
 from dspy_greater.program.predictors import (
     PredictorSite,
     check_examples,
@@ -41,9 +35,9 @@ from dspy_greater.program.predictors import (
     refuse_unusable,
 )
 from dspy_greater.program.rollout import pin_lms
-from dspy_greater.prompt.gold import shortened
 from dspy_greater.prompt.layout import Layout
 from dspy_greater.run.serialise import JSON
+from dspy_greater.search.context import Case, refuse_long_answers, refuse_long_prompts
 from dspy_greater.search.step import Step
 from dspy_greater.search.variants import described_step
 from dspy_greater.settings import Settings
@@ -74,10 +68,29 @@ class Target:
         """The leading text of its instruction that may not change."""
         return self.site.instruction if self.append else ""
 
+    def layout(self, extractor: str | None) -> Layout:
+        """Of its prompt."""
+        site = self.site
+        return Layout(
+            self.engine.tokenizer, site.adapter, site.signature, demos=site.demos, extractor=extractor, fixed=self.fixed
+        )
+
+    def refuse_long_answers(self, given: Mapping[int, Mapping[str, Any]], problem: Problem) -> None:
+        """See `context.refuse_long_answers`; `given` maps training rows to what the predictor was given on them."""
+        if self.field is None:
+            return
+        cases = [
+            Case(problem.numbers[row], inputs, problem.train[row].labels()[self.field]) for row, inputs in given.items()
+        ]
+        refuse_long_answers(self.engine, self.layout(problem.extractor), self.site, self.field, cases)
+
 
 @dataclass(frozen=True)
 class Problem:
-    """All that the search needs, checked."""
+    """All that the search needs, checked.
+
+    `numbers` says which rows of the caller's trainset the training rows are; `named` that the caller named the targets.
+    """
 
     program: Any  # a copy of the student in which every predictor holds its LM
     targets: tuple[Target, ...]
@@ -89,6 +102,8 @@ class Problem:
     seed: int
     extractor: str | None = None
     borrowed: Mapping[str, Any] = field(default_factory=dict[str, Any])  # LMs of predictors without one of their own
+    numbers: tuple[int, ...] = ()
+    named: bool = False
 
     def identity(self) -> dict[str, JSON]:
         """What must be the same for an interrupted run to be continued."""
@@ -123,7 +138,7 @@ def pose(
     seed: int,
     weights: Any = None,
     extractor: str | None = None,
-    predictors: Sequence[str] | None = None,
+    predictors: Iterable[str] | None = None,
     mode: Modes = None,
 ) -> Problem:
     """Check everything and gather it.
@@ -162,6 +177,8 @@ def pose(
     row_metric = RowMetric(metric)
     sites = predictors_of(student)
     refuse_unusable(sites)
+    refuse_strange_inputs(student, rows)
+    refuse_strange_inputs(student, held_out, name="valset")
     selected = _selected(sites, predictors)
     targets, kept = _targets(selected, rows, weights, _modes(sites, selected, mode), step, named=predictors is not None)
     _refuse_nothing_to_do(targets, kept, sites, rows, step)
@@ -174,19 +191,33 @@ def pose(
         if target.field is not None:
             refuse_unwritable_gold(target.site, target.field, train, rows)
             warn_of_misread_gold(target.site, target.field, train)
-        if len(sites) == 1:  # the inputs of later predictors are known only once the program runs
-            _check_context(target, [*train, *validation])
-    borrowed = {site.name: site.lm for site in sites if not site.own_lm}
-    return Problem(pin_lms(student), targets, train, validation, row_metric, settings, step, seed, extractor, borrowed)
+    problem = Problem(
+        pin_lms(student),
+        targets,
+        train,
+        validation,
+        row_metric,
+        settings,
+        step,
+        seed,
+        extractor,
+        borrowed={site.name: site.lm for site in sites if not site.own_lm},
+        numbers=numbers_in(train, rows),
+        named=predictors is not None,
+    )
+    if len(sites) == 1:  # the inputs of later predictors are known only once the program runs
+        _check_context(problem)
+    return problem
 
 
-def _selected(sites: Sequence[PredictorSite], predictors: Sequence[str] | None) -> list[PredictorSite]:
+def _selected(sites: Sequence[PredictorSite], predictors: Iterable[str] | None) -> list[PredictorSite]:
     if predictors is None:
         return list(sites)
-    if isinstance(predictors, str) or not predictors:
+    names = list(predictors) if isinstance(predictors, Iterable) and not isinstance(predictors, str) else []
+    if not names:
         raise SettingsError(f"predictors={predictors!r}: give a list of names, such as [{sites[0].name!r}].")
-    _refuse_strangers(sites, predictors, argument="predictors")
-    return [site for site in sites if site.name in predictors]
+    _refuse_strangers(sites, names, argument="predictors")
+    return [site for site in sites if site.name in names]
 
 
 def _modes(sites: Sequence[PredictorSite], selected: Sequence[PredictorSite], mode: Modes) -> dict[str, Mode | None]:
@@ -254,6 +285,7 @@ def _targets(
 
 def _target(site: PredictorSite, field: str | None, trainset: Sequence[Any], weights: Any, mode: Mode | None) -> Target:
     refuse_unsupported(site, trainset)
+    refuse_without_inputs(site)
     if field is not None:
         refuse_unfit_gold(site, field, trainset)
     engine = weights_behind(site.lm, weights=weights, predictor_name=site.name)
@@ -295,19 +327,13 @@ def _warn_of_the_rest(kept: Mapping[str, GreaterError], step: Step) -> None:
     warnings.warn(text, stacklevel=CALL_OF_COMPILE)
 
 
-def _check_context(target: Target, rows: Sequence[Any]) -> None:
-    """Refuse a row whose prompt fills the context, naming the longest."""
-    limit = target.engine.context_length
-    if limit is None:
-        return
-    site = target.site
-    layout = Layout(target.engine.tokenizer, site.adapter, site.signature, demos=site.demos)
-    inputs = [{name: row[name] for name in site.input_fields if name in row} for row in rows]
-    index, tokens = layout.longest(inputs, site.instruction)
-    if tokens >= limit:
-        raise ContextLengthError(
-            f"The prompt of predictor `{site.name}` takes {tokens} tokens for the row "
-            f"{shortened(inputs[index])}, and {target.engine.name} has a context of {limit} tokens, which leaves "
-            "no room for an answer. Leave out or shorten such rows, use fewer demos, or use a model with a longer "
-            "context."
-        )
+def _check_context(problem: Problem) -> None:
+    """Refuse rows that do not fit into the context of the only predictor."""
+    for target in problem.targets:
+        site = target.site
+        inputs = [
+            {name: row[name] for name in site.input_fields if name in row}
+            for row in [*problem.train, *problem.validation]
+        ]
+        refuse_long_prompts(target.engine, target.layout(problem.extractor), site, inputs)
+        target.refuse_long_answers(dict(enumerate(inputs[: len(problem.train)])), problem)

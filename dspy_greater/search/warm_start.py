@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from dspy_greater.errors import UnvalidatedError
+from dspy_greater.notices import warn_caller
 from dspy_greater.program.predictors import predictors_of
 from dspy_greater.program.roundtrip import write_back
 from dspy_greater.program.validation import validation_scores, winner
@@ -19,7 +22,8 @@ def compile_warm(optimizer: Any, student: Any, problem: Problem, trainset: Seque
     """The program that `optimizer` makes of what `optimizer.warm_start` makes of the student.
 
     Both see the same validation rows and train on none of them. The student's own instructions take part
-    in a last comparison, and a tie keeps them. After Ctrl-C in the first optimizer, its program is returned.
+    in a last comparison, and a tie keeps them. After Ctrl-C in the first optimizer, its program is returned. Where
+    the second ends before it finds anything, what the first one found takes its place in the last comparison.
 
     Args:
         optimizer: has `warm_start`, and compiles without one when that is None.
@@ -27,6 +31,9 @@ def compile_warm(optimizer: Any, student: Any, problem: Problem, trainset: Seque
         problem: the student's, checked.
         trainset: the caller's.
         valset: the caller's, or nothing.
+
+    Raises:
+        UnvalidatedError: the last comparison failed; carries what was found.
     """
     held_out = {id(row) for row in problem.validation}
     train = trainset if valset else [row for row in trainset if id(row) not in held_out] or trainset
@@ -40,8 +47,17 @@ def compile_warm(optimizer: Any, student: Any, problem: Problem, trainset: Seque
     found = {site.name: site.instruction for site in predictors_of(warmed) if site.name in names}
     refining = copy.copy(optimizer)
     refining.warm_start = None
-    best = refining.compile(write_back(student, found), train, problem.metric.function, valset=problem.validation)
+    try:
+        best = refining.compile(write_back(student, found), train, problem.metric.function, valset=problem.validation)
+    except (Exception, KeyboardInterrupt) as error:
+        if found == _instructions(student):  # nothing to lose
+            raise
+        return _unrefined(student, found, warmed, problem, error)
     return _floored(student, best, found, warmed, problem)
+
+
+def _instructions(program: Any) -> dict[str, str]:
+    return {site.name: site.instruction for site in predictors_of(program)}
 
 
 def _accepted(first: Any, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -52,16 +68,58 @@ def _accepted(first: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _floored(student: Any, best: Any, found: dict[str, str], warmed: Any, problem: Problem) -> Any:
-    """`best`, or the student's instructions where they are as good on the validation rows."""
-    own = {site.name: site.instruction for site in predictors_of(student)}
-    last = {site.name: site.instruction for site in predictors_of(best)}
-    scores = validation_scores(
-        problem.program, [own, last], problem.validation, problem.metric, threads=problem.settings.threads
-    )
+    """`best`, or the student's instructions where they are as good on the validation rows, or could not be compared."""
+    own, last, details = _instructions(student), _instructions(best), best.detailed_results
+    try:
+        scores = _compared(problem, [own, last])
+    except KeyboardInterrupt:
+        if details.interrupted:  # the second one
+            raise
+        scores, details = [math.nan, math.nan], replace(details, interrupted=True)
+    except Exception as error:
+        raise _unvalidated(best, details, error) from error
     kept = write_back(student, [own, last][winner(scores)])
     warm = WarmStart(found, scores[0], scores[1], getattr(warmed, "detailed_results", None))
-    kept.detailed_results = replace(best.detailed_results, warm_start=warm)
+    kept.detailed_results = replace(details, warm_start=warm)
     kept.score = kept.detailed_results.score
     programs = [*best.candidate_programs, {"score": scores[0], "program": write_back(student, own)}]
     kept.candidate_programs = sorted(programs, key=lambda each: -each["score"])
     return kept
+
+
+def _unrefined(student: Any, found: dict[str, str], warmed: Any, problem: Problem, ended: BaseException) -> Any:
+    """What the first optimizer found, or the student's instructions where they are as good on the validation rows."""
+    texts = [_instructions(student), found]
+    details = getattr(warmed, "detailed_results", None)
+    if isinstance(ended, UnvalidatedError):  # it found something, too
+        texts.append(_instructions(ended.program))
+        details = ended.detailed_results
+    try:
+        scores = _compared(problem, texts)
+    except Exception as error:
+        raise _unvalidated(write_back(student, texts[-1]), details, error) from ended
+    kept = write_back(student, texts[winner(scores)])
+    kept.detailed_results, kept.score = details, max(scores)
+    ranked = sorted(zip(scores, texts, strict=True), key=lambda pair: -pair[0])
+    kept.candidate_programs = [{"score": score, "program": write_back(student, each)} for score, each in ranked]
+    warn_caller(
+        f"The search that was to go on from what the first optimizer found ended with {type(ended).__name__}: {ended}\n"
+        "The best that was validated is returned.",
+        RuntimeWarning,
+    )
+    return kept
+
+
+def _compared(problem: Problem, texts: Sequence[dict[str, str]]) -> list[float]:
+    return validation_scores(
+        problem.program, texts, problem.validation, problem.metric, threads=problem.settings.threads
+    )
+
+
+def _unvalidated(program: Any, details: Any, error: Exception) -> UnvalidatedError:
+    return UnvalidatedError(
+        f"The last comparison with the student failed: {type(error).__name__}: {error}\n`error.program` is the program "
+        "that was found, and `error.detailed_results` the record.",
+        program=program,
+        detailed_results=details,
+    )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dspy_greater.errors import EngineMemoryError
 from dspy_greater.model.fast.generated_kv import GeneratedStates
 from dspy_greater.model.fast.likelihoods import Reader
 from dspy_greater.model.fast.prefix_cache import PrefixCache
@@ -70,20 +71,37 @@ class Session:
     # ---------------------------------------------------------------- generation
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
-        """See `interface.Model`; rows of similar length are decoded together."""
+        """See `interface.Model`; rows of similar length are decoded together.
+
+        A row that does not fit into memory does not keep the others from being generated: the error has them.
+        """
         rows = [self._engine.row(request) for request in requests]
         for row in rows if len(self._drafts) else []:
             row.draft = self._drafts.guess(row.prompt)
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt), rows[i].prompt, rows[i].seed))
         waiting = [rows[i] for i in order]
+        failed: dict[int, EngineMemoryError] = {}  # by the id of the row
+        most = self._engine.max_batch_rows
         with self._engine.exclusive():
             while waiting:
                 batches = -(-len(waiting) // self._engine.max_batch_rows)
                 size = -(-len(waiting) // batches)  # even batches, no small rest
                 batch, waiting = waiting[:size], waiting[size:]
-                if not self._decoded(batch):
+                try:
+                    decoded = self._decoded(batch)
+                except EngineMemoryError as error:  # it is this row, and not the size of the batches
+                    failed[id(batch[0])], self._engine.max_batch_rows = error, most
+                    continue
+                if not decoded:
                     waiting = [row for row in batch if row.finish_reason is None] + waiting
-        return [Generation(tuple(row.generated), row.finish_reason or "length") for row in rows]
+        finished = {
+            place: Generation(tuple(row.generated), row.finish_reason or "length")
+            for place, row in enumerate(rows)
+            if id(row) not in failed
+        }
+        for error in failed.values():
+            raise EngineMemoryError(str(error), finished=finished) from error
+        return [finished[place] for place in range(len(rows))]
 
     def _decoded(self, batch: Sequence[Row]) -> bool:
         """Decode the batch; False when memory ran out and something was given up for another try."""

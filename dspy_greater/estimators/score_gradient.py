@@ -44,7 +44,8 @@ def score_gradient(
 ) -> tuple[float, ...]:
     """The slope of the expected loss for every candidate at `position`, [C].
 
-    They are nan throughout where no sequence has a finite gradient, or none has a part in the loss. Only differences between candidates mean anything: the slope of a token includes what all tokens have in common.
+    They are nan throughout where no sequence has a finite gradient, or none has a part in the loss. Only differences
+    between candidates mean anything: the slope of a token includes what all tokens have in common.
 
     Args:
         model: the model.

@@ -30,7 +30,6 @@ def main() -> None:
     parser.add_argument("--bbh", type=Path, required=True, help="directory with the BIG-Bench Hard files")
     parser.add_argument("--task", default="navigate")
     parser.add_argument("--seed", type=int, default=1, help="which rows are for what")
-    parser.add_argument("--without-walk", action="store_true", help="move only to what is better")
     arguments = parser.parse_args()
 
     raw = json.loads((arguments.bbh / f"{arguments.task}.json").read_text())["examples"]
@@ -39,7 +38,7 @@ def main() -> None:
 
     dspy.configure(lm=local_lm("pocket"))
     program = with_instruction(dspy.ChainOfThought("question -> answer"), "predict", "Answer the question.")
-    optimizer = GReaTerTeleprompter(metric=metric, auto="light", walk=not arguments.without_walk)
+    optimizer = GReaTerTeleprompter(metric=metric, auto="light")
     better = optimizer.compile(program, rows[:24], valset=rows[24:64])
 
     evaluate = dspy.Evaluate(devset=rows[64:164], metric=metric, num_threads=100, display_progress=False)

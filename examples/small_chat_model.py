@@ -40,7 +40,6 @@ def main() -> None:
     program = with_instruction(dspy.Predict("text -> sentiment: Literal['positive', 'negative']"), "self", SEED)
     program.demos = demos
     settings: dict[str, Any] = {"estimator": "random", "rescored": 0} if arguments.by_chance else {}
-    settings["walk"] = not arguments.without_walk
 
     with dspy.context(lm=lm, adapter=dspy.ChatAdapter(use_json_adapter_fallback=False)):
         started = time.monotonic()
@@ -77,7 +76,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="which rows are for what, and of the search")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--by-chance", action="store_true", help="the same edits, tried in random order")
-    parser.add_argument("--without-walk", action="store_true", help="move only to what is better")
     parser.add_argument("--log-dir", type=Path)
     return parser.parse_args()
 

@@ -9,7 +9,8 @@ lets a Python function say what it writes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,9 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from dspy_greater import GReaTerTeleprompter, local_lm
-from dspy_greater.model.engine import Engine, Generation
+from dspy_greater.model.engine import Engine
+from dspy_greater.model.fast.session import Session
+from dspy_greater.model.interface import Generation, GenerationRequest, Tokens
 
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 TEMPLATE = (
@@ -234,9 +237,15 @@ class ScriptedEngine(Engine):
         self.prompts: list[str] = []
         self.batches: list[int] = []
 
-    def complete(self, requests: Sequence[Any]) -> list[Generation]:
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         self.batches.append(len(requests))
         return [self._write(request) for request in requests]
+
+    @contextmanager
+    def session(self, expected: Iterable[tuple[Tokens, Tokens]] = ()) -> Iterator[Session]:
+        with super().session(expected) as opened:
+            opened.generate = self.generate
+            yield opened
 
     def _write(self, request: Any) -> Generation:
         prompt = self.tokenizer.decode(list(request.prompt), skip_special_tokens=False)

@@ -32,9 +32,9 @@ from dspy_greater.estimators.paper_gradient import gradient_over_reasoning
 from dspy_greater.estimators.score_gradient import whole_gradient
 from dspy_greater.metric import RowMetric
 from dspy_greater.model.teacher_forcing import teacher_forced_losses
-from dspy_greater.objective.evaluator import Instruction, Objective
+from dspy_greater.objective.evaluator import Instruction
+from dspy_greater.objective.types import Evaluation, RowOutcome
 from dspy_greater.program.predictors import predictors_of
-from dspy_greater.run.events import Evaluation, RowOutcome
 from dspy_greater.run.serialise import decode, encode
 from dspy_greater.settings import Settings
 
@@ -52,10 +52,10 @@ def any_match(example: Any, prediction: Any, trace: object = None) -> bool:
     return prediction.answer in answers
 
 
-def objective_on(engine: Any, rows: Any, settings: Settings | None = None) -> Objective:
+def objective_on(engine: Any, rows: Any, settings: Settings | None = None) -> Evaluator:
     program = program_on(engine)
     [site] = predictors_of(program)
-    return Objective(
+    return Evaluator(
         program=program,
         site=site,
         field="answer",
@@ -66,11 +66,11 @@ def objective_on(engine: Any, rows: Any, settings: Settings | None = None) -> Ob
     )
 
 
-def evaluated(objective: Objective, *texts: str) -> list[Evaluation]:
+def evaluated(objective: Evaluator, *texts: str) -> list[Evaluation]:
     return objective.evaluate([Instruction(objective.layout.instruction_ids(text), text) for text in texts])
 
 
-def loss_of(objective: Objective, text: str, row: RowOutcome, answer: str) -> float:
+def loss_of(objective: Evaluator, text: str, row: RowOutcome, answer: str) -> float:
     """The slow twin: one answer, laid out and read by itself."""
     found = objective.layout.supervised(
         text, row.inputs, row.written, "answer", answer, from_header=row.unparsed and objective.examples._header_counts

@@ -87,7 +87,7 @@ def test_it_measures_every_ranking_on_the_pocket_model_and_goes_on_where_it_stop
     (tmp_path / "bbh" / "navigate.json").write_text(json.dumps({"examples": examples}))
     command = [
         *("--data-dir", str(tmp_path), "--tasks", "navigate", "--instructions", "Think your reasoning."),
-        *("--positions", "2", "--candidates", "4", "--rows", "6", "--samples", "1", "--out", str(tmp_path / "out")),
+        *("--positions", "2", "--candidates", "4", "--rows", "6", "--out", str(tmp_path / "out")),
     ]
     assert main(command) == 0
     shown = capsys.readouterr().out

@@ -17,18 +17,19 @@ import torch
 from benchmarks import __main__ as benchmarks
 from benchmarks.speed import machine, timing
 from benchmarks.speed.command import main
-from benchmarks.speed.floor import ModelSize, Nodes, floor_seconds, model_flops
+from benchmarks.speed.floor import Nodes, floor_seconds, model_flops
 from benchmarks.speed.gate import differences, run_gate
-from benchmarks.speed.machine import Ceilings
 from benchmarks.speed.report import save
 from benchmarks.speed.scale import doubling
 from benchmarks.speed.shapes import SHAPES, build
+from benchmarks.speed.sizes import Ceilings, ModelSize
 from benchmarks.speed.step import PHASES, Clock, RowLosses, Step
 from benchmarks.speed.timing import ARMS, Run, run_all, run_once
 from benchmarks.speed.work import INSTRUCTION, Work, pocket_work, random_work
 from dspy_greater.errors import LossError, SettingsError
 from dspy_greater.model.counters import Counters
 from dspy_greater.model.engine import Engine
+from dspy_greater.model.fast.session import Session
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -44,14 +45,14 @@ def quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return build("tiny", device=CPU, dtype=torch.float32)
+    # One pass for all rows, so that the counts of passes below are the schedules' own.
+    return build("tiny", device=CPU, dtype=torch.float32, max_batch_tokens=8192)
 
 
 @pytest.fixture(scope="module")
 def work(engine: Engine) -> Work:
     drawn = random_work(engine, rows=ROWS, reasoning_tokens=REASONING, selections=MU, prompt_tokens=80)
-    # One pass for all rows, so that the counts of passes below are the schedules' own.
-    return replace(drawn.with_current_reasoning(engine), max_batch_tokens=8192)
+    return drawn.with_current_reasoning(engine)
 
 
 @pytest.fixture(scope="module")
@@ -368,10 +369,10 @@ def test_the_floor_of_decoding_reads_the_weights_for_every_token(engine: Engine,
 def test_a_real_search_is_split_into_token_level_work_and_overhead() -> None:
     from benchmarks.speed.overhead import CALLBACKS, MODEL, search
 
-    before = Engine.exclusive, Engine.complete
+    before = Engine.exclusive, Session.generate
     (step,) = search(rows=3, steps=1, selections=1)
     assert 0 < step.token_level < step.seconds and 0 < step.overhead < 1
     assert MODEL not in step.profile and {"adapter: prompt", "metric", "journal"} <= set(step.profile)
     assert step.token_level + sum(step.profile.values()) == pytest.approx(step.seconds)
-    assert step.profile.get(CALLBACKS, 0.0) >= 0
-    assert (Engine.exclusive, Engine.complete) == before
+    assert 0 < step.profile[CALLBACKS] < step.seconds
+    assert (Engine.exclusive, Session.generate) == before

@@ -300,6 +300,42 @@ def test_every_third_party_import_is_a_declared_dependency() -> None:
     assert not undeclared, "\n".join(undeclared)
 
 
+# --- the benchmarks ---
+
+
+@cache
+def benchmarks() -> dict[str, list[str]]:
+    """Full dotted name -> every module that it imports, by whatever is read or run, in order."""
+    paths = {}
+    for path in sorted((ROOT / "benchmarks").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    found: dict[str, list[str]] = {}
+    for module, path in paths.items():
+        found[module] = []
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found[module] += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = "." * node.level + (node.module or "")
+                inner = [name for alias in node.names if (name := f"{base}.{alias.name}") in paths]
+                found[module] += inner or [base]
+    return found
+
+
+def test_benchmarks_import_each_other_by_their_full_names() -> None:
+    relative = [f"{module}: {name}" for module, names in benchmarks().items() for name in names if name.startswith(".")]
+    assert not relative, "\n".join(relative)
+
+
+def test_no_benchmarks_import_each_other_in_a_circle() -> None:
+    waiting = {module: set(names) & benchmarks().keys() for module, names in benchmarks().items()}
+    assert sum(map(len, waiting.values())) > len(waiting) / 2
+    while free := [module for module, needs in waiting.items() if not needs & waiting.keys()]:
+        waiting = {module: needs for module, needs in waiting.items() if module not in free}
+    assert not waiting, "\n".join(f"{module} -> {sorted(needs & waiting.keys())}" for module, needs in waiting.items())
+
+
 # --- what a fresh interpreter does ---
 
 

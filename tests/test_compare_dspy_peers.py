@@ -16,7 +16,7 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,6 @@ from benchmarks.optimizers.simba import Simba
 from benchmarks.optimizers.textgrad import TextGrad
 from dspy_greater.objective.types import Evaluation, RowOutcome
 from dspy_greater.run.events import StepTaken
-from dspy_greater.settings import Settings
 
 SEED = "Answer the question."
 BEST = "Put an a before the number."
@@ -59,8 +58,6 @@ TEXTUAL: dict[str, Callable[[], Any]] = {
     "simba": lambda: Simba(num_candidates=3, max_steps=4),
     "textgrad": lambda: TextGrad(iterations=4),
 }
-HAS_ESTIMATOR = "estimator" in {knob.name for knob in fields(Settings)}
-needs_estimator = pytest.mark.skipif(not HAS_ESTIMATOR, reason="GReaTerTeleprompter has no `estimator` here")
 
 
 class Scripted(ABC):
@@ -408,11 +405,7 @@ GREATER: dict[str, Callable[..., Any]] = {
 QUICK = {"auto": None, "steps": 3, "train_rows": 8, "validation_rows": 8, "selections": 3}
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(name, marks=needs_estimator if "estimator" in GREATER[name].defaults else ()) for name in GREATER
-    ]
-)
+@pytest.fixture(params=list(GREATER))
 def ours(request: pytest.FixtureRequest) -> Any:
     return GREATER[request.param](**QUICK)
 

@@ -18,7 +18,6 @@ import numpy
 import pytest
 from dspy import lm15
 
-from benchmarks import tasks
 from benchmarks.__main__ import main
 from benchmarks.harness import candidates, config, judging, models, provider, run
 from benchmarks.harness.budget import Budget, BudgetSpent, Usage
@@ -27,6 +26,7 @@ from benchmarks.harness.cells import Accuracy, Cell, CellKey, Cells, read, wilso
 from benchmarks.harness.phrasebook import PhrasebookEngine, topics_of
 from benchmarks.optimizers import OPTIMIZERS, Context, make
 from benchmarks.optimizers import optimizer as registry
+from benchmarks.tasks import registry as tasks
 from dspy_greater import local_lm
 from dspy_greater.errors import DataError, ProgramError, RunDirectoryError, SettingsError
 from dspy_greater.model.counters import Counters

@@ -9,8 +9,7 @@ from typing import Any
 import dspy
 import pytest
 
-from benchmarks import tasks
-from benchmarks.tasks import answers, bbh, folio, gsm8k, task, two_step
+from benchmarks.tasks import answers, bbh, folio, gsm8k, registry, task, two_step
 from dspy_greater.errors import DataError, SettingsError
 
 NAVIGATE = (
@@ -43,16 +42,16 @@ def scored(metric: Any, question: str, gold: str, given: str) -> float:
 
 
 def test_all_twenty_seven_tasks_of_the_benchmark_are_listed() -> None:
-    assert sum(name.startswith("bbh:") for name in tasks.names()) == 27
+    assert sum(name.startswith("bbh:") for name in registry.names()) == 27
 
 
 def test_every_task_says_in_one_line_what_it_is() -> None:
-    assert all(about and "\n" not in about for about in tasks.about_all().values())
+    assert all(about and "\n" not in about for about in registry.about_all().values())
 
 
 def test_an_unknown_task_is_an_error_that_names_the_nearest() -> None:
     with pytest.raises(SettingsError, match="There is no task 'bbh:navigat'. Did you mean 'bbh:navigate'?"):
-        tasks.load("bbh:navigat", data_dir=None, seed=0)
+        registry.load("bbh:navigat", data_dir=None, seed=0)
 
 
 def test_any_of_several_acceptable_answers_is_right() -> None:
@@ -67,7 +66,7 @@ def test_any_of_several_acceptable_answers_is_right() -> None:
 
 def test_big_bench_hard_is_split_as_in_the_paper(tmp_path: Path) -> None:
     write_bbh(tmp_path, "navigate", 250)
-    loaded = tasks.load("bbh:navigate", data_dir=tmp_path, seed=0)
+    loaded = registry.load("bbh:navigate", data_dir=tmp_path, seed=0)
     assert [len(loaded.train), len(loaded.dev), len(loaded.test)] == [50, 100, 100]
     assert len(texts(loaded.train) | texts(loaded.dev) | texts(loaded.test)) == 250
 
@@ -77,29 +76,29 @@ def test_big_bench_hard_is_split_as_in_the_paper(tmp_path: Path) -> None:
 )
 def test_a_smaller_task_is_cut_in_the_same_proportion(tmp_path: Path, rows: int, sizes: tuple[int, ...]) -> None:
     write_bbh(tmp_path, "snarks", rows)
-    loaded = tasks.load("bbh:snarks", data_dir=tmp_path, seed=0)
+    loaded = registry.load("bbh:snarks", data_dir=tmp_path, seed=0)
     assert (len(loaded.train), len(loaded.dev), len(loaded.test)) == sizes
 
 
 def test_the_seed_decides_the_splits_and_a_limit_cuts_each(tmp_path: Path) -> None:
     write_bbh(tmp_path, "navigate", 250)
-    first, again, other = (tasks.load("bbh:navigate", data_dir=tmp_path, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (registry.load("bbh:navigate", data_dir=tmp_path, seed=seed) for seed in (1, 1, 2))
     assert texts(first.test) == texts(again.test) != texts(other.test)
-    short = tasks.load("bbh:navigate", data_dir=tmp_path, seed=1, limit=7)
+    short = registry.load("bbh:navigate", data_dir=tmp_path, seed=1, limit=7)
     assert [len(short.train), len(short.dev), len(short.test)] == [7, 7, 7]
     assert short.test == first.test[:7]
 
 
 def test_a_limit_below_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="limit=0 leaves no rows"):
-        tasks.load("pocket:navigate", data_dir=tmp_path, seed=0, limit=0)
+        registry.load("pocket:navigate", data_dir=tmp_path, seed=0, limit=0)
 
 
 def test_arithmetic_keeps_the_benchmarks_own_test_split(tmp_path: Path) -> None:
     rows = [{"question": f"{i} + 1?", "answer": f"{i} + 1 = <<{i}+1={i + 1}>>\n#### {i + 1:,}"} for i in range(1319)]
     write_lines(tmp_path / "gsm8k" / "train.jsonl", rows[:300])
     write_lines(tmp_path / "gsm8k" / "test.jsonl", rows)
-    loaded = tasks.load("gsm8k", data_dir=tmp_path, seed=3)
+    loaded = registry.load("gsm8k", data_dir=tmp_path, seed=3)
     assert [len(loaded.train), len(loaded.dev), len(loaded.test)] == [100, 100, 1319]
     assert not texts(loaded.train) & texts(loaded.dev)
     assert {row.answer for row in loaded.test} >= {"1,319", "2"}
@@ -112,7 +111,7 @@ def test_no_story_is_in_both_train_and_dev(tmp_path: Path) -> None:
     ]
     write_lines(tmp_path / "folio" / "train.jsonl", rows)
     write_lines(tmp_path / "folio" / "validation.jsonl", rows[:204])
-    loaded = tasks.load("folio", data_dir=tmp_path, seed=0)
+    loaded = registry.load("folio", data_dir=tmp_path, seed=0)
     stories = [{row.question.split("\n")[1] for row in rows} for rows in (loaded.train, loaded.dev)]
     assert not stories[0] & stories[1]
     assert [len(loaded.train), len(loaded.dev), len(loaded.test)] == [50, 100, 204]
@@ -125,7 +124,7 @@ def test_the_hubs_form_of_the_premises_makes_the_same_question() -> None:
 
 
 def test_generated_rows_need_neither_files_nor_a_network() -> None:
-    loaded = tasks.load("pocket:object_counting", data_dir=None, seed=5)
+    loaded = registry.load("pocket:object_counting", data_dir=None, seed=5)
     assert [len(loaded.train), len(loaded.dev), len(loaded.test)] == [50, 100, 300]
     assert len(texts(loaded.train) | texts(loaded.dev) | texts(loaded.test)) == 450
     assert loaded.source == "the pocket model's generator"
@@ -136,7 +135,7 @@ def test_generated_rows_need_neither_files_nor_a_network() -> None:
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"There is no .*snarks.json. --data-dir names the directory that holds bbh/"):
-        tasks.load("bbh:snarks", data_dir=tmp_path, seed=0)
+        registry.load("bbh:snarks", data_dir=tmp_path, seed=0)
 
 
 def test_without_a_directory_rows_come_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +146,7 @@ def test_without_a_directory_rows_come_from_the_hub(monkeypatch: pytest.MonkeyPa
         return [{"input": f"{NAVIGATE} {i}", "target": "No"} for i in range(250)]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    loaded = tasks.load("bbh:navigate", data_dir=None, seed=0)
+    loaded = registry.load("bbh:navigate", data_dir=None, seed=0)
     assert len(loaded.test) == 100 and "lukaemon/bbh" in loaded.source
 
 
@@ -159,7 +158,7 @@ def test_a_hub_that_cannot_be_reached_is_an_error_that_says_what_to_do(monkeypat
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(DataError, match=r"openai/gsm8k could not be read .*Couldn't reach.*--data-dir DIR"):
-        tasks.load("gsm8k", data_dir=None, seed=0)
+        registry.load("gsm8k", data_dir=None, seed=0)
 
 
 # --- answers, on rows of the benchmarks ---
@@ -259,7 +258,7 @@ def test_the_number_of_a_solution_is_what_follows_its_last_mark() -> None:
 
 @pytest.mark.parametrize("name", ["pocket:navigate", "two-step:pocket:navigate"])
 def test_every_program_is_fresh_and_holds_the_seed_instruction(name: str) -> None:
-    loaded = tasks.load(name, data_dir=None, seed=0, limit=1)
+    loaded = registry.load(name, data_dir=None, seed=0, limit=1)
     first, second = loaded.make_program(), loaded.make_program()
     assert first is not second
     instructions = [predictor.signature.instructions for _, predictor in first.named_predictors()]

@@ -11,7 +11,7 @@ import pytest
 from scripted_engine import SEED, exact_match, planted_engine, planted_rows, program_on, word_id
 
 from dspy_greater.metric import RowMetric
-from dspy_greater.objective.evaluator import Objective
+from dspy_greater.objective.evaluator import Evaluator
 from dspy_greater.objective.types import Evaluation
 from dspy_greater.program.predictors import predictors_of
 from dspy_greater.search.edits import Edit, propose_edits
@@ -25,12 +25,12 @@ ALL = {"top_k": 2000}  # every token of the vocabulary is proposed
 
 def searching(
     instruction: str = SEED, *, position: int = 0, program: Any = None, fixed: str = "", **knobs: Any
-) -> tuple[Objective, SearchState, Settings]:
+) -> tuple[Evaluator, SearchState, Settings]:
     """An objective whose seed was evaluated, and the state before a step at this position."""
     program = program or program_on(planted_engine(), instruction=instruction)
     [site] = predictors_of(program)
     settings = Settings(**knobs)
-    objective = Objective(
+    objective = Evaluator(
         program=program,
         site=site,
         field="answer",
@@ -45,11 +45,11 @@ def searching(
     return objective, replace(state, position=position) if position else state, settings
 
 
-def edits_of(objective: Objective, state: SearchState, settings: Settings, *, seed: int = 0) -> tuple[Edit, ...]:
+def edits_of(objective: Evaluator, state: SearchState, settings: Settings, *, seed: int = 0) -> tuple[Edit, ...]:
     return propose_edits(objective, state, settings, random_seed=seed, predictor="predict")
 
 
-def tried(objective: Objective, edits: tuple[Edit, ...]) -> None:
+def tried(objective: Evaluator, edits: tuple[Edit, ...]) -> None:
     """All of these were tried; what came of them does not matter."""
     objective.recall(
         [Evaluation(e.instruction.token_ids, e.instruction.text, (), 0.0, 1.0, 1.0, (1.0, 1.0)) for e in edits]

@@ -12,14 +12,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
-from dspy_greater.errors import ContextLengthError, EngineMemoryError, LayoutError, WeightsError
+from dspy_greater.errors import ContextLengthError, EngineMemoryError, LayoutError, SettingsError, WeightsError
 from dspy_greater.lm.local import LocalEngine
-from dspy_greater.model import sampling as decode_module
-from dspy_greater.model.engine import Counters, Engine, GenerationRequest
+from dspy_greater.model import sampling
+from dspy_greater.model.counters import Counters
+from dspy_greater.model.engine import Engine
+from dspy_greater.model.interface import GenerationRequest
 from dspy_greater.model.kv_cache import InPlaceLayer
 from dspy_greater.model.registry import shared_engine
+from tests.model_calls import generated, spent_on
+from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
 KINDS = ["llama", "qwen2", "gemma2"]
 
@@ -51,63 +54,63 @@ def slow_twin(model: Any, prompt: tuple[int, ...], stop: frozenset[int], most: i
 
 @pytest.mark.parametrize("shared", [0, 40])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_writes_what_one_row_at_a_time_would(kind: str, shared: int) -> None:
+def test_a_batch_generates_what_one_row_at_a_time_would(kind: str, shared: int) -> None:
     engine = build(kind)
     prompts = random_prompts(12, shared=shared)
     stop = frozenset({*range(200, 230), 2, 4})
-    written = engine.generate(prompts, max_new_tokens=24, stop_token_ids=sorted(stop))
-    assert [row.token_ids for row in written] == [slow_twin(engine.model, p, stop, 24) for p in prompts]
+    found = generated(engine, prompts, 24, stop_token_ids=tuple(stop))
+    assert [row.token_ids for row in found] == [slow_twin(engine.model, p, stop, 24) for p in prompts]
 
 
 def test_a_stop_token_ends_a_row_and_is_not_part_of_it() -> None:
     engine = build()
-    [whole] = engine.generate([(5, 6)], max_new_tokens=8, stop_token_ids=[])
+    [whole] = generated(engine, [(5, 6)], 8, stop_token_ids=())
     last = whole.token_ids[5]
-    [cut] = engine.generate([(5, 6)], max_new_tokens=8, stop_token_ids=[last])
+    [cut] = generated(engine, [(5, 6)], 8, stop_token_ids=(last,))
     assert cut.token_ids == whole.token_ids[: whole.token_ids.index(last)]
     assert (whole.finish_reason, cut.finish_reason) == ("length", "stop")
 
 
 def test_the_result_does_not_depend_on_the_batch_or_the_order() -> None:
     prompts = random_prompts(20, shared=30)
-    whole = build().generate(prompts, max_new_tokens=16)
-    assert build(max_batch_rows=3).generate(prompts, max_new_tokens=16) == whole
-    assert build().generate(prompts[::-1], max_new_tokens=16) == whole[::-1]
+    whole = generated(build(), prompts, 16)
+    assert generated(build(max_batch_rows=3), prompts, 16) == whole
+    assert generated(build(), prompts[::-1], 16) == whole[::-1]
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
 def test_a_sampled_row_is_the_same_alone_and_in_a_batch(top_p: float) -> None:
     engine = build()
     prompts = random_prompts(6)
-    settings: dict[str, Any] = {"max_new_tokens": 20, "temperature": 1.0, "top_p": top_p, "seed": 7}
-    batch = engine.generate(prompts, **settings)
-    assert build(max_batch_rows=1).generate(prompts, **settings) == batch
-    assert engine.generate(prompts, **{**settings, "seed": 8}) != batch
-    first, second = engine.generate([prompts[0]] * 2, **settings)
-    assert first != second
+    settings: dict[str, Any] = {"temperature": 1.0, "top_p": top_p}
+    batch = generated(engine, prompts, 20, seed=7, **settings)
+    assert generated(build(max_batch_rows=1), prompts, 20, seed=7, **settings) == batch
+    assert generated(engine, prompts, 20, seed=8, **settings) != batch
+    first, second, again = engine.generate(
+        [GenerationRequest(prompts[0], 20, seed=seed, **settings) for seed in (1, 2, 1)]
+    )
+    assert first == again != second
 
 
 def test_sampled_tokens_follow_the_distribution() -> None:
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 1)
-    rows = [decode_module.Row((1,), 1, frozenset(), temperature=1.0, seed=i) for i in range(4000)]
-    counts = torch.bincount(torch.tensor(decode_module.choose(logits, rows)), minlength=4) / 4000
+    rows = [sampling.Row((1,), 1, frozenset(), temperature=1.0, seed=i) for i in range(4000)]
+    counts = torch.bincount(torch.tensor(sampling.choose(logits, rows)), minlength=4) / 4000
     assert torch.allclose(counts, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03)
     for row in rows:
         row.top_p = 0.6
-    assert set(decode_module.choose(logits, rows)) == {0, 1}  # 0.5 alone does not reach 0.6
+    assert set(sampling.choose(logits, rows)) == {0, 1}  # 0.5 alone does not reach 0.6
 
 
 def test_sampling_leaves_the_global_random_state_alone() -> None:
     state = torch.get_rng_state()
-    build().generate(random_prompts(3), max_new_tokens=5, temperature=1.0)
+    generated(build(), random_prompts(3), 5, temperature=1.0)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_counters_count_tokens_without_padding() -> None:
     engine = build()
-    before = engine.counters
-    engine.generate([(5, 6, 7), (8,)], max_new_tokens=4, stop_token_ids=[])
-    spent = engine.counters - before
+    spent = spent_on(engine, lambda: generated(engine, [(5, 6, 7), (8,)], 4, stop_token_ids=()))
     assert spent == Counters(forwards=4, prefilled_tokens=4, generated_tokens=8, padded_tokens=2, lm_head_rows=8)
     engine.tally(backward_tokens=3)
     assert engine.counters.backward_tokens == 3
@@ -116,14 +119,14 @@ def test_counters_count_tokens_without_padding() -> None:
 def test_a_shared_prefix_is_read_once() -> None:
     engine = build()
     prefix = tuple(range(10, 50))
-    engine.generate([(*prefix, 60), (*prefix, 61, 62)], max_new_tokens=1)
+    generated(engine, [(*prefix, 60), (*prefix, 61, 62)], 1)
     assert engine.counters.prefilled_tokens == 43
 
 
 def test_finished_rows_leave_the_batch() -> None:
     engine = build()
     rows = [GenerationRequest((5, 6, i), 2 if i < 18 else 12, stop_token_ids=()) for i in range(10, 20)]
-    engine.complete(rows)
+    engine.generate(rows)
     assert engine.counters.padded_tokens == 0
     assert engine.counters.lm_head_rows == 8 * 2 + 2 * 12
 
@@ -148,16 +151,16 @@ def test_rows_that_stay_keep_their_states_wherever_they_move(
     order = sorted(keep, key=lambda row: (row >= len(keep), row))
     holes = iter([row for row in order if row >= len(keep)])
     order = [row if row in keep else next(holes) for row in range(len(keep))]
-    layer.keep(order, first)
+    layer.select(order, first)
     new = torch.full((len(keep), 2, 1, 3), 7.0)
     keys, values = layer.update(new, new)
     assert torch.equal(keys, torch.cat([states[order, :, first:], new], 2))
     assert torch.equal(values, torch.cat([-states[order, :, first:], new], 2))
 
 
-def test_out_of_memory_halves_the_batch_keeps_what_was_written_and_remembers(monkeypatch: Any) -> None:
+def test_out_of_memory_halves_the_batch_keeps_what_was_generated_and_remembers(monkeypatch: Any) -> None:
     prompts = random_prompts(10)
-    expected = build().generate(prompts, max_new_tokens=12)
+    expected = generated(build(), prompts, 12)
     engine = build(max_batch_rows=10)
     forward, calls = engine.model.forward, []
 
@@ -169,10 +172,11 @@ def test_out_of_memory_halves_the_batch_keeps_what_was_written_and_remembers(mon
 
     starved.__signature__ = inspect.signature(forward)
     monkeypatch.setattr(engine.model, "forward", starved)
-    seen: list[tuple[int, int]] = []
-    assert engine.generate(prompts, max_new_tokens=12, on_token=lambda *pair: seen.append(pair)) == expected
+    seen: list[list[int]] = [[] for _ in prompts]
+    requests = [GenerationRequest(prompt, 12, on_token=seen[row].append) for row, prompt in enumerate(prompts)]
+    assert engine.generate(requests) == expected
     assert engine.max_batch_rows <= 4
-    assert len(seen) == sum(len(row.token_ids) for row in expected)  # no token was reported twice
+    assert [tuple(each) for each in seen] == [row.token_ids for row in expected]  # no token was reported twice
 
 
 def test_a_single_row_that_does_not_fit_says_what_to_do(monkeypatch: Any) -> None:
@@ -183,12 +187,12 @@ def test_a_single_row_that_does_not_fit_says_what_to_do(monkeypatch: Any) -> Non
 
     monkeypatch.setattr(engine.model, "forward", starved)
     with pytest.raises(EngineMemoryError, match=r"One row alone .* 'tiny-llama' .*smaller dtype"):
-        engine.generate([(5, 6)], max_new_tokens=2)
+        generated(engine, [(5, 6)], 2)
 
 
 def test_a_row_that_does_not_fit_spoils_neither_the_other_rows_nor_the_size_of_the_batches(monkeypatch: Any) -> None:
     prompts = random_prompts(6)
-    expected = build().generate(prompts, max_new_tokens=4)
+    expected = generated(build(), prompts, 4)
     engine = build(max_batch_rows=6)
     forward = engine.model.forward
 
@@ -200,7 +204,7 @@ def test_a_row_that_does_not_fit_spoils_neither_the_other_rows_nor_the_size_of_t
     starved.__signature__ = inspect.signature(forward)
     monkeypatch.setattr(engine.model, "forward", starved)
     with pytest.raises(EngineMemoryError, match="One row alone") as found:
-        engine.generate([*prompts[:3], [7] * 120, *prompts[3:]], max_new_tokens=4)
+        generated(engine, [*prompts[:3], [7] * 120, *prompts[3:]], 4)
     assert [found.value.finished.get(place) for place in range(7)] == [*expected[:3], None, *expected[3:]]
     assert engine.max_batch_rows == 6
 
@@ -225,26 +229,39 @@ def test_other_runtime_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: An
 
     monkeypatch.setattr(engine.model, "forward", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        engine.generate([(5, 6)], max_new_tokens=2)
+        generated(engine, [(5, 6)], 2)
 
 
 def test_a_prompt_without_room_names_its_length_the_limit_and_the_remedy() -> None:
     engine = build(context=32)
     with pytest.raises(ContextLengthError, match=r"40 tokens .* context of 32 tokens .*shorten the input"):
-        engine.generate([tuple(range(10, 50))], max_new_tokens=5)
-    [full] = engine.generate([tuple(range(10, 40))], max_new_tokens=50, stop_token_ids=[])
+        generated(engine, [range(10, 50)], 5)
+    [full] = generated(engine, [range(10, 40)], 50, stop_token_ids=())
     assert (len(full.token_ids), full.finish_reason) == (2, "length")
     with pytest.raises(LayoutError, match="no tokens"):
-        engine.generate([()], max_new_tokens=5)
+        generated(engine, [()], 5)
+
+
+def test_a_request_that_cannot_work_is_refused_with_a_reason() -> None:
+    engine = build()
+    with pytest.raises(SettingsError, match="max_new_tokens is 0; it has to be at least 1"):
+        generated(engine, [(5, 6)], 0)
+    for options in ({"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}):
+        with pytest.raises(SettingsError, match="temperature is .* and top_p is .*; they have to be at least 0"):
+            generated(engine, [(5, 6)], 2, **options)
+    with pytest.raises(SettingsError, match="max_batch_rows is 0; it has to be at least 1"):
+        build(max_batch_rows=0)
+    assert engine.counters == Counters()
 
 
 def test_on_token_ends_a_row() -> None:
     engine = build()
-    written = engine.generate(
-        [(5, 6), (7, 8)], max_new_tokens=9, stop_token_ids=[], on_token=lambda row, token: row == 1
+    endings = ((5, 6), lambda token: None), ((7, 8), lambda token: True)
+    found = engine.generate(
+        [GenerationRequest(prompt, 9, stop_token_ids=(), on_token=ends) for prompt, ends in endings]
     )
-    assert [len(row.token_ids) for row in written] == [9, 1]
-    assert written[1].finish_reason == "stop"
+    assert [len(row.token_ids) for row in found] == [9, 1]
+    assert found[1].finish_reason == "stop"
 
 
 def test_the_end_of_turn_token_of_the_chat_template_stops_a_row() -> None:
@@ -264,7 +281,7 @@ def test_a_model_that_was_handed_in_is_left_as_it_was() -> None:
         assert not any(parameter.requires_grad for parameter in engine.model.parameters())
         assert not any(module.training for module in engine.model.modules())
     with pytest.raises(ContextLengthError):
-        engine.generate([(5,) * 2000], max_new_tokens=1)
+        generated(engine, [(5,) * 2000], 1)
     assert [parameter.requires_grad for parameter in engine.model.parameters()] == flags
     assert [module.training for module in engine.model.modules()] == modes
 
@@ -293,7 +310,7 @@ def test_a_directory_is_loaded_frozen_and_once(tmp_path: Any) -> None:
     assert engine.identity == f"{path}@{engine.revision}:float32"
     built = build()
     prompts = random_prompts(3)
-    assert engine.generate(prompts, max_new_tokens=6) == built.generate(prompts, max_new_tokens=6)
+    assert generated(engine, prompts, 6) == generated(built, prompts, 6)
 
 
 def test_pickled_weights_and_missing_files_are_refused(tmp_path: Any) -> None:

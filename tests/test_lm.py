@@ -18,7 +18,6 @@ import dspy
 import numpy as np
 import pytest
 from dspy import lm15
-from tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
 from dspy_greater.errors import GreaterError, WeightsError
 from dspy_greater.lm.batcher import Batcher
@@ -26,6 +25,8 @@ from dspy_greater.lm.local import LocalEngine, local_lm
 from dspy_greater.model.engine import Engine
 from dspy_greater.program.fingerprint import described_lm
 from dspy_greater.prompt.chat_template import render_chat
+from tests.model_calls import generated
+from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -70,7 +71,7 @@ def test_greedy_text_is_what_the_engine_writes_and_usage_counts_real_tokens() ->
     [text] = lm("Take 4 steps.")
     rendered = render_chat(engine.tokenizer, [{"role": "user", "content": "Take 4 steps."}])
     prompt = engine.tokenizer(rendered, add_special_tokens=False)["input_ids"]
-    [alone] = engine.generate([prompt], max_new_tokens=12)
+    [alone] = generated(engine, [prompt], 12)
     assert text == engine.tokenizer.decode(alone.token_ids, skip_special_tokens=True)
     usage = lm.history[-1]["usage"]
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (len(prompt), len(alone.token_ids))

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from dspy_greater.lm import batcher
 from dspy_greater.lm.batcher import Batcher
-from dspy_greater.lm.local import batcher
 
 PATIENCE = 10.0  # seconds; a wake-up that is lost costs the whole of it
 

@@ -29,7 +29,7 @@ from dspy_greater import local_lm
 from dspy_greater.errors import ProgramError
 from dspy_greater.metric import RowMetric
 from dspy_greater.model.teacher_forcing import teacher_forced_losses
-from dspy_greater.objective.evaluator import Instruction, Objective
+from dspy_greater.objective.evaluator import Evaluator, Instruction
 from dspy_greater.objective.sequences import headers, openings, partition, split_completion
 from dspy_greater.objective.types import Evaluation
 from dspy_greater.program.predictors import predictors_of
@@ -40,7 +40,7 @@ from dspy_greater.search.state import advance, begin
 from dspy_greater.settings import Settings
 
 ROWS = planted_rows(4)
-ObjectiveT = TypeVar("ObjectiveT", bound=Objective)
+EvaluatorT = TypeVar("EvaluatorT", bound=Evaluator)
 
 
 def objective_of(
@@ -51,8 +51,8 @@ def objective_of(
     field: str | None = "answer",
     settings: Settings | None = None,
     extractor: str | None = None,
-    kind: type[ObjectiveT] = Objective,
-) -> ObjectiveT:
+    kind: type[EvaluatorT] = Evaluator,
+) -> EvaluatorT:
     [site] = predictors_of(program)
     return kind(
         program=program,
@@ -66,11 +66,11 @@ def objective_of(
     )
 
 
-def instruction(objective: Objective, text: str) -> Instruction:
+def instruction(objective: Evaluator, text: str) -> Instruction:
     return Instruction(objective.layout.instruction_ids(text), text)
 
 
-def seed_of(objective: Objective) -> Evaluation:
+def seed_of(objective: Evaluator) -> Evaluation:
     [found] = objective.evaluate([objective.seed()])
     return found
 
@@ -376,12 +376,12 @@ MANY = planted_rows(24)
 GOOD, HALF, BAD = "Please count.", "Please add.", "Say it."  # mistakes: none, half of all, all
 
 
-def racing(metric: Any = exact_match, engine: Any = None, **settings: Any) -> tuple[Objective, Any]:
+def racing(metric: Any = exact_match, engine: Any = None, **settings: Any) -> tuple[Evaluator, Any]:
     engine = engine or SmallBatches(obedient_script)
     return objective_of(program_on(engine), MANY, metric=metric, settings=Settings(**settings)), engine
 
 
-def tried(objective: Objective, *texts: str, beat: float | None) -> list[Evaluation]:
+def tried(objective: Evaluator, *texts: str, beat: float | None) -> list[Evaluation]:
     return objective.evaluate([instruction(objective, text) for text in texts], beat=beat)
 
 
@@ -463,7 +463,7 @@ def test_a_server_is_asked_in_waves_of_two_runs_for_each_thread() -> None:
     program.set_lm(text_lm(lambda asked: answer))
     [site] = predictors_of(program)
     engine = ScriptedEngine(obedient_script)
-    objective = Objective(
+    objective = Evaluator(
         program=program,
         site=site,
         field="answer",
@@ -510,7 +510,7 @@ def test_no_fluency_is_taken_for_granted_where_the_inputs_come_before_the_instru
     assert good.complete
 
 
-class Table(Objective):
+class Table(Evaluator):
     """An objective whose fluency and cross-entropy are read from a table."""
 
     table: dict[str, tuple[list[float], float, float]]

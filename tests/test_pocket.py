@@ -24,9 +24,6 @@ BENCHMARK = Path(os.environ.get("BBH", Path(__file__).parents[2] / "shared" / "d
 needs_benchmark = pytest.mark.skipif(
     not BENCHMARK.is_dir(), reason="set BBH to a directory with the BIG-Bench Hard files"
 )
-needs_weights = pytest.mark.skipif(
-    not (pocket.path() / "model.safetensors").is_file(), reason="the pocket weights are not there"
-)
 TASK = st.sampled_from(tasks.TASKS)
 SEED = st.integers(0, 2**32)
 
@@ -200,7 +197,6 @@ def test_the_loss_is_taken_on_what_the_model_writes_only() -> None:
 # --------------------------------------------------------------------------- the weights that ship
 
 
-@needs_weights
 def test_the_weights_are_small_and_their_tokenizer_is_the_one_that_is_learned() -> None:
     assert (pocket.path() / "model.safetensors").stat().st_size <= 12 * 2**20
     shipped = AutoTokenizer.from_pretrained(pocket.path())
@@ -208,7 +204,6 @@ def test_the_weights_are_small_and_their_tokenizer_is_the_one_that_is_learned() 
     assert shipped.get_vocab() == learned.get_vocab()
 
 
-@needs_weights
 @pytest.mark.parametrize("task", tasks.TASKS)
 def test_the_pocket_model_answers_generated_rows_under_a_fitting_instruction_only(task: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(pocket.path())
@@ -219,7 +214,6 @@ def test_the_pocket_model_answers_generated_rows_under_a_fitting_instruction_onl
     assert fitting >= plain + 0.2
 
 
-@needs_weights
 def test_the_model_card_states_the_figures_that_were_measured() -> None:
     card = (pocket.path() / "README.md").read_text()
     assert "model organism" in card

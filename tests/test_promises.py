@@ -239,7 +239,7 @@ def test_the_student_the_rows_and_the_signature_are_left_alone() -> None:
     assert signature.instructions == SEED
     assert TRAIN == rows
     assert lm.cache is False and lm.kwargs == better.predictors()[0].lm.kwargs
-    assert not getattr(program, "_compiled", False)
+    assert not program._compiled
 
 
 def test_dspys_settings_are_left_alone() -> None:

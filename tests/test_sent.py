@@ -32,9 +32,10 @@ from scripted_engine import (
 from dspy_greater import local_lm
 from dspy_greater.errors import CallMismatchError, LayoutError, ProgramError
 from dspy_greater.model.engine import Generation
-from dspy_greater.objective.evaluator import Instruction, Objective
+from dspy_greater.objective.evaluator import Evaluator, Instruction
+from dspy_greater.objective.types import Evaluation
 from dspy_greater.program.predictors import trace_calls
-from dspy_greater.run.events import Evaluation, SearchStarted, StepTaken
+from dspy_greater.run.events import SearchStarted, StepTaken
 from dspy_greater.run.serialise import to_json
 from dspy_greater.search.problem import pose
 from dspy_greater.settings import Settings
@@ -82,13 +83,13 @@ def program_of(body: Body, signature: Any = ANSWERS, *, module: Any = dspy.Chain
     return Program()
 
 
-def objectives(program: Any, engine: Any, rows: Sequence[Any] = ROWS, **options: Any) -> Iterator[Objective]:
+def objectives(program: Any, engine: Any, rows: Sequence[Any] = ROWS, **options: Any) -> Iterator[Evaluator]:
     """One for each predictor of the program that can be optimised; its LM is the engine."""
     if all(predictor.lm is None for predictor in program.predictors()):
         program.set_lm(local_lm(engine, cache=False, max_tokens=64))
     problem = pose(program, rows, exact_match, rows, settings=Settings.of(None), seed=0, **options)
     for target in problem.targets:
-        yield Objective(
+        yield Evaluator(
             program=problem.program,
             site=target.site,
             field=target.field,
@@ -100,7 +101,7 @@ def objectives(program: Any, engine: Any, rows: Sequence[Any] = ROWS, **options:
         )
 
 
-def sequences(objective: Objective, evaluated: Evaluation) -> list[Any]:
+def sequences(objective: Evaluator, evaluated: Evaluation) -> list[Any]:
     return [each for row in evaluated.rows for each in objective.examples.sequences(evaluated.instruction, row)]
 
 
@@ -112,7 +113,7 @@ def are_as_sent(found: Sequence[Any], asked: Sequence[tuple[int, ...]]) -> bool:
     )
 
 
-def check_that_what_is_scored_was_sent(program: Any, engine: Asked, rows: Sequence[Any] = ROWS) -> list[Objective]:
+def check_that_what_is_scored_was_sent(program: Any, engine: Asked, rows: Sequence[Any] = ROWS) -> list[Evaluator]:
     """For every predictor, under its own instruction, another one, and the first one's text moved to the other."""
     found = []
     for objective in objectives(program, engine, rows):
@@ -759,14 +760,14 @@ class Variables(dspy.BaseLM):
         return attributes(answer)
 
 
-def served(program: Any, server: Any, template: str = THINKS) -> tuple[Objective, Evaluation]:
+def served(program: Any, server: Any, template: str = THINKS) -> tuple[Evaluator, Evaluation]:
     is_lm = isinstance(server, dspy.BaseLM)
     program.set_lm(server if is_lm else dspy.LM("served/m", engine=server, cache=False))
     (objective,) = objectives(program, None, weights=templated(template))
     return objective, objective.evaluate_seed()[0]
 
 
-def turn(objective: Objective, evaluated: Evaluation) -> str:
+def turn(objective: Evaluator, evaluated: Evaluation) -> str:
     """The assistant's turn of the first row, as it is scored."""
     first = sequences(objective, evaluated)[0]
     return objective.layout.tokenizer.decode(list(first.token_ids)).rpartition("<|assistant|>")[2]

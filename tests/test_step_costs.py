@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import itertools
 import random
+from functools import partial
 from typing import Any
 
 import dspy
 import pytest
-from scripted_engine import (
+
+from dspy_greater.estimators.paper_gradient import paper_gradient
+from dspy_greater.metric import RowMetric
+from dspy_greater.objective.evaluator import Evaluator
+from dspy_greater.program.predictors import predictors_of
+from dspy_greater.run.events import SearchStarted, StepTaken
+from dspy_greater.search.loop import minimise, take_step
+from dspy_greater.search.proposals import propose
+from dspy_greater.search.state import begin
+from dspy_greater.settings import Settings
+from tests.model_calls import spent_on
+from tests.scripted_engine import (
     SEED,
     ScriptedEngine,
     chat_answer,
     exact_match,
     instruction_in,
-    instruction_of,
     optimizer,
     planted_engine,
     planted_rows,
@@ -22,26 +33,11 @@ from scripted_engine import (
     value_in,
 )
 
-from dspy_greater.estimators.paper_gradient import gradient_over_reasoning
-from dspy_greater.metric import RowMetric
-from dspy_greater.objective.evaluator import Objective
-from dspy_greater.program.predictors import predictors_of
-from dspy_greater.run.events import SearchStarted, StepTaken
-from dspy_greater.search.loop import minimise, take_step
-from dspy_greater.search.proposals import propose
-from dspy_greater.search.state import begin
-from dspy_greater.settings import Settings
-
 ROWS = planted_rows(24)
 N = len(ROWS)
 VALIDATION = [
     dspy.Example(question=f"{row.question} now", answer=row.answer).with_inputs("question") for row in ROWS[:4]
 ]
-UNBOUNDED = 1e9  # as `best_score`: nothing is given up
-
-
-class Killed(BaseException):
-    """Stands for a process that dies."""
 
 
 class Fickle(ScriptedEngine):
@@ -66,11 +62,11 @@ def compiled(engine: Any, *, instruction: str = SEED, **settings: Any) -> Any:
     return optimizer(**options).compile(program, ROWS, valset=VALIDATION)
 
 
-def searching(engine: Any, instruction: str = SEED, **settings: Any) -> tuple[Objective, Any, Settings]:
+def searching(engine: Any, instruction: str = SEED, **settings: Any) -> tuple[Evaluator, Any, Settings]:
     """An objective, the state before its first step, and the settings."""
     [site] = predictors_of(program_on(engine, instruction=instruction))
     chosen = Settings(variant="paper", **settings)
-    objective = Objective(
+    objective = Evaluator(
         program=program_on(engine, instruction=instruction),
         site=site,
         field="answer",
@@ -83,8 +79,9 @@ def searching(engine: Any, instruction: str = SEED, **settings: Any) -> tuple[Ob
     return objective, begin(seed, chosen), chosen
 
 
-def step_of(objective: Objective, state: Any, settings: Settings) -> StepTaken:
-    return take_step(objective, state, settings, predictor="predict", random_seed=0)
+def step_of(objective: Evaluator, state: Any, settings: Settings) -> StepTaken:
+    with objective.engine.session(objective.drafts(state.current)) as model:
+        return take_step(objective, model, state, settings, predictor="predict", random_seed=0)
 
 
 # --- runs and tokens ---
@@ -114,7 +111,7 @@ def test_a_step_runs_each_candidate_on_each_row_at_most_once_and_the_current_ins
 
 
 def test_a_step_that_appends_runs_one_more_instruction_which_it_improves_on() -> None:
-    objective, state, settings = searching(planted_engine(), instruction="count", best_score=UNBOUNDED)
+    objective, state, settings = searching(planted_engine(), instruction="count")
     costs = []
     steps = minimise(objective, state.seed, settings, predictor="predict", random_seed=0)
     for _, step, _ in itertools.islice(steps, 2):
@@ -146,19 +143,10 @@ def test_a_backward_pass_sees_each_example_once_however_many_candidates_there_ar
     assert step.spent["backward_tokens"] == backward_tokens(objective, state, [step.candidates[0].token])
 
 
-def backward_tokens(objective: Objective, state: Any, candidates: list[int]) -> int:
-    before = objective.spent()
-    supervised = objective.supervised(state.current)
-    gradient_over_reasoning(
-        objective.engine,
-        supervised,
-        position=0,
-        candidates=candidates,
-        answer_temperature=0.2,
-        fluency_weight=0.2,
-        max_batch_tokens=8192,
-    )
-    return objective.spent(before)["backward_tokens"]
+def backward_tokens(objective: Evaluator, state: Any, candidates: list[int]) -> int:
+    with objective.engine.session() as model:
+        work = partial(paper_gradient, model, objective.supervised(state.current), position=0, candidates=candidates)
+        return spent_on(objective.engine, work).backward_tokens
 
 
 def test_more_candidates_cost_no_further_forward_pass() -> None:
@@ -180,62 +168,12 @@ def test_more_candidates_cost_no_further_forward_pass() -> None:
         )
         proposing = engine.counters
         candidates = [*proposal.canonical[:count]]
-        gradient_over_reasoning(
-            engine,
-            supervised,
-            position=0,
-            candidates=candidates,
-            answer_temperature=0.2,
-            fluency_weight=0.2,
-            max_batch_tokens=8192,
-        )
+        paper_gradient(engine, supervised, position=0, candidates=candidates)
         return len(candidates), (proposing - before).forwards, (engine.counters - proposing).forwards
 
     few, many = forwards(2), forwards(60)
     assert many[0] > 4 * few[0] > 0
     assert few[1:] == many[1:]
-
-
-# --- giving up ---
-
-
-@pytest.fixture(scope="module", params=["paper", "whole"])
-def early(request: Any) -> Any:
-    """A search in which candidates are given up, and its variant."""
-    return compiled(Fickle(), variant=request.param, walk=False, steps=8), request.param
-
-
-@pytest.mark.parametrize(("variant", "steps"), [("paper", 8), ("whole", 3)])
-def test_giving_up_saves_runs_and_finds_the_same(variant: str, steps: int) -> None:
-    # After three steps with three candidates each forecasts may be trusted, for which only what ran to the end counts.
-    found = compiled(Fickle(), variant=variant, walk=False, steps=steps)
-    every = compiled(Fickle(), variant=variant, walk=False, steps=steps, best_score=UNBOUNDED)
-    one, other = (each.detailed_results for each in (found, every))
-    assert instruction_of(found) == instruction_of(every)
-    assert [each.chosen.instruction for each in one.steps] == [each.chosen.instruction for each in other.steps]
-    finalists = [[each.instruction for each in details.predictors[0].finalists] for details in (one, other)]
-    assert finalists[0] == finalists[1]
-    tried = [each.evaluation for step in one.steps for each in step.candidates if each.evaluation]
-    saved = sum(N - len(each.rows) for each in tried if not each.complete)
-    runs = [details.spent_by_phase["search"]["runs"] for details in (one, other)]
-    assert runs[1] - runs[0] == saved > 0
-
-
-def test_a_run_that_was_killed_gives_up_the_same_candidates_when_it_goes_on(early: Any, tmp_path: Any) -> None:
-    found, variant = early
-    told = found.detailed_results.steps
-    first = next(step.step for step in told if "complete=False" in repr(step))
-    assert first < len(told) - 1
-
-    def listener(event: Any) -> None:
-        if isinstance(event, StepTaken) and event.step == first:
-            raise Killed
-
-    with pytest.raises(Killed):
-        compiled(Fickle(), variant=variant, walk=False, steps=8, log_dir=tmp_path, listeners=[listener])
-    resumed = compiled(Fickle(), variant=variant, walk=False, steps=8, log_dir=tmp_path)
-    steps = [each.detailed_results.steps for each in (found, resumed)]
-    assert list(map(repr, steps[0])) == list(map(repr, steps[1]))  # a loss that was not taken is NaN
 
 
 # --- what is at hand is used ---
@@ -244,7 +182,7 @@ def test_a_run_that_was_killed_gives_up_the_same_candidates_when_it_goes_on(earl
 def test_drafts_and_kept_states_save_passes_and_change_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = compiled(planted_engine()).detailed_results
     monkeypatch.setattr("dspy_greater.model.fast.speculative.Drafts.guess", lambda self, prompt: ())
-    monkeypatch.setattr("dspy_greater.model.fast.generated_kv.WrittenStates.keep", lambda self, rows: None)
+    monkeypatch.setattr("dspy_greater.model.fast.generated_kv.GeneratedStates.keep", lambda self, rows: None)
     slow = compiled(planted_engine()).detailed_results
     assert [step.chosen.instruction for step in fast.steps] == [step.chosen.instruction for step in slow.steps]
     for one, other in zip(fast.steps, slow.steps, strict=True):

@@ -30,7 +30,7 @@ from scripted_engine import (
 
 from dspy_greater.estimators.paper_gradient import gradient_over_reasoning
 from dspy_greater.metric import RowMetric
-from dspy_greater.objective.evaluator import Objective
+from dspy_greater.objective.evaluator import Evaluator
 from dspy_greater.objective.replay import Reasoning
 from dspy_greater.objective.types import Candidate, Evaluation, RowOutcome
 from dspy_greater.program.predictors import predictors_of
@@ -57,12 +57,12 @@ def searching(
     metric: Any = exact_match,
     field: str | None = "answer",
     **knobs: Any,
-) -> tuple[Objective, SearchState, Settings]:
+) -> tuple[Evaluator, SearchState, Settings]:
     """An objective, the state before its first step, and the settings."""
     program = program_on(engine or planted_engine(), instruction=instruction)
     [site] = predictors_of(program)
     settings = Settings(**{"selections": 3, **knobs})
-    objective = Objective(
+    objective = Evaluator(
         program=program,
         site=site,
         field=field,
@@ -75,7 +75,7 @@ def searching(
     return objective, begin(seed, settings, editable=objective.layout.positions(seed.token_ids)), settings
 
 
-def step_of(objective: Objective, state: SearchState, settings: Settings) -> StepTaken:
+def step_of(objective: Evaluator, state: SearchState, settings: Settings) -> StepTaken:
     return take_whole_step(objective, state, settings, predictor="predict", random_seed=0)
 
 
@@ -489,7 +489,7 @@ def test_what_was_given_up_takes_no_part_in_fidelity(fickle: Any) -> None:
 # --- the same again ---
 
 
-def recorded(objective: Objective, state: SearchState, settings: Settings, steps: Sequence[StepTaken] = ()) -> Any:
+def recorded(objective: Evaluator, state: SearchState, settings: Settings, steps: Sequence[StepTaken] = ()) -> Any:
     return list(minimise(objective, state.seed, settings, predictor="predict", random_seed=0, recorded=steps))
 
 
@@ -534,7 +534,7 @@ def test_reasonings_that_do_not_fit_the_context_are_shortened_alike_whatever_was
         assert same(found[text], replayed_under(fresh, text))
 
 
-def replayed_under(objective: Objective, text: str) -> list[Reasoning]:
+def replayed_under(objective: Evaluator, text: str) -> list[Reasoning]:
     """The seed's runs, laid out under another instruction."""
     [seed] = objective.evaluate([objective.seed()])
     moved = replace(seed, instruction=text, token_ids=objective.layout.instruction_ids(text))
@@ -665,7 +665,7 @@ def test_with_acceptance_by_loss_an_answer_may_stay_wrong_as_long_as_it_is_less_
 # --- the other variant's estimators ---
 
 
-def paper_step(**knobs: Any) -> tuple[StepTaken, Objective, SearchState]:
+def paper_step(**knobs: Any) -> tuple[StepTaken, Evaluator, SearchState]:
     objective, state, settings = searching(variant="paper", **knobs)
     return take_step(objective, state, settings, predictor="predict", random_seed=0), objective, state
 

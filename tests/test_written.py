@@ -9,17 +9,19 @@ from typing import Any
 
 import dspy
 import pytest
-from chat_families import KINDS, TEMPLATES, family_tokenizer
-from scripted_engine import ScriptedEngine, chat_answer, shared_tokenizer, small_model, value_in
-from test_layout import ROW_MERGES
 
 from dspy_greater import local_lm
 from dspy_greater.metric import RowMetric
-from dspy_greater.model.engine import Engine, Generation
+from dspy_greater.model.engine import Engine
+from dspy_greater.model.interface import Generation, GenerationRequest
 from dspy_greater.program.predictors import PredictorCall, calls_of, predictors_of, trace_calls
 from dspy_greater.program.rollout import roll_out, searching_copy
 from dspy_greater.prompt.layout import Layout, Span
 from dspy_greater.prompt.spans import Written
+from tests.chat_families import KINDS, TEMPLATES, family_tokenizer
+from tests.model_calls import generated
+from tests.scripted_engine import ScriptedEngine, chat_answer, shared_tokenizer, small_model, value_in
+from tests.test_layout import ROW_MERGES
 
 ROW = {"question": "How many?\n2 + 2"}
 SIGNATURE = dspy.Signature("question -> reasoning, answer", "Answer the question.")
@@ -35,8 +37,8 @@ class Recording(ScriptedEngine):
         super().__init__(script, model=small_model(tokenizer, context=4096), tokenizer=tokenizer)
         self.said: list[tuple[int, ...]] = []
 
-    def complete(self, requests: Sequence[Any]) -> list[Generation]:
-        found = super().complete(requests)
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
+        found = super().generate(requests)
         end = self.tokenizer.eos_token_id
         self.said += [(*each.prompt, *one.token_ids, end) for each, one in zip(requests, found, strict=True)]
         return found
@@ -111,7 +113,7 @@ def test_the_pocket_models_own_tokens_come_back(temperature: float) -> None:
     ]
     prompts = [layout.prompt("List each item.", row).token_ids for row in rows]
     for most in (100, 12):
-        found = engine.generate(prompts, max_new_tokens=most, temperature=temperature, seed=0)
+        found = generated(engine, prompts, most, temperature=temperature)
         for row, prompt, one in zip(rows, prompts, found, strict=True):
             end = (engine.tokenizer.eos_token_id,) if one.finish_reason == "stop" else ()
             text = engine.tokenizer.decode(list(one.token_ids), skip_special_tokens=True)

@@ -23,7 +23,7 @@ import dspy
 
 from benchmarks.ablation import along, reasonings
 from benchmarks.ablation.table import BASELINE, table
-from benchmarks.ablation.variants import FROM, STARTS, SWEEPS, VARIANTS, WITHOUT_WALK, Variant
+from benchmarks.ablation.variants import FROM, STARTS, SWEEPS, VARIANTS, Variant
 from benchmarks.fidelity.command import exact_match
 from dspy_greater import GReaTerTeleprompter, local_lm
 from dspy_greater.pocket.tasks import TASKS
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--variants",
         help=f"of {', '.join(VARIANTS)}; sweeps: {', '.join(SWEEPS)}; from another instruction: {', '.join(STARTS)}, "
-        "alone for the default or with a hyphen before another variant; any of the default's with -without-walk behind",
+        "alone for the default or with a hyphen before another variant",
     )
     parser.add_argument("--sweeps", action="store_true", help="all variants and all sweeps")
     parser.add_argument(
@@ -192,7 +192,7 @@ def _rows(task: str, seed: int, data_dir: Path) -> tuple[list[Any], list[Any], l
 
 
 def _variants() -> dict[str, Variant]:
-    return {**VARIANTS, **SWEEPS, **FROM, **WITHOUT_WALK}
+    return {**VARIANTS, **SWEEPS, **FROM}
 
 
 def _key(cell: dict[str, Any]) -> tuple[int, str, str]:

@@ -41,7 +41,6 @@ VARIANTS: Mapping[str, Variant] = {
     "without-chance": Variant(
         "the default, but forecasts decide even where they do not come true", {"explore_every": 0}
     ),
-    "loss": Variant("the default, but cross-entropy decides what is accepted", {"acceptance": "loss"}),
 }
 
 SWEEPS: Mapping[str, Variant] = {
@@ -64,11 +63,4 @@ FROM: Mapping[str, Variant] = {
     )
     for start, text in STARTS.items()
     for name, variant in {**VARIANTS, **SWEEPS}.items()
-}
-
-# Each of the default variant's above once more, with an instruction that moves only to what is better than the noise.
-WITHOUT_WALK: Mapping[str, Variant] = {
-    f"{name}-without-walk": replace(variant, settings={**variant.settings, "walk": False})
-    for name, variant in {**VARIANTS, **SWEEPS, **FROM}.items()
-    if variant.settings.get("variant") != "paper"
 }

@@ -102,16 +102,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--positions", type=int, default=3, help="of each instruction, at most")
     parser.add_argument("--candidates", type=int, default=10, help="at each position, at most")
     parser.add_argument("--rows", type=int, default=24)
-    parser.add_argument("--samples", type=int, default=2, help="K: reasonings drawn for each row")
     parser.add_argument("--model", default="pocket")
     parser.add_argument("--out", type=Path, default=Path("runs/fidelity"))
     return parser
 
 
 def _plans(arguments: argparse.Namespace) -> list[Plan]:
-    settings = Settings.of(
-        "light", train_rows=arguments.rows, samples=arguments.samples, minimum_candidates=arguments.candidates
-    )
+    settings = Settings.of("light", train_rows=arguments.rows, minimum_candidates=arguments.candidates)
     begun_at = INSTRUCTIONS[0] if arguments.midway else None
     tasks = arguments.tasks.split(",")
     if arguments.midway and (strangers := [task for task in tasks if task not in MIDWAY]):

@@ -12,7 +12,8 @@ import dspy
 from benchmarks.fidelity.rankings import RANKINGS, Position
 from dspy_greater.lm.local import weights_behind
 from dspy_greater.metric import RowMetric
-from dspy_greater.objective.evaluator import Objective
+from dspy_greater.model.interface import Model
+from dspy_greater.objective.evaluator import Evaluator
 from dspy_greater.objective.replay import Reasoning
 from dspy_greater.objective.types import Evaluation
 from dspy_greater.program.predictors import predictors_of, with_instruction
@@ -62,15 +63,17 @@ def measure(plan: Plan, rows: Sequence[Any], metric: Any, rankings: Sequence[str
     plan = replace(plan, settings=hopeful(plan.settings, begun_at, seed))
     editable = objective.layout.positions(seed.token_ids)
     chosen = sorted(random.sample(editable, min(plan.positions, len(editable))))
-    samples = objective.explore(objective.seed(), seed=plan.seed)
-    edits = {position: _replacements(objective, seed, position, plan) for position in chosen}
+    with objective.engine.session() as model:
+        edits = {position: _replacements(objective, model, seed, position, plan) for position in chosen}
     tried = {
         position: objective.evaluate([edit.instruction for edit in found]) for position, found in edits.items() if found
     }
     for position, evaluations in tried.items():
         others = [each for other, found in tried.items() if other != position for each in found]
         at_hand = random.sample(others, min(_ELSEWHERE, len(others)))
-        at = _position(plan, rows, metric, seed, position, edits[position], at_hand, samples)
+        with objective.engine.session() as model:
+            at = _position(plan, objective, model, seed, position, edits[position], at_hand)
+            predicted = {name: tuple(RANKINGS[name](at)) for name in rankings}
         yield Measured(
             plan.task,
             plan.instruction,
@@ -78,7 +81,7 @@ def measure(plan: Plan, rows: Sequence[Any], metric: Any, rankings: Sequence[str
             position,
             tuple(edit.instruction.text for edit in edits[position]),
             tuple(realised_change(seed, each) for each in evaluations),
-            {name: tuple(RANKINGS[name](at)) for name in rankings},
+            predicted,
             plan.begun_at,
         )
 
@@ -89,11 +92,11 @@ def _evaluated(plan: Plan, rows: Sequence[Any], metric: Any) -> Evaluation:
     return found
 
 
-def _objective(plan: Plan, rows: Sequence[Any], metric: Any) -> Objective:
+def _objective(plan: Plan, rows: Sequence[Any], metric: Any) -> Evaluator:
     program = with_instruction(dspy.ChainOfThought("question -> answer"), "predict", plan.instruction)
     pinned = pin_lms(program)
     (site,) = predictors_of(pinned)
-    return Objective(
+    return Evaluator(
         program=pinned,
         site=site,
         field="answer",
@@ -104,37 +107,36 @@ def _objective(plan: Plan, rows: Sequence[Any], metric: Any) -> Objective:
     )
 
 
-def _replacements(objective: Objective, seed: Evaluation, position: int, plan: Plan) -> tuple[Edit, ...]:
+def _replacements(objective: Evaluator, model: Model, seed: Evaluation, position: int, plan: Plan) -> tuple[Edit, ...]:
     state = replace(begin(seed, plan.settings), position=position)
-    edits = propose_edits(objective, state, plan.settings, random_seed=plan.seed, predictor=f"position {position}")
+    edits = propose_edits(
+        objective, model, state, plan.settings, random_seed=plan.seed, predictor=f"position {position}"
+    )
     return tuple(edit for edit in edits if edit.kind == "replace")[: plan.candidates]
 
 
 def _position(
     plan: Plan,
-    rows: Sequence[Any],
-    metric: Any,
+    objective: Evaluator,
+    model: Model,
     seed: Evaluation,
     position: int,
     edits: tuple[Edit, ...],
     at_hand: Sequence[Evaluation],
-    samples: Sequence[Any],
 ) -> Position:
     """What a search would know before it tried anything at this position."""
 
-    def reasonings(more: Sequence[Any]) -> tuple[Reasoning, ...]:
-        objective = _objective(plan, rows, metric)
-        objective.remember(more)
-        return tuple(objective.replay(seed, Random(plan.seed), len(more) + len(rows)))
+    def reasonings(more: Sequence[Evaluation]) -> tuple[Reasoning, ...]:
+        rows = (*seed.rows, *(row for each in more for row in each.rows))
+        return tuple(objective.replay(replace(seed, rows=rows), Random(plan.seed), len(rows)))
 
-    elsewhere = [row for each in at_hand for row in each.rows]
     return Position(
-        objective=_objective(plan, rows, metric),
+        objective=objective,
+        model=model,
         current=seed,
         position=position,
         edits=edits,
-        replayed=reasonings(elsewhere),
         own=reasonings([]),
-        sampled=reasonings(samples),
+        replayed=reasonings(at_hand),
         settings=plan.settings,
     )

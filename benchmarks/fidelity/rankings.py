@@ -5,29 +5,41 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Literal
+
+from torch import Tensor
 
 from dspy_greater.estimators.off_policy import Likelihood, forecast, likelihoods
-from dspy_greater.estimators.paper_gradient import gradient_over_reasoning
-from dspy_greater.estimators.score_gradient import whole_gradient
-from dspy_greater.objective.evaluator import Objective
+from dspy_greater.estimators.paper_gradient import paper_gradient
+from dspy_greater.estimators.score_gradient import score_gradient
+from dspy_greater.model.interface import Model
+from dspy_greater.objective.evaluator import Evaluator
 from dspy_greater.objective.replay import Reasoning, advantages
 from dspy_greater.objective.types import Evaluation
 from dspy_greater.search.edits import Edit
-from dspy_greater.settings import Baseline, Point, Settings, Term
+from dspy_greater.settings import Settings
+
+Term = Literal["score", "pathwise", "whole"]  # of the score gradient's module; the whole is both
+Point = Literal["current", "midpoint", "centroid"]  # where a linear model is taken
 
 
 @dataclass(frozen=True)
 class Position:
     """One position of one instruction: its replacements, and the reasonings that a search would have at hand."""
 
-    objective: Objective
+    objective: Evaluator
+    model: Model  # a session
     current: Evaluation
     position: int
     edits: tuple[Edit, ...]
-    replayed: tuple[Reasoning, ...]  # of the current instruction and of some that were tried elsewhere
-    own: tuple[Reasoning, ...]  # of the current instruction alone
-    sampled: tuple[Reasoning, ...]  # K per row, drawn under the current instruction
+    own: tuple[Reasoning, ...]  # of the current instruction
+    replayed: tuple[Reasoning, ...]  # and of some that were tried elsewhere
     settings: Settings
+
+    @property
+    def tokens(self) -> list[int]:
+        """What each edit puts at the position."""
+        return [edit.token for edit in self.edits]
 
 
 Ranking = Callable[[Position], Sequence[float]]  # predicted change of every edit, negative is good
@@ -62,38 +74,33 @@ def fixed_reasoning(at: Position) -> list[float]:
     return [forecast(now, each, [0.0] * len(now), shares, saturates=False).change for each in then]
 
 
-def slope(
-    term: Term, point: Point, reasonings: str = "own", baseline: Baseline = "batch", optimism: float | None = None
-) -> Ranking:
-    """A term of the whole gradient at a point, over some of the reasonings."""
+def slope(term: Term, point: Point, optimism: float | None = None) -> Ranking:
+    """A term of the expected loss's gradient at a point, over the instruction's own reasonings."""
 
     def rank(at: Position) -> Sequence[float]:
-        return whole_gradient(
-            at.objective.engine,
-            getattr(at, reasonings),
+        hope = at.settings.optimism if optimism is None else optimism
+        return score_gradient(
+            at.model,
+            at.own,
+            [0.0] * len(at.own) if term == "pathwise" else advantages(at.own, baseline_scale=hope),
             position=at.position,
-            candidates=[edit.token for edit in at.edits],
-            term=term,
-            point=point,
-            baseline=baseline,
-            optimism=at.settings.optimism if optimism is None else optimism,
-            answer_weight=at.settings.answer_weight,
+            candidates=at.tokens,
+            answer_weight=0.0 if term == "score" else at.settings.answer_weight,
             answer_temperature=at.settings.answer_temperature,
-        ).slopes
+            value=_value(at, point),
+        )
 
     return rank
 
 
-def rescored(
-    reasonings: str = "own", baseline: Baseline = "batch", optimism: float | None = None, *, saturates: bool = True
-) -> Ranking:
+def rescored(reasonings: str = "own", optimism: float | None = None, *, saturates: bool = True) -> Ranking:
     """Re-weighted scoring over some of the reasonings."""
 
     def rank(at: Position) -> list[float]:
         runs: Sequence[Reasoning] = getattr(at, reasonings)
         hope = at.settings.optimism if optimism is None else optimism
         now, shares = _read(at, runs), [each.share for each in runs]
-        against = advantages(runs, baseline, optimism=hope)
+        against = advantages(runs, baseline_scale=hope)
         weight = at.settings.answer_weight
         ids = [edit.instruction.token_ids for edit in at.edits]
         then = [_read(at, [run.under(each) for run in runs]) for each in ids]
@@ -109,16 +116,12 @@ RANKINGS: Mapping[str, Ranking] = {
     "re-weighted scoring, answers in nats": rescored(saturates=False),
     "re-weighted scoring, optimism 0.5, answers in nats": rescored(optimism=0.5, saturates=False),
     "re-weighted scoring, also what was tried elsewhere": rescored("replayed"),
-    "re-weighted scoring, K samples": rescored("sampled"),
-    "re-weighted scoring, K samples, leave-one-out": rescored("sampled", "example", 1.0),
     "score, centroid": slope("score", "centroid"),
     "score, centroid, optimism 1": slope("score", "centroid", optimism=1.0),
     "score, midpoint": slope("score", "midpoint"),
     "score, current": slope("score", "current"),
-    "score, centroid, K samples, leave-one-out": slope("score", "centroid", "sampled", "example", 1.0),
     "whole, centroid": slope("whole", "centroid"),
     "whole, current": slope("whole", "current"),
-    "whole, current, K samples, leave-one-out": slope("whole", "current", "sampled", "example", 1.0),
     "pathwise, centroid": slope("pathwise", "centroid"),
     "pathwise, current": slope("pathwise", "current"),
     "paper (pathwise and fluency, current)": paper,
@@ -130,17 +133,23 @@ RANKINGS: Mapping[str, Ranking] = {
 
 
 def _paper(at: Position, *, reasoned: bool) -> list[float]:
-    found = gradient_over_reasoning(
-        at.objective.engine,
+    found = paper_gradient(
+        at.model,
         at.objective.supervised(at.current, reasoned=reasoned),
         position=at.position,
-        candidates=[edit.token for edit in at.edits],
+        candidates=at.tokens,
         answer_temperature=at.settings.answer_temperature,
         fluency_weight=at.settings.fluency_weight,
     )
     return list(found.predicted_change)
 
 
+def _value(at: Position, point: Point) -> Tensor:
+    """The embedding [1, d] at which a linear model is taken."""
+    current = at.model.embed([at.current.token_ids[at.position]])
+    centroid = at.model.embed(at.tokens).mean(0, keepdim=True)
+    return {"current": current, "midpoint": (current + centroid) / 2, "centroid": centroid}[point]
+
+
 def _read(at: Position, runs: Sequence[Reasoning]) -> list[Likelihood]:
-    sequences = [sequence for run in runs for sequence in run.sequences]
-    return likelihoods(at.objective.engine, sequences, answer_temperature=at.settings.answer_temperature)
+    return likelihoods(at.model, runs, answer_temperature=at.settings.answer_temperature)

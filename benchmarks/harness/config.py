@@ -10,9 +10,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from benchmarks import optimizers, tasks
+from benchmarks import optimizers
 from benchmarks.harness.cells import CellKey
 from benchmarks.harness.phrasebook import PHRASEBOOK
+from benchmarks.tasks import registry
 from dspy_greater.errors import SettingsError
 
 # Charged tokens. On the pocket model `small` is what GReaTer's auto="light" takes with its validation (400,000 to
@@ -102,7 +103,7 @@ def from_flags(flags: argparse.Namespace) -> RunConfig:
         if not given.get(name):
             raise SettingsError(f"Which {name}? Give --{name}; `python -m benchmarks ls` lists them.")
     values: dict[str, Any] = dict(given)
-    values["tasks"] = _chosen(given["tasks"], tasks.names(), "task")
+    values["tasks"] = _chosen(given["tasks"], registry.names(), "task")
     values["optimizers"] = _chosen(given["optimizers"], optimizers.names(), "optimizer")
     values["model_args"] = _arguments(given.get("model_args", {}))
     values["budget"] = budget_of(given.get("budget", "small"))

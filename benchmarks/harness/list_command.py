@@ -13,9 +13,10 @@ def main(argv: Sequence[str]) -> int:
     """Print both lists; returns 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks ls", description=__doc__)
     parser.parse_args(argv)
-    from benchmarks import optimizers, tasks
+    from benchmarks import optimizers
+    from benchmarks.tasks import registry
 
-    listed = tasks.about_all()
+    listed = registry.about_all()
     lines = ["tasks", *_table(listed), "", "optimizers", *_table({name: _about(name) for name in optimizers.names()})]
     sys.stdout.write("\n".join(lines) + "\n")
     return 0

@@ -28,7 +28,8 @@ from benchmarks.harness.judging import Verdict, accuracy, decide
 from benchmarks.harness.models import TaskModel, prompt_model, task_model
 from benchmarks.harness.provider import served
 from benchmarks.optimizers import Context, DescribeTask, make
-from benchmarks.tasks import Task, load
+from benchmarks.tasks.registry import load
+from benchmarks.tasks.task import Task
 from dspy_greater.errors import ProgramError
 
 ALARM_GRACE = 60.0  # seconds after the limit at which a main thread that asks nothing of the model is interrupted

@@ -80,7 +80,7 @@ class RandomSearch(Greater):
 
 
 class Recorder:
-    """Reports to the budget what the search scored: each instruction once per set of rows, if all rows were run."""
+    """Reports to the budget what the search scored: each instruction once per set of rows."""
 
     def __init__(self, context: Context) -> None:
         self._budget = context.budget
@@ -100,7 +100,7 @@ class Recorder:
             self._found[event.predictor] = event.winner
 
     def _evaluated(self, predictor: str, evaluation: Evaluation | None) -> None:
-        if evaluation is None or not evaluation.complete or (predictor, evaluation.instruction) in self._known:
+        if evaluation is None or (predictor, evaluation.instruction) in self._known:
             return
         self._known.add((predictor, evaluation.instruction))
         prompts = {**self._found, predictor: evaluation.instruction}

@@ -32,7 +32,7 @@ from benchmarks.harness.models import TaskModel, task_model
 from benchmarks.harness.run import seeded
 from benchmarks.report.tables import percent
 from benchmarks.report.transfer import TRANSFER_FILE, Transferred, append_transfer, read_transfer
-from benchmarks.tasks import load
+from benchmarks.tasks.registry import load
 from dspy_greater.errors import DataError, GreaterError
 
 

@@ -6,6 +6,7 @@
     plain.py      Hugging Face transformers as a competent user calls it
     ours.py       what the search of this package does
     gate.py       the three have to come to the same numbers before anything is timed
+    sizes.py      the dimensions of a model, and the rates of a machine
     machine.py    what this machine can do at best, measured in the same run
     floor.py      the least seconds in which it could do one step
     timing.py     repeats that take turns, seconds and memory

@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed.floor import ModelSize, floor_seconds
+from benchmarks.speed.floor import floor_seconds
 from benchmarks.speed.gate import run_gate
-from benchmarks.speed.machine import Ceilings, describe, measure
+from benchmarks.speed.machine import describe, measure
 from benchmarks.speed.released import BATCH
 from benchmarks.speed.report import arms_json, ratios_json, save, table, write
 from benchmarks.speed.scale import AXES, doubling, measure_scale
 from benchmarks.speed.shapes import SHAPES, build
+from benchmarks.speed.sizes import Ceilings, ModelSize
 from benchmarks.speed.step import CLOCKS, Arm, Clock
 from benchmarks.speed.timing import ARMS, Run, run_all
 from benchmarks.speed.work import Work, pocket_work, random_work
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _measure(options: argparse.Namespace, argv: Sequence[str]) -> int:
     arms = {name: ARMS[name] for name in options.arms}
-    engine = build(options.shape, device=options.device, dtype=options.dtype)
+    engine = build(options.shape, device=options.device, dtype=options.dtype, max_batch_tokens=options.max_batch_tokens)
     result = base_result(options, argv)
     work = work_for(engine, options).with_current_reasoning(engine)
     parts = {"released": min(len(work.rows), BATCH * options.released_part)} if options.released_part else {}
@@ -181,7 +182,7 @@ def work_for(engine: Engine, options: argparse.Namespace) -> Work:
         work = pocket_work(engine, input_tokens=options.prompt_tokens or 0, **settings)
     else:
         work = random_work(engine, prompt_tokens=options.prompt_tokens or 320, **settings)
-    return replace(work, minimum=max(work.minimum, options.mu), max_batch_tokens=options.max_batch_tokens)
+    return replace(work, minimum=max(work.minimum, options.mu))
 
 
 def base_result(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:

@@ -5,28 +5,15 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import transformers
 
-from benchmarks.speed.floor import ModelSize
+from benchmarks.speed.sizes import Ceilings, ModelSize
 from benchmarks.speed.step import synchronise
 
 _LEAST_SECONDS = 0.2  # of a measurement
 _COPY_BYTES = (8 << 20, 1 << 30)  # least and most that is copied
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """The best rates that were seen in this run."""
-
-    matmul_flops: float  # floating-point operations per second, two for a multiply-add
-    copy_bytes: float  # bytes read and written per second
-
-    def best(self, other: Ceilings) -> Ceilings:
-        """The higher of each; a ceiling that is measured twice is the better one."""
-        return Ceilings(max(self.matmul_flops, other.matmul_flops), max(self.copy_bytes, other.copy_bytes))
 
 
 def measure(

@@ -10,23 +10,24 @@ from __future__ import annotations
 from benchmarks.speed.rival import enough
 from benchmarks.speed.step import Clock, RowLosses, Step
 from benchmarks.speed.work import Work
-from dspy_greater.estimators.paper_gradient import gradient_over_reasoning
-from dspy_greater.model.engine import Engine, GenerationRequest
-from dspy_greater.model.fast.scoring import score
+from dspy_greater.estimators.paper_gradient import paper_gradient
+from dspy_greater.model.engine import Engine
+from dspy_greater.model.interface import Model
+from dspy_greater.objective.loss import losses
 from dspy_greater.search.proposals import propose
 
 
 def step(engine: Engine, work: Work, clock: Clock) -> Step:
     """One step, our way."""
     left = zip(work.prompts(work.instruction), work.current_reasoning, strict=True)  # by the step before
-    with engine.shared_prefixes(), engine.kept_rows(), engine.drafting(left):
-        return _step(engine, work, clock)
+    with engine.session(left) as model:
+        return _step(model, work, clock)
 
 
-def _step(engine: Engine, work: Work, clock: Clock) -> Step:
+def _step(model: Model, work: Work, clock: Clock) -> Step:
     with clock.phase("proposals"):
         proposal = propose(
-            engine,
+            model,
             work.proposal_contexts(),
             top_k=work.top_k,
             sample_size=work.sample_size,
@@ -37,32 +38,26 @@ def _step(engine: Engine, work: Work, clock: Clock) -> Step:
             canonical=work.allows,
         )
     with clock.phase("gradient"):
-        gradient = gradient_over_reasoning(
-            engine,
+        gradient = paper_gradient(
+            model,
             work.supervised(work.instruction, work.current_reasoning),
             position=work.position,
             candidates=proposal.candidates,
             answer_temperature=work.answer_temperature,
             fluency_weight=work.fluency_weight,
-            max_batch_tokens=work.max_batch_tokens,
         )
         steepest = gradient.most_negative(work.selections + 1)
         selected = enough(work, tuple(each for each in steepest if each != gradient.current)[: work.selections])
     edited, rows = [work.edited(token) for token in selected], len(work.rows)
     with clock.phase("reasoning"):
-        requests = [
-            GenerationRequest(prompt, work.reasoning_tokens, stop_token_ids=())
-            for text in edited
-            for prompt in work.prompts(text)
-        ]
-        written = [each.token_ids for each in engine.complete(requests)]
-        parts = [tuple(written[start : start + rows]) for start in range(0, len(written), rows)]
+        generated = model.generate([request for text in edited for request in work.requests(text)])
+        reasonings = [each.token_ids for each in generated]
+        parts = [tuple(reasonings[start : start + rows]) for start in range(0, len(reasonings), rows)]
     with clock.phase("scoring"):
-        losses = score(
-            engine,
+        found = losses(
+            model,
             [each for text, part in zip(edited, parts, strict=True) for each in work.supervised(text, part)],
             answer_temperature=work.answer_temperature,
-            max_batch_tokens=work.max_batch_tokens,
         )
     pairs = zip(gradient.per_example, gradient.per_example_current, strict=True)
     return Step(
@@ -72,7 +67,7 @@ def _step(engine: Engine, work: Work, clock: Clock) -> Step:
         current_reasoning=work.current_reasoning,
         reasoning=dict(zip(selected, parts, strict=True)),
         losses={
-            token: RowLosses(losses.cross_entropy[begin : begin + rows], losses.fluency_nll[begin : begin + rows])
-            for token, begin in zip(selected, range(0, len(written), rows), strict=True)
+            token: RowLosses(found.cross_entropy[begin : begin + rows], found.fluency_nll[begin : begin + rows])
+            for token, begin in zip(selected, range(0, len(reasonings), rows), strict=True)
         },
     )

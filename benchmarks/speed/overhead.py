@@ -168,15 +168,16 @@ def _wrapped(profile: Profile) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
     import dspy
 
     from dspy_greater.model.engine import Engine
-    from dspy_greater.objective.evaluator import evaluator as objective
-    from dspy_greater.program.predictors import rollout
+    from dspy_greater.model.fast.session import Session
+    from dspy_greater.objective import evaluator
+    from dspy_greater.program import rollout
     from dspy_greater.prompt.encoder import PromptEncoder
     from dspy_greater.prompt.layout import Layout
     from dspy_greater.run.journal import Journal
-    from dspy_greater.search.state import loop as algorithm
+    from dspy_greater.search import edits
 
     yield Engine, "exclusive", _counted_exclusive(profile, Engine.exclusive)
-    yield Engine, "complete", _counted_complete(profile, Engine.complete)
+    yield Session, "generate", _counted_generate(profile, Session.generate)
     places: list[tuple[str, Any, list[str]]] = [
         ("adapter: prompt", dspy.ChatAdapter, ["format"]),
         ("adapter: parse", dspy.ChatAdapter, ["parse"]),
@@ -184,8 +185,8 @@ def _wrapped(profile: Profile) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
         ("layout: sequences to score", Layout, ["supervised"]),
         ("layout: proposals and edits", Layout, ["replace", "append", "positions", "proposal_prefix"]),
         ("calling and tracing the program", rollout, ["trace_calls"]),
-        ("copying programs", objective, ["searching_copy"]),
-        ("intersecting proposals", algorithm, ["propose"]),
+        ("copying programs", evaluator, ["searching_copy"]),
+        ("intersecting proposals", edits, ["propose"]),
         ("journal", Journal, ["append"]),
     ]
     for name, where, attributes in places:
@@ -213,19 +214,19 @@ def _counted_exclusive(profile: Profile, original: Callable[..., Any]) -> Callab
     return exclusive
 
 
-def _counted_complete(profile: Profile, original: Callable[..., Any]) -> Callable[..., Any]:
-    """`Engine.complete` that counts the callbacks of its requests."""
+def _counted_generate(profile: Profile, original: Callable[..., Any]) -> Callable[..., Any]:
+    """`Session.generate` that counts the callbacks of its requests."""
 
-    def complete(engine: Any, requests: Any) -> Any:
+    def generate(session: Any, requests: Any) -> Any:
         counted = [
             request
             if request.on_token is None
             else replace(request, on_token=profile.timed(CALLBACKS, request.on_token))
             for request in requests
         ]
-        return original(engine, counted)
+        return original(session, counted)
 
-    return complete
+    return generate
 
 
 def _table(overhead: Mapping[str, Any]) -> str:

@@ -41,7 +41,7 @@ def step(engine: Engine, work: Work, clock: Clock) -> Step:
         current = _generate(engine, work, work.prompts(work.instruction))
     with clock.phase("gradient"):
         supervised = work.supervised(work.instruction, current)
-        embedding_gradients = _over(supervised, work, lambda batch: _gradients(engine, work, batch))  # N times [d]
+        embedding_gradients = _over(supervised, engine, lambda batch: _gradients(engine, work, batch))  # N times [d]
         tokens = torch.tensor([*candidates, work.current], device=engine.device)
         E = engine.model.get_input_embeddings()(tokens).float()  # [C + 1, d]
         gradient = relative((torch.stack(embedding_gradients).float() @ E.T).tolist())
@@ -53,7 +53,7 @@ def step(engine: Engine, work: Work, clock: Clock) -> Step:
         parts = [written[start : start + rows] for start in range(0, len(written), rows)]
     with clock.phase("scoring"):
         flat = [each for text, part in zip(edited, parts, strict=True) for each in work.supervised(text, part)]
-        pairs = _over(flat, work, lambda batch: _losses(engine, work, batch))
+        pairs = _over(flat, engine, lambda batch: _losses(engine, work, batch))
         scored = [pairs[start : start + rows] for start in range(0, len(pairs), rows)]
     losses = {
         token: RowLosses(tuple(answer for answer, _ in part), tuple(fluency for _, fluency in part))
@@ -107,7 +107,7 @@ def _losses(engine: Engine, work: Work, batch: Sequence[Supervised]) -> list[tup
 
 
 def _over(
-    supervised: Sequence[Supervised], work: Work, run: Callable[[Sequence[Supervised]], list[Found]]
+    supervised: Sequence[Supervised], engine: Engine, run: Callable[[Sequence[Supervised]], list[Found]]
 ) -> list[Found]:
     """`run` on padded batches of bounded size, neighbours in length together; results in order."""
-    return in_batches(run, supervised, [len(each.token_ids) for each in supervised], work.max_batch_tokens)
+    return in_batches(run, supervised, [len(each.token_ids) for each in supervised], engine.max_batch_tokens)

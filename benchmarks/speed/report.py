@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed.floor import ModelSize, model_bytes, model_flops
-from benchmarks.speed.machine import Ceilings
+from benchmarks.speed.floor import model_bytes, model_flops
+from benchmarks.speed.sizes import Ceilings, ModelSize
 from benchmarks.speed.step import PHASES
 from benchmarks.speed.timing import Run, Spread, ratios
 from benchmarks.speed.work import Work

@@ -92,10 +92,19 @@ class Untokenized:
         return self.size
 
 
-def build(shape: str, *, device: torch.device, dtype: torch.dtype, small: bool = False, seed: int = 0) -> Engine:
+def build(
+    shape: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    small: bool = False,
+    seed: int = 0,
+    max_batch_tokens: int = 2048,
+) -> Engine:
     """An engine of this shape with frozen weights; random ones from `seed`, except for the pocket model.
 
-    `small` keeps the architecture and shrinks every dimension. Nothing is downloaded.
+    `small` keeps the architecture and shrinks every dimension. Nothing is downloaded. `max_batch_tokens` bounds the
+    padded batches of everybody who reads finished sequences.
 
     Raises:
         SettingsError: a shape that is not known.
@@ -113,6 +122,7 @@ def build(shape: str, *, device: torch.device, dtype: torch.dtype, small: bool =
     # Lengths are forced: nothing may end a row before its time, in anybody's decoding loop.
     engine.model.generation_config.eos_token_id = None
     engine.model.generation_config.pad_token_id = 0
+    engine.max_batch_tokens = max_batch_tokens
     return engine
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from dspy_greater.errors import SettingsError
 from dspy_greater.model.engine import Engine
+from dspy_greater.model.interface import GenerationRequest
 from dspy_greater.pocket import tasks, transcript
 from dspy_greater.prompt.spans import Span, Supervised
 
@@ -53,7 +54,6 @@ class Work:
     max_widening: int = 16
     answer_temperature: float = 0.2
     fluency_weight: float = 0.2
-    max_batch_tokens: int = 2048
     seed: int = 0
     current_reasoning: tuple[tuple[int, ...], ...] = ()
 
@@ -69,6 +69,11 @@ class Work:
     def prompts(self, instruction: Sequence[int]) -> list[tuple[int, ...]]:
         """x ⊙ p of every row, as it is deployed."""
         return [(*row.head, *instruction, *row.tail) for row in self.rows]
+
+    def requests(self, instruction: Sequence[int]) -> list[GenerationRequest]:
+        """The reasoning of every row, as long as it is told and greedy."""
+        prompts = self.prompts(instruction)
+        return [GenerationRequest(prompt, self.reasoning_tokens, stop_token_ids=()) for prompt in prompts]
 
     def proposal_contexts(self) -> list[tuple[int, ...]]:
         """x_j ⊙ p_<i of every row."""
@@ -102,10 +107,8 @@ class Work:
 
     def with_current_reasoning(self, engine: Engine) -> Work:
         """The step as a search comes to it: the current instruction's reasoning is there already."""
-        written = engine.generate(
-            self.prompts(self.instruction), max_new_tokens=self.reasoning_tokens, stop_token_ids=()
-        )
-        return replace(self, current_reasoning=tuple(each.token_ids for each in written))
+        generated = engine.generate(self.requests(self.instruction))
+        return replace(self, current_reasoning=tuple(each.token_ids for each in generated))
 
 
 def _supervised(row: WorkRow, instruction: tuple[int, ...], reasoning: tuple[int, ...]) -> Supervised:

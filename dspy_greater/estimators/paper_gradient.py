@@ -115,8 +115,8 @@ def paper_gradient(
     places = tuple(each.instruction.start + position for each in examples)
     leaf = Leaf(places, E[-1:].expand(len(examples), -1))  # ε·E = E[p_i], one for each example
     gradient = model.logprob_gradient(sequences, queries, leaf)  # [N, d]  ∂L/∂(ε·E)
-    G = (gradient @ E.to(gradient).T).tolist()  # [N, C + 1]  ∂L/∂ε
-    rows = [row if all(map(math.isfinite, row)) else [math.nan] * len(row) for row in G]
+    unusable = ~gradient.isfinite().all(1, keepdim=True)  # [N, 1]
+    rows = (gradient @ E.to(gradient).T).masked_fill(unusable, math.nan).tolist()  # [N, C + 1]  ∂L/∂ε
     return TokenGradient(
         current, tuple(candidates), tuple(tuple(row[:-1]) for row in rows), tuple(row[-1] for row in rows)
     )

@@ -62,7 +62,8 @@ def propose(
 
     Raises `LayoutError` for no contexts or an empty one, `SettingsError` for a number below 1.
 
-    >>>     >>> engine = Engine.from_pretrained("pocket")
+    >>> from dspy_greater.model.engine import Engine
+    >>> engine = Engine.from_pretrained("pocket")
     >>> found = propose(engine, [(1, 2, 3), (1, 5)], generator=Random(0), canonical={8: "add", 9: "list"}.get)
     >>> set(found.candidates) <= {8, 9}
     True

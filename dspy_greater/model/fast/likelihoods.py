@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dspy_greater.model.fast.generated_kv import Continuation, GeneratedStates, continued
-from dspy_greater.model.fast.prefix_cache import LEAST_SHARED, PrefixCache
+from dspy_greater.model.fast.prefix_cache import LEAST_SHARED, Beginning, PrefixCache
 from dspy_greater.model.fast.readings import Reading, last_run
 from dspy_greater.model.kv_cache import shared_length
 from dspy_greater.model.teacher_forcing import in_batches, logits_at, logprobs, of_tokens, right_padded
@@ -85,23 +85,17 @@ class Reader:
             return
         longest = max(len(each.tokens) for each in readings)
         alike = shared_length([each.tokens[: each.first - 1] for each in readings])
-        tokens = readings[0].tokens[:alike]
-        read = partial(self._prefixes.read, tokens, rows=len(readings), longest=longest)
-        prefix = [read()]  # read again after memory ran out
+        beginning = Beginning(self._prefixes, readings[0].tokens[:alike], rows=len(readings), longest=longest)
 
         def of_batch(batch: Sequence[Reading]) -> list[None]:
             asked = [(row, query.at, query.temperature) for row, each in enumerate(batch) for _, query in each.queries]
-            values = logprobs(self._engine, [each.tokens for each in batch], asked, prefix[0]).tolist()
+            values = logprobs(self._engine, [each.tokens for each in batch], asked, beginning.prefix()).tolist()
             found.update(zip((number for each in batch for number, _ in each.queries), values, strict=True))
             return [None] * len(batch)
 
-        def relieve() -> None:
-            self._prefixes.drop()
-            prefix[0] = None
-
-        shared = len(prefix[0]) if prefix[0] else 0
+        shared = len(beginning.prefix() or ())
         lengths = [len(each.tokens) - shared for each in readings]
-        in_batches(of_batch, readings, lengths, self._engine.max_batch_tokens, relieve)
+        in_batches(of_batch, readings, lengths, self._engine.max_batch_tokens, beginning.forget)
 
     def _read_early(self, readings: Sequence[Reading], found: dict[int, float]) -> None:
         """Beginnings, each distinct one once."""
@@ -120,7 +114,8 @@ class Reader:
         """Sequences from where their states end."""
         for rows in _alike([each.rows.slots for _, each in kept], self._engine.max_batch_rows):
             # Rows that were kept side by side stay side by side, so that they are copied in one piece.
-            batch = sorted((kept[row] for row in rows), key=lambda pair: (id(pair[1].rows), pair[1].row))
+            together = {id(kept[row][1].rows): number for number, row in reversed(list(enumerate(rows)))}
+            batch = sorted((kept[row] for row in rows), key=lambda pair: (together[id(pair[1].rows)], pair[1].row))
             lengths = [len(each.tokens) - states.known for each, states in batch]
             work = partial(self._continued, found)
             in_batches(work, batch, lengths, self._engine.max_batch_tokens, relieve=self._prefixes.drop)

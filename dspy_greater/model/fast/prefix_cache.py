@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,15 @@ class Prefix:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def states(self) -> list[Tensor]:
+        """Keys and values of all layers, in turn."""
+        return [each for layer in self.layers for each in layer]
+
+    def holding(self, states: Sequence[Tensor]) -> Prefix:
+        """The same tokens with other states."""
+        return Prefix(self.token_ids, tuple(zip(states[::2], states[1::2], strict=True)))
 
     def first(self, length: int) -> Prefix:
         """The same for the first `length` tokens, as views."""
@@ -128,3 +138,30 @@ class PrefixCache:
             self._engine.cache_reach = 0
             return None
         return Prefix(tokens, layers)
+
+
+class Beginning:
+    """What the rows of some batches begin with: read when the first batch needs it, and again after memory ran out.
+
+    Args:
+        prefixes: what reads and keeps it.
+        token_ids: what all N = `rows` rows begin with; more may be read of none of them.
+        rows: how many.
+        longest: tokens of the longest row.
+    """
+
+    def __init__(self, prefixes: PrefixCache, token_ids: Sequence[int], *, rows: int, longest: int) -> None:
+        self._prefixes = prefixes
+        self._read = partial(prefixes.read, token_ids, rows=rows, longest=longest)
+        self._asked, self._prefix = False, None
+
+    def prefix(self) -> Prefix | None:
+        """Its states, or those of a first part of it; as `PrefixCache.read`."""
+        if not self._asked:
+            self._asked, self._prefix = True, self._read()
+        return self._prefix
+
+    def forget(self) -> None:
+        """Give the memory back."""
+        self._asked, self._prefix = False, None
+        self._prefixes.drop()

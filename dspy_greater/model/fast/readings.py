@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,12 +34,20 @@ class Reading:
         return self.queries[0][1].at
 
 
-def by_row(sequences: Sequence[Tokens], queries: Sequence[TokenQuery]) -> dict[int, Reading]:
-    """The sequences about which something is asked, by their row."""
+def by_row(sequences: Sequence[Tokens], queries: Sequence[TokenQuery], reach: float = math.inf) -> dict[int, Reading]:
+    """The sequences about which something is asked, by their row; what stands behind the last query is left out.
+
+    Not of sequences of more than `reach` tokens: positions may depend on the length of such a one.
+    """
     mine: dict[int, list[Numbered]] = defaultdict(list)
     for number, query in enumerate(queries):
         mine[query.row].append((number, query))
-    return {row: Reading(sequences[row], tuple(sorted(mine[row], key=lambda pair: pair[1].at))) for row in sorted(mine)}
+    found: dict[int, Reading] = {}
+    for row in sorted(mine):
+        asked = tuple(sorted(mine[row], key=lambda pair: pair[1].at))
+        stop = asked[-1][1].at + 1 if len(sequences[row]) <= reach else None
+        found[row] = Reading(sequences[row][:stop], asked)
+    return found
 
 
 def last_run(queries: Sequence[Numbered]) -> int:

@@ -141,7 +141,8 @@ class Session:
         if not queries:
             return torch.zeros(0)
         with self._engine.exclusive():
-            found = self._reader.answers(list(by_row(sequences, queries).values()))
+            readings = by_row(sequences, queries, self._engine.cache_reach)
+            found = self._reader.answers(list(readings.values()))
         return torch.tensor([found[number] for number in range(len(queries))], dtype=self._engine.exact_dtype)
 
     # ------------------------------------------------------------------ gradients
@@ -149,4 +150,5 @@ class Session:
     def logprob_gradient(self, sequences: Sequence[Tokens], queries: Sequence[TokenQuery], leaf: Leaf) -> Tensor:
         """See `interface.Model`. What stands before the leaf is read once and not differentiated."""
         with self._engine.exclusive(), torch.inference_mode(False), torch.enable_grad():
-            return self._backward.gradient(len(sequences), by_row(sequences, queries), leaf)
+            readings = by_row(sequences, queries, self._engine.cache_reach)
+            return self._backward.gradient(len(sequences), readings, leaf)

@@ -3,7 +3,7 @@
 What stands before the leaf is read once and not differentiated. Behind it prompts go on alike for a while: the rest
 of the instruction, demonstrations, the words around an input. What the model makes of these depends on the leaf, so it
 cannot be kept as a prefix; but where all sequences share one leaf, one row of it will do. The sequences of a batch go
-on from its key-value states, which are expanded to all of them, and autograd adds up what each asks of its copy.
+on from its key-value states, and what they ask of these, added up, goes back through the row once.
 
 Shapes: P tokens of the prefix, S of the segment behind the leaf, N sequences, d embedding.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dspy_greater.errors import EngineMemoryError
-from dspy_greater.model.fast.prefix_cache import LEAST_SAVED, Prefix, PrefixCache
+from dspy_greater.model.fast.prefix_cache import LEAST_SAVED, Beginning, Prefix, PrefixCache
 from dspy_greater.model.fast.readings import Reading
 from dspy_greater.model.interface import Leaf, Tokens
 from dspy_greater.model.kv_cache import held_states, plain_cache, shared_length
@@ -73,11 +73,11 @@ class Backward:
             return
         layer = self._engine.model.get_input_embeddings()
         alike = min(min(places[row], each.first - 1) for row, each in readings.items())
-        prefix = self._prefix_of(readings, alike)
-        shared = len(prefix) if prefix else 0
+        beginning = self._beginning(readings, alike)
 
         def of_batch(batch: Sequence[int]) -> list[None]:
-            value = embedding[list(batch)].requires_grad_()  # [n, d]
+            prefix, value = beginning.prefix(), embedding[list(batch)].requires_grad_()  # value [n, d]
+            shared = len(prefix or ())
             with embedded_at(layer, [places[row] - shared for row in batch], value):
                 total = self._weighted([readings[row] for row in batch], prefix)
             (gradient,) = torch.autograd.grad(total, value)
@@ -86,8 +86,8 @@ class Backward:
             return [None] * len(batch)
 
         rows = list(readings)
-        lengths = [len(readings[row].tokens) - shared for row in rows]
-        in_batches(of_batch, rows, lengths, self._engine.max_batch_tokens)
+        lengths = [len(readings[row].tokens) - len(beginning.prefix() or ()) for row in rows]
+        in_batches(of_batch, rows, lengths, self._engine.max_batch_tokens, beginning.forget)
 
     def _together(self, readings: Mapping[int, Reading], places: Tokens, embedding: Tensor) -> Tensor | None:
         """The sum over all sequences, [1, d], through what they share behind the leaf.
@@ -100,35 +100,38 @@ class Backward:
         alike = shared_length([each.tokens[: each.first - 1] for each in readings.values()])
         if place >= alike or any(places[row] != place for row in readings):
             return None
-        prefix = self._prefix_of(readings, min(place, alike))
+        prefix = self._beginning(readings, min(place, alike)).prefix()
         own = alike - (len(prefix) if prefix else 0)
         if not _worth_sharing(self._engine, own, rows=len(readings), longest=longest):
             return None
         value = embedding.clone().requires_grad_()  # [1, d]
-        sums: list[Tensor] = []
         try:
             tokens = readings[first].tokens[:alike]
             segment = _read_segment(self._engine, tokens, prefix, place=place, embedding=value)
             if segment is None:
                 return None
+            leaves = [each.detach().requires_grad_() for each in segment.states]
+            asked = [each.new_zeros(each.shape, dtype=self._engine.exact_dtype) for each in leaves]
             in_batches(
-                partial(self._of_segment, segment, value, sums),
+                partial(self._of_segment, segment.holding(leaves), asked),
                 list(readings.values()),
                 [len(each.tokens) - alike for each in readings.values()],
                 self._engine.max_batch_tokens,
             )
+            total = _through(segment, value, asked)
         except (EngineMemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one
             if not isinstance(error, EngineMemoryError) and not is_out_of_memory(error):
                 raise
             return None
         self._engine.tally(backward_tokens=own)
-        total = torch.stack(sums).sum(0)
-        return total if bool(total.isfinite().all()) else None
+        return total.to(self._engine.exact_dtype) if bool(total.isfinite().all()) else None
 
-    def _of_segment(self, segment: Prefix, value: Tensor, sums: list[Tensor], batch: Sequence[Reading]) -> list[None]:
-        """What the sequences of a batch add to the gradient [1, d]."""
-        (found,) = torch.autograd.grad(self._weighted(batch, segment), value, retain_graph=True)
-        sums.append(found.to(self._engine.exact_dtype))
+    def _of_segment(self, segment: Prefix, asked: Sequence[Tensor], batch: Sequence[Reading]) -> list[None]:
+        """Add what the sequences of a batch ask of the segment's states, which are leaves here."""
+        found = torch.autograd.grad(self._weighted(batch, segment), segment.states, materialize_grads=True)
+        found = [each.to(total) for each, total in zip(found, asked, strict=True)]  # all, before any counts
+        for each, total in zip(found, asked, strict=True):
+            total += each
         self._engine.tally(backward_tokens=sum(len(each.tokens) - len(segment) for each in batch))
         return [None] * len(batch)
 
@@ -138,11 +141,11 @@ class Backward:
         values = logprobs(self._engine, [each.tokens for each in batch], asked, prefix)  # [R]
         return values @ values.new_tensor([query.weight for each in batch for _, query in each.queries])
 
-    def _prefix_of(self, readings: Mapping[int, Reading], most: int) -> Prefix | None:
+    def _beginning(self, readings: Mapping[int, Reading], most: int) -> Beginning:
         sequences = [each.tokens for each in readings.values()]
         alike = min(most, shared_length([tokens[:-1] for tokens in sequences]))
         longest = max(map(len, sequences))
-        return self._prefixes.read(sequences[0][:alike], rows=len(sequences), longest=longest)
+        return Beginning(self._prefixes, sequences[0][:alike], rows=len(sequences), longest=longest)
 
 
 def _read_segment(
@@ -159,9 +162,15 @@ def _read_segment(
     with embedded_at(engine.model.get_input_embeddings(), [place - shared], embedding):
         logits_at(engine, own, positions + shared, last, real=own.shape[1], past_key_values=cache)
     layers = tuple(held_states(layer) for layer in cache.layers)
-    if any(each.shape[-2] != len(token_ids) or not each.requires_grad for layer in layers for each in layer):
-        return None
-    return Prefix(tuple(token_ids), layers)
+    segment = Prefix(tuple(token_ids), layers)
+    whole = all(each.shape[-2] == len(token_ids) and each.requires_grad for each in segment.states)
+    return segment if whole else None
+
+
+def _through(segment: Prefix, embedding: Tensor, asked: Sequence[Tensor]) -> Tensor:
+    """What is asked of the segment's states -> the gradient [1, d] of the embedding that they were read with."""
+    of_states = [each.to(state) for each, state in zip(asked, segment.states, strict=True)]
+    return torch.autograd.grad(segment.states, embedding, of_states)[0]
 
 
 def _worth_sharing(engine: Engine, tokens: int, *, rows: int, longest: int) -> bool:

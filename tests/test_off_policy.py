@@ -1,4 +1,4 @@
-"""Re-weighted scoring: likelihoods against one plain forward pass each, forecasts against their formula."""
+"""Off-policy estimates: likelihoods against one plain forward pass each, forecasts against their formula."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ import torch
 
 from dspy_greater.errors import LayoutError, SettingsError
 from dspy_greater.estimators.off_policy import Forecast, Likelihood, forecast, likelihoods
-from dspy_greater.estimators.score_gradient import whole_gradient
+from dspy_greater.estimators.score_gradient import score_gradient
 from dspy_greater.model.engine import Engine
-from dspy_greater.objective.replay import ReasonedSequence, advantages
+from dspy_greater.objective.replay import ReasonedSequence, Reasoning, advantages
 from dspy_greater.prompt.spans import Span
-from tests.test_gradient import InDouble
-from tests.test_whole_gradient import KINDS, POSITION, engine_for, reasonings
-from tests.tiny_models import tiny_model
+from tests.test_score_gradient import KINDS, POSITION, engine_for, reasonings
+from tests.tiny_models import InDouble, tiny_model
+
+
+def runs(alike: int = 0) -> list[Reasoning]:
+    """One for each sequence."""
+    return [Reasoning(row, 1.0, 1.0, (each,)) for row, each in enumerate(sequences(alike))]
 
 
 def sequences(alike: int = 0) -> list[ReasonedSequence]:
@@ -31,35 +35,35 @@ def obvious(model: Any, sequence: ReasonedSequence) -> Likelihood:
     def nll(at: int, heat: float) -> float:
         return -(logits[at - 1] / heat).log_softmax(-1)[sequence.token_ids[at]].item()
 
-    written = -sum(nll(at, 1.0) for at in range(sequence.written.start, sequence.written.stop))
+    generated = -sum(nll(at, 1.0) for at in range(sequence.generated.start, sequence.generated.stop))
     if sequence.answer is None:
-        return Likelihood(written, None)
+        return Likelihood(generated, None)
     places = range(sequence.answer.start, sequence.answer.stop)
-    return Likelihood(written, sum(nll(at, 0.2) for at in places) / len(places))
+    return Likelihood(generated, sum(nll(at, 0.2) for at in places) / len(places))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("alike", [0, 40])
 def test_likelihoods_equal_one_plain_forward_pass_for_each_sequence(kind: Any, alike: int) -> None:
     model = tiny_model(kind)
-    found = likelihoods(engine_for(model), sequences(alike))
+    found = likelihoods(engine_for(model), runs(alike))
     for one, other in zip(found, [obvious(model, each) for each in sequences(alike)], strict=True):
-        assert one.written == pytest.approx(other.written, rel=1e-5)
+        assert one.generated == pytest.approx(other.generated, rel=1e-5)
         assert (one.answer is None) == (other.answer is None)
         assert (one.answer or 0.0) == pytest.approx(other.answer or 0.0, rel=1e-4)
 
 
 def test_what_all_sequences_begin_with_is_read_once() -> None:
     engine = engine_for(tiny_model())
-    likelihoods(engine, sequences(alike=40))
+    likelihoods(engine, runs(alike=40))
     tokens = [len(each.token_ids) for each in sequences(alike=40)]
     assert engine.counters.prefilled_tokens <= sum(tokens) - 40 * (len(tokens) - 1)
 
 
 def test_only_tokens_that_are_asked_about_reach_the_output_layer() -> None:
     engine = engine_for(tiny_model())
-    likelihoods(engine, sequences())
-    asked = sum(len(each.written) + (len(each.answer) if each.answer else 0) for each in sequences())
+    likelihoods(engine, runs())
+    asked = sum(len(each.generated) + (len(each.answer) if each.answer else 0) for each in sequences())
     assert engine.counters.lm_head_rows == asked
 
 
@@ -69,7 +73,7 @@ def test_another_instruction_is_put_in_token_by_token() -> None:
     longer = sequence.under(ids)
     start = sequence.instruction.start
     assert longer.token_ids[start : start + 6] == ids
-    for name in ("written", "answer"):
+    for name in ("generated", "answer"):
         before, after = getattr(sequence, name), getattr(longer, name)
         assert longer.token_ids[after.start : after.stop] == sequence.token_ids[before.start : before.stop]
     assert longer.under(sequence.token_ids[start : start + 4]) == sequence
@@ -94,16 +98,16 @@ def test_a_gold_answer_that_stays_out_of_reach_saves_no_mistake() -> None:
 
 
 def test_an_instruction_forecasts_no_change_for_itself() -> None:
-    now = likelihoods(engine_for(tiny_model()), sequences())
-    runs = range(len(now))
-    found = forecast(now, now, [0.3 * run for run in runs], [1.0 for _ in runs])
+    now = likelihoods(engine_for(tiny_model()), runs())
+    found = forecast(now, now, [0.3 * run for run in range(len(now))], [1.0] * len(now))
     assert found == Forecast(0.0, float(len(now)))
 
 
-def test_for_a_small_change_of_the_embedding_the_forecast_is_the_whole_gradient() -> None:
+@pytest.mark.parametrize("answer_weight", [0.0, 1.0])
+def test_for_a_small_change_of_the_embedding_the_forecast_is_the_score_gradient(answer_weight: float) -> None:
     model, near = tiny_model(dtype=torch.float64), 200
-    runs = reasonings()[:6]
-    current = runs[0].sequences[0].token_ids[runs[0].sequences[0].instruction.start + POSITION]
+    alike = reasonings()
+    current = alike[0].sequences[0].token_ids[alike[0].sequences[0].instruction.start + POSITION]
     with torch.no_grad():
         weight = model.get_input_embeddings().weight
         weight[near] = weight[current] + 1e-5 * weight[17]
@@ -112,14 +116,22 @@ def test_for_a_small_change_of_the_embedding_the_forecast_is_the_whole_gradient(
     engine = engine_for(model)
 
     def under(token: int) -> list[Likelihood]:
-        ids = list(runs[0].sequences[0].token_ids[1:5])
+        ids = list(alike[0].sequences[0].token_ids[1:5])
         ids[POSITION] = token
-        return likelihoods(engine, [run.sequences[0].under(ids) for run in runs])
+        return likelihoods(engine, [run.under(ids) for run in alike])
 
+    against, shares = advantages(alike), [run.share for run in alike]
     with InDouble():
-        slopes = whole_gradient(engine, runs, position=POSITION, candidates=[near, current], point="current").slopes
-        shares = [run.share for run in runs]
-        found = forecast(under(current), under(near), advantages(runs), shares, saturates=False)
+        slopes = score_gradient(
+            engine,
+            alike,
+            against,
+            position=POSITION,
+            candidates=[near, current],
+            answer_weight=answer_weight,
+            value=engine.embed([current]),
+        )
+        found = forecast(under(current), under(near), against, shares, answer_weight=answer_weight, saturates=False)
     assert found.change == pytest.approx(slopes[0] - slopes[1], rel=1e-3)
 
 
@@ -135,17 +147,30 @@ def test_a_reasoning_whose_numbers_are_not_finite_takes_no_part() -> None:
 def test_calls_of_one_run_add_up() -> None:
     parts = [Likelihood(-1.0, 0.2), Likelihood(-2.0, 0.4), Likelihood(-0.5, None)]
     together = Likelihood.together(parts)
-    assert together.written == -3.5
+    assert together.generated == -3.5
     assert together.answer == pytest.approx(0.3)
+
+
+def test_runs_of_several_calls_are_told_apart() -> None:
+    engine = engine_for(tiny_model())
+    parts, together = iter(likelihoods(engine, runs())), likelihoods(engine, reasonings())
+    for run, found in zip(reasonings(), together, strict=True):
+        expected = Likelihood.together([next(parts) for _ in run.sequences])
+        assert found.generated == pytest.approx(expected.generated)
+        assert (found.answer or 0.0) == pytest.approx(expected.answer or 0.0)
 
 
 def test_what_cannot_work_is_refused_with_a_remedy() -> None:
     engine: Engine = engine_for(tiny_model())
     sequence = sequences()[0]
+
+    def run(*calls: ReasonedSequence) -> list[Reasoning]:
+        return [Reasoning(0, 1.0, 1.0, calls)]
+
     with pytest.raises(LayoutError, match=r"Sequence 1: the answer span \[3, 3\) does not fit"):
-        likelihoods(engine, [sequence, replace(sequence, answer=Span(3, 3))])
-    with pytest.raises(LayoutError, match=r"the written span \[0, 3\) .* needs a token before it"):
-        likelihoods(engine, [replace(sequence, written=Span(0, 3))])
+        likelihoods(engine, run(sequence, replace(sequence, answer=Span(3, 3))))
+    with pytest.raises(LayoutError, match=r"the generated span \[0, 3\) .* needs a token before it"):
+        likelihoods(engine, run(replace(sequence, generated=Span(0, 3))))
     with pytest.raises(SettingsError, match="answer_temperature is 0; give a number above 0"):
-        likelihoods(engine, [sequence], answer_temperature=0)
+        likelihoods(engine, run(sequence), answer_temperature=0)
     assert likelihoods(engine, []) == []

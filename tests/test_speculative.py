@@ -1,12 +1,11 @@
-"""A draft saves forward passes and changes nothing: neither what is written nor what is kept of it."""
+"""A draft saves forward passes and changes nothing: neither what is generated nor what is kept of it."""
 
 from __future__ import annotations
 
 import itertools
 import random
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,11 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspy_greater.model.engine import Counters, Engine, Generation, GenerationRequest
+from dspy_greater.model.counters import Counters
+from dspy_greater.model.engine import Engine
+from dspy_greater.model.fast.prefix_cache import PrefixCache
 from dspy_greater.model.fast.speculative import MOST_CHANGED, Drafts, changed
 from dspy_greater.model.generate import decode
+from dspy_greater.model.interface import Generation, GenerationRequest
 from dspy_greater.model.sampling import Row
-from tests.test_scoring import Full
+from tests.model_calls import Full
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 KINDS = ["llama", "qwen2", "gemma2"]
@@ -40,12 +42,13 @@ def asked(rows: Sequence[tuple[int, ...]], **options: Any) -> list[GenerationReq
     return [GenerationRequest(row, LENGTH, seed=number, **options) for number, row in enumerate(rows)]
 
 
-def written_with(
+def generated_with(
     engine: Engine, requests: Sequence[GenerationRequest], drafts: Sequence[Sequence[int]]
 ) -> tuple[list[Generation], Counters]:
     before = engine.counters
-    with engine.drafting((request.prompt, draft) for request, draft in zip(requests, drafts, strict=True)):
-        found = engine.complete(requests)
+    expected = [(request.prompt, tuple(draft)) for request, draft in zip(requests, drafts, strict=True)]
+    with engine.session(expected) as session:
+        found = session.generate(requests)
     return found, engine.counters - before
 
 
@@ -58,13 +61,13 @@ def spoiled(texts: Sequence[Sequence[int]], at: int) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.9}, {"temperature": 1.3, "top_p": 0.8}])
-def test_rows_write_the_same_with_right_half_right_and_wrong_drafts(kind: Any, options: dict[str, Any]) -> None:
+def test_rows_generate_the_same_with_right_half_right_and_wrong_drafts(kind: Any, options: dict[str, Any]) -> None:
     engine = build(kind)
     requests = asked(prompts(), **options)
-    expected = engine.complete(requests)
+    expected = engine.generate(requests)
     texts = [each.token_ids for each in expected]
     for drafts in (texts, spoiled(texts, 0), spoiled(texts, 5), [text[:4] for text in texts], [(1,) * 40] * len(texts)):
-        found, _ = written_with(engine, requests, drafts)
+        found, _ = generated_with(engine, requests, drafts)
         assert found == expected
 
 
@@ -72,11 +75,11 @@ def test_a_draft_that_comes_true_costs_one_pass_and_a_wrong_one_as_many_as_none(
     engine = build()
     requests = asked(prompts(), stop_token_ids=())
     before = engine.counters
-    expected = engine.complete(requests)
+    expected = engine.generate(requests)
     plain = engine.counters - before
     texts = [each.token_ids for each in expected]
-    _, right = written_with(engine, requests, texts)
-    _, wrong = written_with(engine, requests, spoiled(texts, 0))
+    _, right = generated_with(engine, requests, texts)
+    _, wrong = generated_with(engine, requests, spoiled(texts, 0))
     reading = plain.forwards - (LENGTH - 1)
     assert right.forwards == reading
     assert wrong.forwards == plain.forwards
@@ -89,27 +92,26 @@ def test_a_draft_that_comes_true_costs_one_pass_and_a_wrong_one_as_many_as_none(
 def test_a_row_ends_inside_its_draft_where_it_would_have_ended_without() -> None:
     engine = build()
     requests = asked(prompts())
-    texts = [each.token_ids for each in engine.complete([*asked(prompts(), stop_token_ids=())])]
+    texts = [each.token_ids for each in engine.generate(asked(prompts(), stop_token_ids=()))]
     stops = tuple({text[row] for row, text in enumerate(texts)})  # every row meets one of them early
-    ending = [GenerationRequest(each.prompt, LENGTH, stop_token_ids=stops) for each in requests]
-    expected = engine.complete(ending)
+    ending = [replace(each, stop_token_ids=stops) for each in requests]
+    expected = engine.generate(ending)
     assert any(each.finish_reason == "stop" and len(each.token_ids) < LENGTH for each in expected)
-    found, _ = written_with(engine, ending, texts)
+    found, _ = generated_with(engine, ending, texts)
     assert found == expected
 
 
 def test_a_callback_hears_of_drafted_tokens_in_order_and_may_end_the_row() -> None:
     engine = build()
-    [prompt] = prompts(1)
-    [text] = [each.token_ids for each in engine.generate([prompt], max_new_tokens=LENGTH, stop_token_ids=())]
+    [request] = asked(prompts(1), stop_token_ids=())
+    [text] = [each.token_ids for each in engine.generate([request])]
     heard: list[int] = []
 
-    def listen(_row: int, token: int) -> bool:
+    def listen(token: int) -> bool:
         heard.append(token)
         return len(heard) == 5
 
-    with engine.drafting([(prompt, text)]):
-        [found] = engine.generate([prompt], max_new_tokens=LENGTH, stop_token_ids=(), on_token=listen)
+    [found], _ = generated_with(engine, [replace(request, on_token=listen)], [text])
     assert tuple(heard) == found.token_ids == text[:5] and found.finish_reason == "stop"
 
 
@@ -117,9 +119,9 @@ def test_a_row_that_lack_of_memory_interrupts_goes_on_with_the_rest_of_its_draft
     model = Full(tiny_model("llama", VOCABULARY, torch.float32), most=64)
     engine = Engine(model, tiny_tokenizer(), name="full", max_batch_rows=8)
     requests = asked(prompts(8), stop_token_ids=())
-    expected = engine.complete(requests)
+    expected = engine.generate(requests)
     model.most = 3
-    found, _ = written_with(engine, requests, spoiled([each.token_ids for each in expected], 6))
+    found, _ = generated_with(engine, requests, spoiled([each.token_ids for each in expected], 6))
     assert found == expected and engine.max_batch_rows <= 4
 
 
@@ -128,23 +130,28 @@ def test_a_model_that_forgets_what_leaves_its_window_is_given_no_drafts() -> Non
     engine = Engine(model, tiny_tokenizer(), name="tiny")
     requests = asked(prompts(), stop_token_ids=())
     before = engine.counters
-    expected = engine.complete(requests)
+    expected = engine.generate(requests)
     plain = engine.counters - before
-    found, costs = written_with(engine, requests, [each.token_ids for each in expected])
+    found, costs = generated_with(engine, requests, [each.token_ids for each in expected])
     assert (found, costs) == (expected, plain)
 
 
-def test_drafts_end_with_their_block_also_when_it_fails() -> None:
+def test_drafts_belong_to_their_session() -> None:
     engine = build()
+    requests = asked(prompts(), stop_token_ids=())
+    texts = [each.token_ids for each in engine.generate(requests)]
+    expected = list(zip((each.prompt for each in requests), texts, strict=True))
 
-    def fail() -> None:
-        with engine.drafting([((1, 2), (3,))]):
-            assert len(engine.drafts) == 1
-            raise KeyError
+    def forwards(model: Any) -> int:
+        before = engine.counters
+        assert [each.token_ids for each in model.generate(requests)] == texts
+        return (engine.counters - before).forwards
 
-    with pytest.raises(KeyError):
-        fail()
-    assert len(engine.drafts) == 0
+    without = forwards(engine)
+    with engine.session(expected) as one, engine.session() as other:
+        assert forwards(one) == without - (LENGTH - 1)
+        assert forwards(other) == without
+        assert forwards(engine) == without
 
 
 @settings(max_examples=80, deadline=None)
@@ -179,39 +186,19 @@ def test_true_drafts_of_unequal_length_that_go_on_leave_each_row_its_own_states(
     engine = build()
     rows = [tuple(range(20, 25)), tuple(range(30, 37)), tuple(range(40, 44))]
     requests = asked(rows, stop_token_ids=())
-    expected = engine.complete(requests)
+    expected = engine.generate(requests)
     for lengths in itertools.permutations((6, 0, 3)):
         drafts = [each.token_ids[:length] for each, length in zip(expected, lengths, strict=True)]
-        found, _ = written_with(engine, requests, drafts)
+        found, _ = generated_with(engine, requests, drafts)
         assert found == expected
 
 
 def test_rows_that_were_interrupted_and_fresh_ones_share_a_batch() -> None:
     engine = build()
     rows = [tuple(range(20, 35)), tuple(range(40, 44)), tuple(range(50, 59))]
-    expected = engine.complete(asked(rows, stop_token_ids=()))
+    expected = engine.generate(asked(rows, stop_token_ids=()))
     batch = [Row(prompt, LENGTH, frozenset()) for prompt in rows]
-    batch[1].written = list(expected[1].token_ids[:13])  # it is the shortest prompt, and now the longest row
+    batch[1].generated = list(expected[1].token_ids[:13])  # it is the shortest prompt, and now the longest row
     with engine.exclusive():
-        decode(engine.model, batch, pad_token_id=0, tally=engine.tally, prefixes=engine.prefixes)
-    assert [tuple(row.written) for row in batch] == [each.token_ids for each in expected]
-
-
-def test_two_searches_have_drafts_of_their_own_whichever_ends_first() -> None:
-    engine, other_inside, first_ended = build(), threading.Event(), threading.Event()
-
-    def other() -> list[tuple[int, ...]]:
-        with engine.drafting([((4, 5), (6,))]):
-            before = engine.drafts.guess((4, 5))
-            other_inside.set()
-            first_ended.wait(30)
-            return [before, engine.drafts.guess((4, 5)), engine.drafts.guess((1, 2))]
-
-    with ThreadPoolExecutor(1) as pool:
-        with engine.drafting([((1, 2), (3,))]):
-            found = pool.submit(other)
-            other_inside.wait(30)
-            assert (engine.drafts.guess((1, 2)), engine.drafts.guess((4, 5))) == ((3,), (3,))
-        first_ended.set()
-        assert found.result(30) == [(6,), (6,), (6,)]
-    assert len(engine.drafts) == 0
+        decode(engine, batch, PrefixCache(engine))
+    assert [tuple(row.generated) for row in batch] == [each.token_ids for each in expected]

@@ -32,7 +32,7 @@ from dspy_greater.estimators.paper_gradient import gradient_over_reasoning
 from dspy_greater.estimators.score_gradient import whole_gradient
 from dspy_greater.metric import RowMetric
 from dspy_greater.model.teacher_forcing import teacher_forced_losses
-from dspy_greater.objective.evaluator import Instruction
+from dspy_greater.objective.evaluator import Evaluator, Instruction
 from dspy_greater.objective.types import Evaluation, RowOutcome
 from dspy_greater.program.predictors import predictors_of
 from dspy_greater.run.serialise import decode, encode

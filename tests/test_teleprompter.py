@@ -32,6 +32,7 @@ from scripted_engine import (
 
 from dspy_greater import GReaTerTeleprompter, local_lm
 from dspy_greater.metric import RowMetric
+from dspy_greater.objective.evaluator import Evaluator
 from dspy_greater.pocket.tasks import generate, work_out
 from dspy_greater.program.rollout import roll_out
 from dspy_greater.prompt.layout import Layout

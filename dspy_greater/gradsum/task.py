@@ -16,7 +16,7 @@ from dspy_greater.program.dataset import as_list, numbers_in, split
 from dspy_greater.program.fingerprint import described, described_lm, fingerprint
 from dspy_greater.program.inputs import refuse_strange_inputs
 from dspy_greater.program.predictors import PredictorSite, check_examples, predictors_of, refuse_unusable
-from dspy_greater.program.rollout import pin_lms
+from dspy_greater.program.rollout import pin_lms, renamed
 from dspy_greater.run.serialise import JSON
 
 Prompts = dict[str, str]  # predictor name -> instruction
@@ -101,17 +101,18 @@ def pose(
             "There is nothing to score outputs by. Pass GradSumTeleprompter(criteria=...) for a judge, a metric as "
             "GradSumTeleprompter(metric=...) or compile(student, trainset, metric), or both."
         )
-    sites = predictors_of(student)
-    refuse_unusable(sites)
+    refuse_unusable(predictors_of(student))
     refuse_strange_inputs(student, trainset)
     refuse_strange_inputs(student, valset or (), name="valset")
     train, validation = split(trainset, valset, settings=settings, seed=seed)
-    judge_lm, gradient_lm, editor_lm = _resolved(lms, sites)
+    program = pin_lms(student)
+    sites = predictors_of(program)
+    judge_lm, gradient_lm, editor_lm = map(renamed, _resolved(lms, sites))
     task = Task(
         description=description,
         criteria=criteria,
         metric=None if metric is None else RowMetric(metric),
-        program=pin_lms(student),
+        program=program,
         sites=sites,
         edited=_editable(sites),
         train=train,

@@ -57,7 +57,8 @@ def local_lm(
 
     It is an ordinary `dspy.LM`: thread-safe (calls of many threads are answered in one batch), cached,
     streamable, with real token counts. Copies and deep copies share the weights. The model string is
-    `local/name@revision:dtype`, so cached answers of other weights are never returned.
+    `local/name@revision:dtype`. The revision is found out anew by each call of `local_lm`, so cached answers of other
+    weights are never returned; after you have changed the weights in this process, make a new LM.
 
     A program that carries such an LM is saved with it, and
     `program.load(path, allow_unsafe_lm_state=True)` loads the same weights again, in a fresh process too
@@ -77,7 +78,8 @@ def local_lm(
         kwargs: more arguments of `dspy.LM` (`num_retries`, `top_p`, `stop`, `seed`, ...).
 
     Raises:
-        WeightsError: the weights cannot be loaded, or the tokenizer has no chat template.
+        WeightsError: the weights cannot be loaded, the tokenizer has no chat template, or both are not a causal
+            language model and its tokenizer (`dspy_greater.model.handshake`).
 
     Example:
         >>> lm = local_lm("pocket")  # doctest: +SKIP
@@ -97,9 +99,9 @@ def local_lm(
             "rendered; use an instruction-tuned model, or set tokenizer.chat_template and pass "
             "(model, tokenizer)."
         )
-    local = LocalEngine.over(engine)
+    identity, local = engine.recognise(), LocalEngine.over(engine)
     return dspy.LM(
-        f"{PROVIDER}/{engine.identity}",
+        f"{PROVIDER}/{identity}",
         engine=local,
         async_engine=AsyncLocalEngine(local),
         temperature=plain_scalar(temperature),

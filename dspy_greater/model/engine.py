@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,12 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspy_greater.errors import ContextLengthError, EngineMemoryError, LayoutError, SettingsError, WeightsError
+from dspy_greater.errors import ContextLengthError, EngineMemoryError, LayoutError, SettingsError
+from dspy_greater.model.backward_probe import Backward, try_backward
 from dspy_greater.model.counters import Counters
 from dspy_greater.model.fast.session import Session
+from dspy_greater.model.frozen import frozen
+from dspy_greater.model.handshake import shake_hands
 from dspy_greater.model.interface import Generation, GenerationRequest, Leaf, TokenQuery, Tokens
 from dspy_greater.model.kv_cache import reach_of
 from dspy_greater.model.sampling import Row
+from dspy_greater.model.weights_digest import WeightsDigest, quantisation
 from dspy_greater.prompt.chat_template import end_of_turn_ids
 
 _MOST_BATCH_TOKENS = 2048  # rows x longest row of one teacher-forced batch: memory against speed
@@ -38,7 +41,7 @@ class Engine:
         max_batch_tokens: rows times longest row of a batch that is read; changes memory and speed, results by rounding.
 
     Raises:
-        WeightsError: the model is not one that reads and writes tokens.
+        WeightsError: model and tokenizer failed the handshake (`handshake`, a dozen tiny passes), which says why.
 
     Example:
         >>> engine = Engine.from_pretrained("pocket")  # doctest: +SKIP
@@ -57,16 +60,13 @@ class Engine:
         max_batch_rows: int | None = None,
         max_batch_tokens: int = _MOST_BATCH_TOKENS,
     ) -> None:
-        if not callable(getattr(model, "get_input_embeddings", None)) or not hasattr(model, "config"):
-            raise WeightsError(
-                f"The model of {name!r} is a {type(model).__name__}, not a transformers causal language "
-                "model; load it with AutoModelForCausalLM, or pass its name or path instead."
-            )
         if max_batch_rows is not None and max_batch_rows < 1:
             raise SettingsError(f"max_batch_rows is {max_batch_rows}; it has to be at least 1")
+        self.handshake = shake_hands(model, tokenizer, name)
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        commit = getattr(model.config, "_commit_hash", None)
-        self.revision: str = revision or commit or _fingerprint(model, tokenizer)
+        self._digest = WeightsDigest(model, tokenizer, known=revision)
+        self._checked = self._digest.first
+        self._backward: tuple[str, Backward] | None = None  # of which revision
         self.max_batch_rows = max_batch_rows or (192 if self.device.type == "cpu" else 256)
         self._owned = False
         self._lock, self._tally_lock, self._depth = threading.RLock(), threading.Lock(), 0
@@ -116,13 +116,14 @@ class Engine:
             local_files_only=local_files_only,
             **model_settings,
         )
-        engine = cls(model, tokenizer, name=name, revision=None, max_batch_rows=max_batch_rows)
+        commit = getattr(model.config, "_commit_hash", None)
+        engine = cls(model, tokenizer, name=name, revision=commit, max_batch_rows=max_batch_rows)
         engine._owned = True
         model.requires_grad_(False).eval()
         engine.origin = {
             "name_or_path": name,
             "dtype": str(engine.dtype).removeprefix("torch."),
-            "revision": getattr(model.config, "_commit_hash", None) or revision,
+            "revision": commit or revision,
         }
         return engine
 
@@ -133,15 +134,40 @@ class Engine:
         return self
 
     @property
+    def revision(self) -> str:
+        """Which version the weights are, found out anew each time: see `weights_digest`."""
+        return self._digest.label()
+
+    @property
     def identity(self) -> str:
-        """`name@revision:dtype`, with the quantisation method if there is one."""
-        settings = getattr(self.model.config, "quantization_config", None)
-        if settings is None:
-            method = ""
-        else:
-            known = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
-            method = f"+{getattr(known, 'value', known) or 'quantized'}"
-        return f"{self.name}@{self.revision}:{str(self.dtype).removeprefix('torch.')}{method}"
+        """`name@revision:dtype`, with the quantisation method if there is one; of the weights as they are now."""
+        return self._identity(self.revision)
+
+    def recognise(self) -> str:
+        """The identity, after a new handshake where the weights are not those of the last one.
+
+        Raises:
+            WeightsError: they were changed into something that cannot be used.
+        """
+        revision = self.revision
+        if revision != self._checked:
+            with self.exclusive():
+                self.handshake = shake_hands(self.model, self.tokenizer, self.name)
+                self.__dict__.pop("cache_reach", None)  # cached
+                self._checked = revision
+        return self._identity(revision)
+
+    def backward(self) -> Backward:
+        """Whether these weights give gradients; tried once, and again when they have changed."""
+        revision = self.revision
+        if self._backward is None or revision != self._backward[0]:
+            with self.exclusive():
+                self._backward = (revision, try_backward(self.model, self.tokenizer))
+        return self._backward[1]
+
+    def _identity(self, revision: str) -> str:
+        method = quantisation(self.model)
+        return f"{self.name}@{revision}:{str(self.dtype).removeprefix('torch.')}{f'+{method}' if method else ''}"
 
     @property
     def device(self) -> torch.device:
@@ -161,13 +187,13 @@ class Engine:
     @property
     def pad_token_id(self) -> int:
         """What fills rows up; no real token sees it."""
-        pad = self.tokenizer.pad_token_id
-        return next(iter(sorted(self.stop_token_ids)), 0) if pad is None else pad
+        choices = (self.tokenizer.pad_token_id, *sorted(self.stop_token_ids))  # of which the model has to know one
+        return next((each for each in choices if each is not None and each < self.embedding_weight.shape[0]), 0)
 
     @cached_property
     def cache_reach(self) -> float:
         """The most tokens of a sequence in which key-value states of its beginning can be shared; 0: never."""
-        return reach_of(self.model)
+        return reach_of(self.model) if self.handshake.keys_and_values else 0
 
     @property
     def embedding_weight(self) -> Tensor:
@@ -272,6 +298,12 @@ class Engine:
         """A request that was checked; raises what `generate` raises for one that cannot be."""
         if not request.prompt:
             raise LayoutError("A prompt has no tokens; a model needs at least one to write after.")
+        known, largest = self.embedding_weight.shape[0], max(request.prompt)
+        if largest >= known:
+            raise LayoutError(
+                f"A prompt has the token {largest} ({self.tokenizer.decode([largest])!r}), and {self.name!r} has "
+                f"embeddings for {known}; leave it out of the chat template, or resize the embeddings."
+            )
         if request.max_new_tokens < 1:
             raise SettingsError(f"max_new_tokens is {request.max_new_tokens}; it has to be at least 1")
         if request.temperature < 0 or not 0 < request.top_p <= 1:
@@ -301,24 +333,6 @@ class Engine:
         self.max_batch_rows = rows // 2
 
 
-@contextmanager
-def frozen(model: Any) -> Iterator[None]:
-    """Eval mode and no gradients for parameters, both as they were afterwards."""
-    training = [module for module in model.modules() if module.training]
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for module in training:
-            module.training = False
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-
-
 def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     """Every token that ends a turn: of the tokenizer, the model's configurations and the chat template."""
     found: set[int] = set(end_of_turn_ids(tokenizer))
@@ -327,21 +341,3 @@ def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
         if value is not None:
             found.update([value] if isinstance(value, int) else value)
     return frozenset(found)
-
-
-def _fingerprint(model: Any, tokenizer: Any) -> str:
-    """Twelve hexadecimal digits over a sample of every weight, the vocabulary size and the chat template."""
-    digest = hashlib.blake2b(digest_size=6)
-    samples: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        if parameter.device.type == "meta" or not parameter.numel():
-            continue
-        flat = parameter.detach().reshape(-1)
-        count = min(64, flat.numel())
-        places = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(1, count - 1)
-        samples.append(flat[places].float().cpu())
-    if samples:
-        digest.update(torch.cat(samples).numpy().tobytes())
-    digest.update(f"{len(tokenizer)}{getattr(tokenizer, 'chat_template', None)}".encode())
-    return digest.hexdigest()

@@ -23,6 +23,7 @@ POCKET = "pocket"  # the name of the model that travels with the package
 _SERVING = frozenset({"hosted_vllm", "vllm", "sglang", "huggingface", "lm_studio", "llamafile"})
 _PREFIXES = _SERVING | {"openai", "text-completion-openai", "custom_openai", "openai_like", "litellm_proxy"}
 _TAGGED = frozenset({"ollama", "ollama_chat"})  # these name models by tags of their own
+_READ = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # files of a model's directory
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 _shared: WeakValueDictionary[Any, Engine] = WeakValueDictionary()
@@ -106,9 +107,12 @@ def shared_engine(
     local_files_only: bool = False,
     **settings: Any,
 ) -> Engine:
-    """`Engine.from_pretrained`, or the engine that already holds these weights; same arguments and errors."""
+    """`Engine.from_pretrained`, or the engine that already holds these weights; same arguments and errors.
+
+    A directory whose files have changed is loaded anew.
+    """
     name = os.fspath(name_or_path)
-    place = os.path.realpath(name) if os.path.isdir(name) else name
+    place = (os.path.realpath(name), _files(name)) if os.path.isdir(name) else name
     key = (place, str(device), str(dtype).removeprefix("torch."), revision, trust_remote_code, repr(settings))
     engine = _shared.get(key)
     if engine is None:
@@ -122,9 +126,20 @@ def shared_engine(
             **settings,
         )
         # Weights that were loaded before under another spelling are not kept twice.
-        engine = _shared.setdefault((engine.identity, str(engine.device), repr(settings)), engine)
-        _shared[key] = engine
+        identity = engine.identity
+        alike = (identity, str(engine.device), repr(settings))
+        before = _shared.get(alike)
+        if before is not None and before.identity == identity:  # nobody has changed them since
+            engine = before
+        _shared[key] = _shared[alike] = engine
     return engine
+
+
+def _files(directory: str) -> tuple[tuple[str, int, int], ...]:
+    """Name, time and size of the files in a directory that a model may be loaded from."""
+    with os.scandir(directory) as entries:
+        found = [(entry.name, entry.stat()) for entry in entries if entry.is_file() and entry.name.endswith(_READ)]
+    return tuple(sorted((name, stat.st_mtime_ns, stat.st_size) for name, stat in found))
 
 
 def live_engine(identity: str) -> Engine | None:
@@ -149,7 +164,7 @@ def load_pretrained(
 ) -> tuple[Any, Any]:
     """Model and tokenizer from safetensors; what `Engine.from_pretrained` does first, with its errors."""
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     place = str(import_module("dspy_greater.pocket").path()) if name == POCKET else name
     target = torch.device(device) if device is not None else _best_device()
@@ -160,7 +175,7 @@ def load_pretrained(
         common["revision"] = revision
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **common)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _model_class(place, {**common, **settings}).from_pretrained(
             place, dtype=dtype, use_safetensors=True, output_loading_info=True, **common, **settings
         )
         model, report = loaded
@@ -179,6 +194,20 @@ def load_pretrained(
             f"{missing[0]!r}, which would be random; the files are incomplete or of another model."
         )
     return model, tokenizer
+
+
+def _model_class(place: str, options: Mapping[str, Any]) -> Any:
+    """AutoModelForCausalLM; for what that does not know, such as a vision-language model, the class of config.json."""
+    import transformers
+
+    known = ("trust_remote_code", "local_files_only", "revision", "token", "cache_dir", "subfolder")
+    read = {name: options[name] for name in known if name in options}
+    config = options.get("config") or transformers.AutoConfig.from_pretrained(place, **read)
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if own_code or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    named = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or ()]
+    return next((each for each in named if hasattr(each, "from_pretrained")), transformers.AutoModelForCausalLM)
 
 
 def _best_device() -> torch.device:

@@ -16,6 +16,7 @@ from dspy.adapters.utils import serialize_for_json
 
 from dspy_greater.errors import ProgramError
 from dspy_greater.lm.local import LocalEngine
+from dspy_greater.lm.request import PROVIDER
 from dspy_greater.metric import Score
 from dspy_greater.program.failures import Failure
 from dspy_greater.program.predictors import (
@@ -197,15 +198,29 @@ def searching_copy(program: Any, texts: Mapping[str, str], seed: int = 0) -> Any
 
 
 def pin_lms(program: Any) -> Any:
-    """A copy of the program in which every predictor holds the LM that it would use now.
+    """A copy of the program in which every predictor holds the LM that it would use now, `renamed`.
 
     DSPy's settings are local to a thread; a predictor that carries its LM does not depend on them.
     """
     copied = with_instructions(program, {})
-    lms = {site.name: site.lm for site in predictors_of(program)}
+    sites = predictors_of(program)
+    now = {id(site.lm): site.lm for site in sites}
+    now = {key: renamed(lm) for key, lm in now.items()}  # what several predictors share they go on sharing
+    lms = {site.name: now[id(site.lm)] for site in sites}
     for name, predictor in copied.named_predictors():
         predictor.lm = lms.get(name, predictor.lm)
     return copied
+
+
+def renamed(lm: Any) -> Any:
+    """The LM; of a `local_lm` whose weights have changed since it was made, a copy under their name of now."""
+    local = _local_engine(lm)
+    if local is None or not str(lm.model).startswith(f"{PROVIDER}/"):
+        return lm
+    name = f"{PROVIDER}/{local.engine.identity}"
+    if name == lm.model or name != f"{PROVIDER}/{local.engine.identity}":  # another each time: they cannot be told
+        return lm
+    return lm.copy(model=name)
 
 
 def plain(value: Any) -> object:

@@ -128,6 +128,7 @@ class DefaultStep:
     selections: int = 1
     name: str = "default"
     needs_gold: bool = False
+    needs_gradient: bool = True
     criterion: Criterion = DEFAULT_CRITERION
 
     def take(self, at: StepContext) -> StepTaken:

@@ -58,6 +58,7 @@ class PaperStep:
     selections: int = 3
     name: str = "paper"
     needs_gold: bool = True
+    needs_gradient: bool = True
     criterion: Criterion = PAPER_CRITERION
 
     def take(self, at: StepContext) -> StepTaken:

@@ -5,7 +5,6 @@ Everything that can be refused is refused here, before the first token is genera
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -14,8 +13,8 @@ from dspy_greater.errors import DataError, GreaterError, MetricError, ProgramErr
 from dspy_greater.lm.local import weights_behind
 from dspy_greater.metric import Metric, RowMetric
 from dspy_greater.model.engine import Engine
+from dspy_greater.notices import warn_caller
 from dspy_greater.program.dataset import (
-    CALL_OF_COMPILE,
     as_list,
     numbers_in,
     refuse_missing_gold,
@@ -191,8 +190,12 @@ def pose(
         if target.field is not None:
             refuse_unwritable_gold(target.site, target.field, train, rows)
             warn_of_misread_gold(target.site, target.field, train)
+    program = pin_lms(student)
+    _warn_of_other_weights(sites, program)
+    if step.needs_gradient:
+        _warn_of_partial_gradients(targets)
     problem = Problem(
-        pin_lms(student),
+        program,
         targets,
         train,
         validation,
@@ -275,7 +278,10 @@ def _targets(
                     f"Predictor `{site.name}` has no output field with gold values in the trainset, and "
                     "variant='paper' needs them."
                 )
-            targets.append(_target(site, field, trainset, weights, modes[site.name]))
+            target = _target(site, field, trainset, weights, modes[site.name])
+            if step.needs_gradient:
+                _refuse_weights_without_gradient(target)
+            targets.append(target)
         except (DataError, ProgramError, WeightsError) as error:
             if named or field is not None:
                 raise
@@ -289,7 +295,37 @@ def _target(site: PredictorSite, field: str | None, trainset: Sequence[Any], wei
     if field is not None:
         refuse_unfit_gold(site, field, trainset)
     engine = weights_behind(site.lm, weights=weights, predictor_name=site.name)
+    engine.recognise()
     return Target(site, field, engine, append=site.lists_tools if mode is None else mode == "append")
+
+
+def _refuse_weights_without_gradient(target: Target) -> None:
+    engine = target.engine
+    found = engine.backward()
+    if not found.works:
+        raise WeightsError(
+            f"Predictor `{target.site.name}`: the weights of {engine.name!r} give no gradient, and the search follows "
+            f"one. {found.explained(engine.name, engine.model)}"
+        )
+
+
+def _warn_of_partial_gradients(targets: Sequence[Target]) -> None:
+    for engine in {id(target.engine): target.engine for target in targets}.values():
+        found = engine.backward()
+        if found.blocked:
+            warn_caller(found.explained(engine.name, engine.model))
+
+
+def _warn_of_other_weights(sites: Sequence[PredictorSite], program: Any) -> None:
+    """An LM goes by the name that its weights had when it was made; DSPy's cache has their answers under it."""
+    now = {site.name: site.lm for site in predictors_of(program)}
+    stale = [site.lm for site in sites if site.lm is not now[site.name] and getattr(site.lm, "cache", False)]
+    if stale:
+        warn_caller(
+            f"The weights behind {stale[0].model!r} have changed since this LM was made. The search runs on the "
+            "weights as they are now, but elsewhere the LM may answer from DSPy's cache with what the old ones wrote; "
+            "make a new one with local_lm."
+        )
 
 
 def _refuse_nothing_to_do(
@@ -324,7 +360,7 @@ def _warn_of_the_rest(kept: Mapping[str, GreaterError], step: Step) -> None:
         )
     else:
         text = f"Predictors {names} keep their instructions. {' '.join(map(str, kept.values()))}"
-    warnings.warn(text, stacklevel=CALL_OF_COMPILE)
+    warn_caller(text)
 
 
 def _check_context(problem: Problem) -> None:

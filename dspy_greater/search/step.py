@@ -49,8 +49,8 @@ class StepContext:
 class Step(Protocol):
     """One kind of step.
 
-    `name` is what the journal calls it, `criterion` how instructions are compared, and `needs_gold` says whether it
-    can do without gold values.
+    `name` is what the journal calls it, and `criterion` how instructions are compared. `needs_gold` and
+    `needs_gradient` say what it cannot do without.
     """
 
     @property
@@ -59,6 +59,8 @@ class Step(Protocol):
     def criterion(self) -> Criterion: ...
     @property
     def needs_gold(self) -> bool: ...
+    @property
+    def needs_gradient(self) -> bool: ...
 
     def take(self, at: StepContext) -> StepTaken:
         """Propose, rank, try and select, from where the search stands."""

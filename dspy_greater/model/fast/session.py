@@ -24,6 +24,7 @@ from dspy_greater.model.fast.readings import by_row
 from dspy_greater.model.fast.shared_backward import Backward
 from dspy_greater.model.fast.speculative import Drafts
 from dspy_greater.model.generate import decode
+from dspy_greater.model.incremental import decode_by
 from dspy_greater.model.interface import Generation, GenerationRequest, Leaf, TokenQuery, Tokens
 from dspy_greater.model.sampling import Row
 from dspy_greater.model.teacher_forcing import in_batches, is_out_of_memory, next_logits
@@ -106,7 +107,10 @@ class Session:
     def _decoded(self, batch: Sequence[Row]) -> bool:
         """Decode the batch; False when memory ran out and something was given up for another try."""
         try:
-            decode(self._engine, batch, self._prefixes, self._generated)
+            if self._engine.handshake.keys_and_values:
+                decode(self._engine, batch, self._prefixes, self._generated)
+            else:
+                decode_by(self._engine, batch)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not is_out_of_memory(error):
                 raise

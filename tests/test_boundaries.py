@@ -46,13 +46,16 @@ FLOORS = (
     "search",
     "gradsum",
 )
-ROOF = {f"{PACKAGE}.optimizer"}  # imports any folder; no folder imports it
+ROOF = {f"{PACKAGE}.optimizer", f"{PACKAGE}.reference"}  # import any folder; no folder imports them
 
 TOKEN_CORE = ("model", "estimators", "pocket")  # runs on machines that have these packages and no others
 TOKEN_CORE_MAY_IMPORT = {"torch", "transformers", "tokenizers", "safetensors", "numpy"}
 NO_TORCH_UNTIL_USED = ("program", "prompt", "lm", "gradsum")
 NEITHER = ("run", "report")
 NEITHER_MODULES = {f"{PACKAGE}.{name}" for name in ("errors", "settings", "metric", "stats", "search.state")}
+
+# Plain torch over the program's rows, to be read and to be tested against: nothing of the package needs it.
+FRONT_DOOR = ("reference",)
 
 
 @dataclass(frozen=True)

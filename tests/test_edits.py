@@ -78,6 +78,15 @@ def test_every_edit_is_deployed_with_the_ids_that_it_has(position: int) -> None:
         assert fresh.layout.instruction_ids(each.instruction.text) == each.instruction.token_ids
 
 
+@pytest.mark.parametrize("position", [0, 3, 4])
+def test_the_token_of_an_edit_is_the_one_that_is_deployed(position: int) -> None:
+    objective, state, settings = searching("Please say it now", position=position, **ALL)
+    found = [each for each in edits_of(objective, state, settings) if each.kind != "delete"]
+    assert len(found) > 20
+    for each in found:
+        assert each.token == each.instruction.token_ids[position]
+
+
 def test_the_likeliest_token_comes_first_and_the_deletion_last() -> None:
     objective, state, settings = searching(position=1)
     *others, deletion = edits_of(objective, state, settings)

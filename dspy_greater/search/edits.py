@@ -23,8 +23,9 @@ Legal = Callable[[int], tuple[tuple[Kind, Instruction], ...] | None]
 class Edit:
     """A legal instruction that differs from the current one at one position.
 
-    `token` stands at the position afterwards (where one is deleted: the one that was there), and
-    `log_probability` is how likely the model finds it there, nats, mean over the proposal contexts.
+    `token` stands at the position afterwards (where one is deleted: the one that was there). At either end of the
+    instruction it may have taken in a blank around it, as " Think" for a proposed "Think". `log_probability` is how
+    likely the model finds the proposed one there, nats, mean over the proposal contexts.
     """
 
     kind: Kind
@@ -62,11 +63,11 @@ def _proposed(at: StepContext, kinds: Collection[Kind], *, new: bool) -> tuple[E
         generator=at.random(),
         canonical=_legal(at, kinds, new=new, editable=editable),
     )
-    likelihoods = zip(proposal.candidates, proposal.canonical, proposal.mean_log_probabilities, strict=True)
+    likelihoods = zip(proposal.canonical, proposal.mean_log_probabilities, strict=True)
     return _distinct(
         [
-            Edit(kind, token, instruction, likelihood)
-            for token, found, likelihood in likelihoods
+            Edit(kind, instruction.token_ids[at.state.position], instruction, likelihood)
+            for found, likelihood in likelihoods
             for kind, instruction in found
         ]
     )

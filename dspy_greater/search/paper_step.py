@@ -67,7 +67,7 @@ class PaperStep:
         edits = propose_replacements(at)
         current = self._with_placeholder(at, edits)  # p, one token longer if the sentence goes on
         stands = current.token_ids[position] if position < len(current.token_ids) else -1  # p_i
-        others = {_token(each, position): each for each in edits if each.instruction.text != current.instruction}
+        others = {each.token: each for each in edits if each.instruction.text != current.instruction}
         ranked = self.rank(at, current, stands, list(others))
         selected = ranked.tokens[: at.settings.selections or self.selections]
         tried = [others[token].instruction for token in selected if token in others]
@@ -98,11 +98,6 @@ class PaperStep:
         return longer
 
 
-def _token(edit: Edit, position: int) -> int:
-    """The token at the position as it is deployed: at both ends it may take in blanks."""
-    return edit.instruction.token_ids[position]
-
-
 def _told(
     at: StepContext, edits: Sequence[Edit], ranked: Ranked, current: Evaluation, evaluated: Sequence[Evaluation]
 ) -> tuple[Candidate, ...]:
@@ -110,13 +105,12 @@ def _told(
     outcomes = {each.instruction: each for each in [current, *evaluated]}
 
     def tell(edit: Edit) -> Candidate:
-        token = _token(edit, at.state.position)
         outcome = outcomes.get(edit.instruction.text)
         return Candidate(
-            token,
-            at.model.tokenizer.decode([token]),
+            edit.token,
+            at.model.tokenizer.decode([edit.token]),
             edit.log_probability,
-            ranked.slopes.get(token),
+            ranked.slopes.get(edit.token),
             outcome,
             realised=None if outcome is None or outcome is current else realised_change(current, outcome),
         )

@@ -15,6 +15,7 @@ from dspy_greater.run.events import (
     BeamValidated,
     IterationTaken,
     MemberEdited,
+    NotCalled,
     Output,
     PromptsScored,
     SearchStarted,
@@ -59,7 +60,9 @@ outcomes = st.builds(
     error=st.none() | texts,
     preamble=texts,
     calls=st.lists(calls, max_size=2).map(tuple),
+    unparsed=st.booleans(),
     demos=demos,
+    answer=st.integers(0, 9),
 )
 evaluations = st.builds(
     Evaluation,
@@ -70,7 +73,6 @@ evaluations = st.builds(
     cross_entropy=numbers,
     fluency_nll=numbers,
     objective=st.tuples(numbers, numbers),
-    complete=st.booleans(),
 )
 candidates = st.builds(
     Candidate,
@@ -123,7 +125,6 @@ events = st.one_of(
         seed=evaluations,
         steps=st.integers(),
         spent=costs,
-        samples=st.lists(outcomes, max_size=1).map(tuple),
         called_as=st.text(),
     ),
     st.builds(
@@ -145,6 +146,7 @@ events = st.one_of(
         winner=texts,
         spent=costs,
     ),
+    st.builds(NotCalled, predictors=st.lists(texts, max_size=3).map(tuple)),
     st.builds(Warned, message=texts),
     st.builds(BeamStarted, prompts=prompts, iterations=st.integers()),
     st.builds(

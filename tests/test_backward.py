@@ -24,6 +24,7 @@ from dspy_greater import GReaTerTeleprompter
 from dspy_greater.errors import WeightsError
 from dspy_greater.model.backward_probe import try_backward
 from dspy_greater.model.engine import Engine
+from dspy_greater.search.default_step import DefaultStep
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:dspy")
 
@@ -105,7 +106,9 @@ def test_weights_without_a_gradient_are_refused_before_the_search_and_may_write(
 
 def test_what_needs_no_gradient_may_use_weights_without_one() -> None:
     engine = ScriptedEngine(obedient_script, model=replaced(small_model(shared_tokenizer()), NoBackward, *ALL))
-    better = optimizer(estimator="random", steps=1).compile(program_on(engine), planted_rows(8))
+    better = optimizer(variant=DefaultStep(rank=None, forecast=None, needs_gradient=False), steps=1).compile(
+        program_on(engine), planted_rows(8)
+    )
     assert better.detailed_results.steps
 
 

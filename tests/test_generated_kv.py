@@ -113,7 +113,7 @@ def test_rows_that_left_their_batches_at_different_times_are_read_together() -> 
         assert len({id(each.rows) for each in kept if each}) > 3
         _, costs = spent(engine, session, rows)
         assert costs.forwards == 3 + 1  # answers of 12 rows, 5 at a time; fluency
-        engine._batch_rows = 64
+        engine.max_batch_rows = 64
         found, costs = spent(engine, session, rows)
     assert costs.forwards == 2
     assert_same(found, engine, rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import uuid
 import weakref
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ from dspy_greater.errors import (
 from dspy_greater.prompt.layout import Layout
 from dspy_greater.run.events import SearchStarted, StepTaken, Validated, Warned
 from dspy_greater.run.journal import Journal
+from dspy_greater.search.default_step import DefaultStep
+from dspy_greater.search.paper_step import PaperStep
 
 TRAIN, VALIDATION = planted_rows(24)[:4], planted_rows(24)[8:12]
 MODEL = planted_engine().model
@@ -294,7 +297,8 @@ def test_the_probe_asks_the_server_and_not_its_cache() -> None:
             )
 
     program = dspy.ChainOfThought(dspy.Signature("question -> answer", SEED))
-    program.set_lm(dspy.LM("served/once", engine=Server(), cache=True, num_retries=0))
+    name = f"served/{uuid.uuid4().hex}"  # nothing that an earlier run left in DSPy's cache
+    program.set_lm(dspy.LM(name, engine=Server(), cache=True, num_retries=0))
     with pytest.raises(ProgramError, match="connection refused"):
         optimizer(weights=engine_that()).compile(program, TRAIN, valset=VALIDATION)
     assert len(asked) == 4 + 4 + 1  # the seed, the first candidate, and the probe: a row that the cache knows
@@ -325,14 +329,12 @@ LATE = [
 
 
 @pytest.mark.parametrize("error", LATE, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("variant", ["whole", "paper"])
+@pytest.mark.parametrize("variant", ["default", "paper"])
 def test_an_error_of_any_kind_in_a_late_step_returns_the_best_so_far(
     variant: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dspy_greater.search.loop as algorithm
-
-    name = "take_whole_step" if variant == "whole" else "take_step"
-    monkeypatch.setattr(algorithm, name, failing_at(2, error, getattr(algorithm, name)))
+    kind = DefaultStep if variant == "default" else PaperStep
+    monkeypatch.setattr(kind, "take", failing_at(2, error, kind.take))
     program = Solver(engine_that())
     with pytest.warns(
         RuntimeWarning, match=f"after step 1 of 5 of predictor `solve.predict`: {type(error).__name__}: "
@@ -348,26 +350,23 @@ def test_an_error_of_any_kind_in_a_late_step_returns_the_best_so_far(
 def test_an_error_before_anything_was_found_is_raised_as_it_is(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dspy_greater.search.loop as algorithm
-
-    monkeypatch.setattr(algorithm, "take_whole_step", failing_at(1, error, algorithm.take_whole_step))
+    monkeypatch.setattr(DefaultStep, "take", failing_at(1, error, DefaultStep.take))
     with pytest.raises(type(error)) as found:
         compiled(Solver(engine_that()))
     assert found.value is error
 
 
 def test_what_a_failed_step_held_in_memory_is_given_back_before_the_validation(monkeypatch: pytest.MonkeyPatch) -> None:
-    import dspy_greater.search.loop as algorithm
     import dspy_greater.search.predictor_search as predictor_search
 
     class Tensor:
         """Something large."""
 
-    original, validate = algorithm.take_whole_step, predictor_search.validation_scores
+    original, validate = DefaultStep.take, predictor_search.validation_scores
     alive: list[weakref.ref[Any]] = []
 
     def step(*arguments: Any, **options: Any) -> Any:
-        if arguments[1].step == 0:
+        if arguments[1].state.step == 0:
             return original(*arguments, **options)
         large = Tensor()
         alive.append(weakref.ref(large))
@@ -381,7 +380,7 @@ def test_what_a_failed_step_held_in_memory_is_given_back_before_the_validation(m
         assert [each() for each in alive] == [None]
         return validate(*arguments, **options)
 
-    monkeypatch.setattr(algorithm, "take_whole_step", step)
+    monkeypatch.setattr(DefaultStep, "take", step)
     monkeypatch.setattr(predictor_search, "validation_scores", scores)
     with pytest.warns(RuntimeWarning, match="MemoryError: one row alone"):
         assert compiled(Solver(engine_that()), selections=30).score == 1.0
@@ -442,11 +441,10 @@ def test_a_first_interrupt_after_the_validation_returns_what_was_validated() -> 
 
 
 def test_a_run_that_an_error_ended_goes_on_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import dspy_greater.search.loop as algorithm
 
     whole = compiled(Solver(engine_that()), steps=4)
     with monkeypatch.context() as patch:
-        patch.setattr(algorithm, "take_whole_step", failing_at(3, OSError("once"), algorithm.take_whole_step))
+        patch.setattr(DefaultStep, "take", failing_at(3, OSError("once"), DefaultStep.take))
         with pytest.warns(RuntimeWarning, match="after step 2 of 4"):
             compiled(Solver(engine_that()), steps=4, log_dir=tmp_path)
     resumed = compiled(Solver(engine_that()), steps=4, log_dir=tmp_path)
@@ -534,13 +532,12 @@ def compile_two(**settings: Any) -> Any:
 def test_an_error_in_the_second_predictor_keeps_what_the_first_one_gained(
     moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dspy_greater.search.loop as algorithm
     import dspy_greater.search.predictor_search as predictor_search
 
     whole = compile_two()
     where, name = {
         "start": (predictor_search.PredictorSearch, "start"),
-        "step": (algorithm, "take_whole_step"),
+        "step": (DefaultStep, "take"),
         "validation": (predictor_search, "validation_scores"),
     }[moment]
     monkeypatch.setattr(where, name, failing_at(2, OSError("gone"), getattr(where, name)))

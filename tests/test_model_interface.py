@@ -13,7 +13,7 @@ from dspy_greater.errors import LayoutError, SettingsError
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.interface import GenerationRequest, Leaf, TokenQuery
 from dspy_greater.model.plain import PlainModel
-from tests.tiny_models import InDouble, tiny_model
+from tests.tiny_models import InDouble, numbered_tokenizer, tiny_model
 
 VOCABULARY = 64
 
@@ -27,18 +27,8 @@ def in_double() -> Iterator[None]:
 KINDS = ["llama", "qwen2", "gemma2"]
 
 
-class Ids:
-    """A tokenizer that is never asked for text."""
-
-    pad_token_id, eos_token_id, all_special_ids = 0, None, ()
-    chat_template = None
-
-    def __len__(self) -> int:
-        return VOCABULARY
-
-
 def engine_of(kind: Any = "llama", dtype: torch.dtype = torch.float64, **options: Any) -> Engine:
-    return Engine(tiny_model(kind, VOCABULARY, dtype), Ids(), name=kind, **options)
+    return Engine(tiny_model(kind, VOCABULARY, dtype), numbered_tokenizer(VOCABULARY), name=kind, **options)
 
 
 def rows(count: int = 6, *, head: int = 20, common: int = 45, seed: int = 0) -> list[tuple[int, ...]]:

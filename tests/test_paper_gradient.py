@@ -17,7 +17,7 @@ from dspy_greater.model.engine import Engine
 from dspy_greater.objective.loss import losses
 from dspy_greater.prompt.spans import Span, Supervised
 from tests.model_calls import spent_on
-from tests.tiny_models import InDouble, tiny_model, tiny_tokenizer
+from tests.tiny_models import InDouble, tiny_model, tokenizer_for
 
 KINDS = ["llama", "qwen2", "gemma2"]
 VOCABULARY = 512
@@ -26,7 +26,7 @@ POSITION = 2
 
 
 def engine_for(model: Any, **options: Any) -> Engine:
-    return Engine(model, tiny_tokenizer(), name="tiny", **options)
+    return Engine(model, tokenizer_for(model), name="tiny", **options)
 
 
 def example(token_ids: Sequence[int], instruction: Span, answer: Span) -> Supervised:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Callable
 
 import pytest
@@ -188,9 +187,3 @@ def test_grad_sum_shows_iterations_best_score_and_calls() -> None:
     assert "GRAD-SUM:  25%" in text and "1/4" in text
     assert "best=0.75, candidates=1, LM calls=12" in text
     assert "validation=0.5, seed=0.25" in text
-
-
-def test_a_candidate_that_was_given_up_is_not_shown_as_the_best() -> None:
-    early = Evaluation((1, 2), "early", (), 1.0, math.nan, math.nan, (math.inf, math.inf), complete=False)
-    taken = StepTaken("predict", 0, 7, 1, (Candidate(3, "x", -1.0, 0.5, early),), evaluation(0.5), "kept", {})
-    assert "1/4" in drawn(STARTED, taken)[-2] and "best=0.5" in drawn(STARTED, taken)[-2]

@@ -52,7 +52,7 @@ from dspy_greater.run.events import SearchStarted, StepTaken, Validated
 from dspy_greater.run.serialise import to_json
 
 TRAIN, VALIDATION = planted_rows(24)[:4], planted_rows(24)[8:12]
-BOTH = pytest.mark.parametrize("variant", ["whole", "paper"])
+BOTH = pytest.mark.parametrize("variant", ["default", "paper"])
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -134,9 +134,9 @@ def test_the_deployed_instruction_has_the_token_ids_that_were_scored(variant: st
 class Listening(ScriptedEngine):
     """Remembers the token ids it was asked to continue."""
 
-    def complete(self, requests: Any) -> Any:
+    def generate(self, requests: Any) -> Any:
         self.asked = {*getattr(self, "asked", ()), *(request.prompt for request in requests)}
-        return super().complete(requests)
+        return super().generate(requests)
 
 
 @pytest.mark.filterwarnings("ignore:The program failed on all:RuntimeWarning")
@@ -279,7 +279,7 @@ def record(program: Any) -> Any:
     return events, repr(rest), instruction_of(program)
 
 
-@pytest.mark.parametrize(("variant", "step"), [("whole", 0), ("whole", 1), ("whole", 3), ("paper", 1)])
+@pytest.mark.parametrize(("variant", "step"), [("default", 0), ("default", 1), ("default", 3), ("paper", 1)])
 def test_a_run_that_was_killed_goes_on_to_the_bit_identical_result(tmp_path: Path, variant: str, step: int) -> None:
     whole = compiled(steps=4, variant=variant)
     with pytest.raises(Killed):
@@ -422,13 +422,13 @@ def test_a_journal_of_a_version_with_fewer_settings_is_refused_with_those_it_lac
     compiled(log_dir=tmp_path, steps=1)
     journal = tmp_path / "journal.jsonl"
     header = json.loads(lines.read(journal.read_bytes()).payloads[0])
-    for name in ("max_generated_tokens", "best_score"):
+    for name in ("max_generated_tokens", "baseline_scale"):
         del header["identity"]["settings"][name]
     journal.unlink()
     file = lines.LineFile(journal)
     file.append(json.dumps(header).encode("ascii"))
     file.close()
-    with pytest.raises(RunDirectoryError, match=r"\n  settings.best_score: absent -> 1.0\n"):
+    with pytest.raises(RunDirectoryError, match=r"\n  settings.baseline_scale: absent -> 0.5\n"):
         compiled(log_dir=tmp_path, steps=1)
 
 

@@ -18,7 +18,7 @@ from dspy_greater.model.engine import Engine
 from dspy_greater.model.interface import Model
 from dspy_greater.objective.replay import ReasonedSequence, Reasoning, advantages
 from dspy_greater.prompt.spans import Span
-from tests.tiny_models import InDouble, tiny_model, tiny_tokenizer
+from tests.tiny_models import InDouble, tiny_model, tokenizer_for
 
 KINDS = ["llama", "qwen2", "gemma2"]
 CANDIDATES = (17, 300, 42, 9, 511)
@@ -32,7 +32,7 @@ POINTS: tuple[Point, ...] = ("current", "midpoint", "centroid")
 
 
 def engine_for(model: Any, **options: Any) -> Engine:
-    return Engine(model, tiny_tokenizer(), name="tiny", **options)
+    return Engine(model, tokenizer_for(model), name="tiny", **options)
 
 
 def slopes(
@@ -147,8 +147,8 @@ def test_the_linear_model_is_taken_where_it_is_asked_for(point: Point) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_beginning_that_is_shared_and_read_once_changes_nothing(kind: Any) -> None:
     model, runs = tiny_model(kind, dtype=torch.float64), reasonings(alike=30)
-    engine = engine_for(model)
     with InDouble():
+        engine = engine_for(model)
         found = slopes(engine, runs, point="current")
         expected = obvious_slopes(model, runs, "both", "current")
     assert found == pytest.approx(expected, rel=1e-5)

@@ -340,21 +340,6 @@ def test_only_a_module_that_runs_copies_is_said_to_hide_its_predictors() -> None
         compiled(best)
 
 
-def test_a_module_that_only_runs_asynchronously_says_so() -> None:
-    class Awaited(dspy.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.solve = program_on(ScriptedEngine(obedient_script, model=MODEL))
-
-        async def aforward(self, question: str) -> Any:
-            return await self.solve.acall(question=question)
-
-    with pytest.raises(
-        ProgramError, match="before it called a predictor; .* AttributeError: .* has no attribute 'forw"
-    ):
-        compiled(Awaited())
-
-
 # ---- the context
 
 

@@ -26,7 +26,7 @@ from dspy_greater.model.engine import Engine
 from dspy_greater.model.fast.prefix_cache import PrefixCache
 from dspy_greater.model.interface import TokenQuery
 from dspy_greater.model.teacher_forcing import computed_only_at, in_batches, logprobs, next_logits, token_batches
-from tests.tiny_models import tiny_model, tiny_tokenizer
+from tests.tiny_models import tiny_model, tokenizer_for
 
 KINDS = ["llama", "qwen2", "gemma2"]
 VOCABULARY = 64
@@ -113,7 +113,7 @@ def test_no_hook_stays_behind_when_the_pass_fails() -> None:
 
 
 def engine_for(model: Any, **options: Any) -> Engine:
-    return Engine(model, tiny_tokenizer(), name="tiny", **options)
+    return Engine(model, tokenizer_for(model), name="tiny", **options)
 
 
 def sequences() -> list[tuple[int, ...]]:

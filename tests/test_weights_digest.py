@@ -16,8 +16,10 @@ from torch.nn import Parameter
 
 from dspy_greater import GradSumTeleprompter, local_lm
 from dspy_greater.model.engine import Engine
+from dspy_greater.model.interface import GenerationRequest
 from dspy_greater.model.registry import shared_engine
 from dspy_greater.model.weights_digest import WeightsDigest
+from dspy_greater.search.default_step import DefaultStep
 from dspy_greater.search.problem import pose
 from dspy_greater.settings import Settings
 
@@ -147,7 +149,7 @@ def test_a_changed_chat_template_is_another_label() -> None:
 def test_using_a_model_does_not_change_its_label() -> None:
     engine = Engine(tiny_model(vocab_size=512), tiny_tokenizer(), name="tiny")
     before = engine.identity
-    engine.generate([(5, 6, 7), (8,)], max_new_tokens=4)
+    engine.generate([GenerationRequest(prompt, 4) for prompt in ((5, 6, 7), (8,))])
     assert engine.backward().works
     engine.model.train()
     engine.model.requires_grad_(False)
@@ -369,7 +371,9 @@ def posed(program: Any, rows: Any) -> Any:
     def metric(example: Any, prediction: Any, trace: object = None) -> bool:
         return True
 
-    return pose(program, rows, metric, rows[:0] or planted_rows(8)[4:], settings=Settings.of(None), seed=0)
+    return pose(
+        program, rows, metric, rows[:0] or planted_rows(8)[4:], settings=Settings.of(None), step=DefaultStep(), seed=0
+    )
 
 
 def test_a_run_that_was_interrupted_is_not_resumed_on_other_weights(tmp_path: Any) -> None:

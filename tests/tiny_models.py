@@ -97,6 +97,19 @@ def tiny_tokenizer(
     return tokenizer
 
 
+def numbered_tokenizer(count: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of exactly so many tokens, the words "0", "1" and so on, for models of a handful of tokens."""
+    core = Tokenizer(models.WordLevel({str(number): number for number in range(count)}, unk_token="0"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="0")
+
+
+def tokenizer_for(model: Any) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer, or a numbered one where the model has fewer embeddings than that has tokens."""
+    count = model.get_input_embeddings().weight.shape[0]
+    return tiny_tokenizer() if count >= 512 else numbered_tokenizer(count)
+
+
 def tiny_model(
     kind: Literal["llama", "qwen2", "gemma2"] = "llama",
     vocab_size: int = 512,

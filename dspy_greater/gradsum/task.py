@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import dspy
 from dspy_greater.errors import MetricError, ProgramError, SettingsError
 from dspy_greater.gradsum.settings import GradSumSettings
 from dspy_greater.metric import Metric, RowMetric
+from dspy_greater.notices import warn_caller
 from dspy_greater.program.dataset import as_list, numbers_in, split
 from dspy_greater.program.fingerprint import described, described_lm, fingerprint
 from dspy_greater.program.inputs import refuse_strange_inputs
@@ -146,9 +146,8 @@ def _editable(sites: Sequence[PredictorSite]) -> tuple[PredictorSite, ...]:
         )
     kept = [site.name for site in sites if site.lists_tools]
     if kept:
-        warnings.warn(
+        warn_caller(
             f"Predictors {', '.join(kept)} list their tools in their instructions and keep them as they are.",
-            stacklevel=6,
         )
     return editable
 

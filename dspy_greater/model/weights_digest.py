@@ -23,7 +23,6 @@ import json
 import math
 import re
 import secrets
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,6 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn import Buffer, Module, Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from dspy_greater.notices import warn_caller
 
 _MOST_ROWS = 1 << 18  # of a matrix, and numbers of bare memory, that are sampled
 _MOST_OF_VECTOR = 4096
@@ -93,12 +94,11 @@ class WeightsDigest:
         except Exception as error:  # an identity is not worth a failed load, whatever kind of tensor comes next
             if not self._warned:
                 self._warned = True
-                warnings.warn(
+                warn_caller(
                     f"The weights of {type(self._model).__name__} cannot be read to tell them from others "
                     f"({type(error).__name__}: {error}). They get a new name each time, so that no answer comes from "
                     "DSPy's cache, and an interrupted run cannot be resumed.",
                     RuntimeWarning,
-                    stacklevel=4,
                 )
             return None
 

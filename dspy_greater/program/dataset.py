@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -11,14 +10,11 @@ import dspy
 from dspy.adapters.utils import get_annotation_name
 
 from dspy_greater.errors import DataError
+from dspy_greater.notices import warn_caller
 from dspy_greater.program.fingerprint import row_key
 from dspy_greater.program.predictors import PredictorSite, check_examples, name_rows
 from dspy_greater.prompt.gold import ADDRESS, Gold, allows_none, gold_of, row_gold, shortened
 from dspy_greater.prompt.target import AssistantTexts
-
-# `stacklevel` of a warning from a function that `pose` calls: that function, `pose`, `compile`, the two
-# wrappers that DSPy puts around it, and then the line that the user wrote.
-CALL_OF_COMPILE = 6
 
 
 class RowLimits(Protocol):
@@ -72,10 +68,9 @@ def split(
     trained_on = {row_key(row) for row in train}
     shared = sum(row_key(row) in trained_on for row in validation)
     if shared:
-        warnings.warn(
+        warn_caller(
             f"{shared} of {len(validation)} validation rows are also training rows, so the validation score is "
             "optimistic. Pass a valset of other rows.",
-            stacklevel=CALL_OF_COMPILE,
         )
     return tuple(train), tuple(validation)
 
@@ -174,11 +169,10 @@ def warn_of_misread_gold(site: PredictorSite, field: str, rows: Sequence[Any]) -
         written, read = _read_again(site.adapter, signature, field, answer)
         if read is None:
             continue
-        warnings.warn(
+        warn_caller(
             f"{adapter} writes the gold value {shortened(answer)} of `{field}` ({get_annotation_name(annotation)}) as "
             f"{shortened(written)}, and {read}, so a metric that compares values finds no such answer right. Use "
             "another adapter (dspy.JSONAdapter keeps types apart) or another type, or compare texts in the metric.",
-            stacklevel=CALL_OF_COMPILE,
         )
         return
 

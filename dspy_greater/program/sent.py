@@ -7,7 +7,6 @@ by token, what is left; it is asked on the runs of the seed instruction, before 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from dspy import lm15
 
 from dspy_greater.errors import CallMismatchError, LayoutError
+from dspy_greater.notices import warn_caller
 from dspy_greater.program.called import (
     CalledAs,
     local_engine,
@@ -107,11 +107,9 @@ def refuse_context_lms(borrowed: Mapping[str, Any], calls: Sequence[PredictorCal
         names = {*pinned.kwargs, *ambient.kwargs} - {"seed"}
         changed = sorted(name for name in names if pinned.kwargs.get(name) != ambient.kwargs.get(name))
         if changed:
-            warnings.warn(
+            warn_caller(
                 f"Predictor `{call.predictor}` is called inside dspy.context(lm=...), which changes "
                 f"{', '.join(changed)}; the search leaves that as it is in DSPy's settings. {remedy}.",
-                UserWarning,
-                stacklevel=8,  # the call of compile
             )
             return
 
@@ -120,13 +118,11 @@ def warn_of_lost_thoughts(name: str, layout: Layout, calls: Sequence[PredictorCa
     """Warns, once, when a server returned thoughts apart and there is no place for them in what is scored."""
     apart = sum(any(answer.thoughts for answer in call.samples) for call in calls)
     if apart and layout.thought_tags is None:
-        warnings.warn(
+        warn_caller(
             f"The language model of predictor `{name}` returned its thoughts apart from the text in {apart} of "
             f"{len(calls)} calls, and the chat template of its weights does not say where they belong: they are left "
             "out of what is scored. Let the server return them inside of the text (without a reasoning parser), or "
             "switch thinking off.",
-            UserWarning,
-            stacklevel=9,  # the call of compile
         )
 
 
@@ -239,6 +235,8 @@ def _same_model(one: Any, other: Any) -> bool:
         return True
     here, there = local_engine(one), local_engine(other)
     if here is not None and there is not None:  # the same weights may be loaded twice, under two names
+        if here.engine is there.engine:  # whose identity may be one that cannot be told
+            return True
         return here.engine.identity.rpartition("@")[2] == there.engine.identity.rpartition("@")[2]
     return here is there and _name(one) == _name(other)
 

@@ -14,12 +14,12 @@ import copy
 import functools
 import re
 import threading
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dspy_greater.errors import LayoutError
+from dspy_greater.notices import warn_caller
 from dspy_greater.prompt.chat_template import content_text, render_chat
 from dspy_greater.prompt.piecewise import EncodedText, PiecewiseTokenizer, cuts
 
@@ -163,11 +163,9 @@ class PromptEncoder:
             return
         self._warned = True
         found = sorted({match.group() for match in self._pattern.finditer(contents)})
-        warnings.warn(
+        warn_caller(
             f"The data contains the special tokens {', '.join(found)}; they are tokenised as plain text. "
             "A server that parses special tokens inside messages sees a different prompt.",
-            UserWarning,
-            stacklevel=3,
         )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -148,12 +147,11 @@ def _dump(value: JSON) -> bytes:
 
 
 def _warn_not_written(path: Path, error: OSError) -> None:
-    warnings.warn(
+    warn_caller(
         f"The journal {path} can no longer be written: {error.strerror or error}. The search goes on and "
         "will return its program, but if it is interrupted, it resumes from before this step. Free the disk, "
         "or use another log_dir, before the next run.",
         RuntimeWarning,
-        stacklevel=3,
     )
 
 

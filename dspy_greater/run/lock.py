@@ -8,11 +8,11 @@ import json
 import os
 import socket
 import sys
-import warnings
 from pathlib import Path
 from typing import Any, cast
 
 from dspy_greater.errors import RunDirectoryError
+from dspy_greater.notices import warn_caller
 
 _TAKEN = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
 _LOCKED_BYTE = 1 << 30  # beyond the text, which others may then read on Windows too
@@ -97,11 +97,10 @@ def _take_or_explain(descriptor: int, directory: Path) -> None:
                 f"The run directory {directory} is in use by another run: {_owner(descriptor)}. "
                 "Wait for it, end it, or give this run another log_dir."
             ) from error
-        warnings.warn(
+        warn_caller(
             f"The file system of {directory} has no locks ({error.strerror}): "
             "make sure that no second run uses this directory at the same time.",
             RuntimeWarning,
-            stacklevel=4,
         )
 
 

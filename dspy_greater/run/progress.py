@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, TextIO, cast
 
 from dspy_greater.errors import SettingsError
+from dspy_greater.notices import warn_caller
 from dspy_greater.objective.types import Evaluation
 from dspy_greater.run.events import (
     BeamStarted,
@@ -200,9 +200,8 @@ def checked_callbacks(given: object, name: str = "callbacks") -> tuple[Listener,
 
 def _report(listener: Listener, event: Event, error: Exception) -> None:
     name = getattr(listener, "__qualname__", type(listener).__qualname__)
-    warnings.warn(
+    warn_caller(
         f"The callback {name} raised {type(error).__name__}: {error} (at {type(event).__name__}). "
         "It is not called again in this run; the search goes on.",
         RuntimeWarning,
-        stacklevel=3,
     )

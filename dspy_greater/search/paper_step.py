@@ -112,6 +112,7 @@ def _told(
             edit.log_probability,
             ranked.slopes.get(edit.token),
             outcome,
+            edit=edit.kind,
             realised=None if outcome is None or outcome is current else realised_change(current, outcome),
         )
 

@@ -5,8 +5,10 @@ when it is first used.
 
 Example:
     >>> import dspy_greater
-    >>> sorted(dspy_greater.__all__)
-    ['GReaTerTeleprompter', 'GradSumTeleprompter', 'GreaterError', 'Settings', '__version__', 'local_lm']
+    >>> sorted(dspy_greater.__all__)[:4]
+    ['GReaTer', 'GReaTerTeleprompter', 'GradSum', 'GradSumTeleprompter']
+
+`GReaTerTeleprompter` and `GradSumTeleprompter` are other names of `GReaTer` and `GradSum`.
 """
 
 from __future__ import annotations
@@ -17,18 +19,29 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dspy_greater.errors import GreaterError
-    from dspy_greater.gradsum import GradSumTeleprompter
+    from dspy_greater.gradsum import GradSum, GradSumTeleprompter
     from dspy_greater.lm.local import local_lm
-    from dspy_greater.optimizer import GReaTerTeleprompter
+    from dspy_greater.optimizer import GReaTer, GReaTerTeleprompter
     from dspy_greater.settings import Settings
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent, unless the program configures logging
 
 __version__ = "0.1.0"
 
-__all__ = ["GReaTerTeleprompter", "GradSumTeleprompter", "GreaterError", "Settings", "__version__", "local_lm"]
+__all__ = [
+    "GReaTer",
+    "GReaTerTeleprompter",
+    "GradSum",
+    "GradSumTeleprompter",
+    "GreaterError",
+    "Settings",
+    "__version__",
+    "local_lm",
+]
 
 _HOME = {
+    "GReaTer": "optimizer",
+    "GradSum": "gradsum",
     "GReaTerTeleprompter": "optimizer",
     "GradSumTeleprompter": "gradsum",
     "GreaterError": "errors",

@@ -1,4 +1,4 @@
-"""`GReaTerTeleprompter`: gradients over reasoning for the instructions of a DSPy program."""
+"""`GReaTer`: gradients over reasoning for the instructions of a DSPy program."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dspy.teleprompt import Teleprompter
+from typing_extensions import Unpack
 
 from dspy_greater.errors import UnvalidatedError
 from dspy_greater.metric import Metric
@@ -18,6 +19,7 @@ from dspy_greater.program.dataset import as_list
 from dspy_greater.program.rollout import engines_behind
 from dspy_greater.program.roundtrip import write_back
 from dspy_greater.report.result import CompileResult, what_stopped
+from dspy_greater.run.best import BestFile
 from dspy_greater.run.events import Listener
 from dspy_greater.run.journal import Journal
 from dspy_greater.run.log import StepLog
@@ -27,10 +29,10 @@ from dspy_greater.search.problem import Modes, Problem, pose
 from dspy_greater.search.step import Step
 from dspy_greater.search.variants import Variant, step_of
 from dspy_greater.search.warm_start import compile_warm
-from dspy_greater.settings import Auto, Settings, checked_log_dir, checked_seed
+from dspy_greater.settings import Auto, Knobs, Settings, checked_log_dir, checked_seed, spelled_out
 
 
-class GReaTerTeleprompter(Teleprompter):
+class GReaTer(Teleprompter):
     """Optimises a program's instructions with numerical gradients through the model's own reasoning.
 
     Every predictor that has gold values for one of its output fields is optimised in turn. The
@@ -54,7 +56,7 @@ class GReaTerTeleprompter(Teleprompter):
         mode: "rewrite" or "append", for all predictors or by name. An instruction that is appended to stays to
             the byte, and a sentence after it is searched; so it is by default where an instruction lists its
             tools, as `dspy.ReAct`'s does.
-        warm_start: another optimizer, such as `GradSumTeleprompter`, that runs first; the search goes on from
+        warm_start: another optimizer, such as `GradSum`, that runs first; the search goes on from
             the instructions that it finds. The floor is still the student that `compile` was given. To resume
             both, give both a `log_dir`, and not the same.
         callbacks: functions that are called with every event (`dspy_greater.run.events`). One that returns exactly
@@ -62,18 +64,19 @@ class GReaTerTeleprompter(Teleprompter):
             from there. One that raises is warned of once and not called again.
         listeners: the same, under an older name.
         progress: show a progress bar; None shows it on a terminal only.
-        **settings: any field of `Settings`.
+        **settings: any field of `Settings`, which explains them and what they cost.
 
     Raises:
         SettingsError: an unknown or impossible setting.
 
     ```python
-    optimizer = GReaTerTeleprompter(metric=exact_match, auto="light", log_dir="runs/navigate")
+    optimizer = GReaTer(metric=exact_match, auto="light", log_dir="runs/navigate")
     better = optimizer.compile(program, trainset=train, valset=val)
     better.detailed_results.steps[0].candidates
     ```
     """
 
+    @spelled_out(Knobs)
     def __init__(
         self,
         metric: Metric | None = None,
@@ -90,7 +93,7 @@ class GReaTerTeleprompter(Teleprompter):
         callbacks: Sequence[Listener] = (),
         listeners: Sequence[Listener] = (),
         progress: bool | None = None,
-        **settings: Any,
+        **settings: Unpack[Knobs],
     ) -> None:
         super().__init__()
         self.metric = metric
@@ -127,7 +130,9 @@ class GReaTerTeleprompter(Teleprompter):
             valset: rows on which the finalists meet the seed; without any, part of the trainset.
 
         Returns:
-            The program, with `detailed_results` (`CompileResult`), `candidate_programs` and `score` (0 to 1).
+            The program, with `detailed_results` (`CompileResult`; printed, a short trajectory), `candidate_programs`
+            (whole programs, best first) and `score`. Scores are means of the metric: 0.75 is what DSPy's `Evaluate`
+            shows as 75.0 %.
             Ctrl-C ends the search early with the best so far; a second one raises. So does an error of any kind, once
             an instruction besides the student's own was tried: what was found is validated and returned, with a
             warning, and `detailed_results.stopped_by` says what happened.
@@ -158,7 +163,7 @@ class GReaTerTeleprompter(Teleprompter):
             Journal.open(self.log_dir, problem.identity()) as journal,
             ProgressBar(show=self.progress) as bar,
         ):
-            listeners = Listeners([bar, StepLog(), *self.listeners])
+            listeners = Listeners([bar, StepLog(), BestFile(self.log_dir), *self.listeners])
             found = CoordinateDescent(problem, journal, listeners).run()  # Algorithm 1, predictor by predictor
         detailed = meter.result(found)
         if found.unvalidated is not None:
@@ -201,17 +206,26 @@ class _Meter:
 def _finished(student: Any, detailed: CompileResult) -> Any:
     """The student with the winning instructions and DSPy's customary attachments."""
     best = write_back(student, {result.name: result.instruction for result in detailed.predictors})
-    *earlier, last = detailed.predictors
-    others = {result.name: result.instruction for result in earlier}
-    ranked = sorted(last.validation.items(), key=lambda pair: -pair[1])
-    # What an interrupt or an error kept from being validated comes last.
-    ranked += [(each.instruction, math.nan) for each in last.finalists if each.instruction not in last.validation]
     best.candidate_programs = [
-        {"score": score, "program": write_back(student, {**others, last.name: text})} for text, score in ranked
+        {"score": score, "program": write_back(student, instructions)} for score, instructions in _ranked(detailed)
     ]
     best.score = detailed.score
     best.detailed_results = detailed
     return best
+
+
+def _ranked(detailed: CompileResult) -> list[tuple[float, dict[str, str]]]:
+    """All whole programs that were validated, best first; what an interrupt or an error kept from it comes last."""
+    validated = [each for each in detailed.candidates if not math.isnan(each.score)]
+    returned = detailed.candidates[detailed.best_idx].instructions
+    ranked = sorted(validated, key=lambda each: (-each.score, each.instructions != returned))
+    last = detailed.predictors[-1]
+    others = {each.name: each.instruction for each in detailed.predictors}
+    unknown = [each.instructions for each in detailed.candidates if math.isnan(each.score)]
+    unknown += [{**others, last.name: each.instruction} for each in last.finalists]
+    known = [each.instructions for each in validated]
+    rest = {tuple(each.items()): each for each in unknown if each not in known}
+    return [(each.score, each.instructions) for each in ranked] + [(math.nan, each) for each in rest.values()]
 
 
 def _unvalidated(student: Any, detailed: CompileResult) -> UnvalidatedError:
@@ -229,3 +243,5 @@ def _unvalidated(student: Any, detailed: CompileResult) -> UnvalidatedError:
 
 
 _GO_ON = " A run with a log_dir goes on from the last step that was taken."
+
+GReaTerTeleprompter = GReaTer  # the name that DSPy's own optimizers would give it

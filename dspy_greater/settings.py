@@ -20,20 +20,25 @@ instructions. Counted are the tokens that in-process models write for any predic
 the LM is a server, the tokens of its answers as the tokenizer of the weights splits them. What is resumed from
 a journal counts as it did then. Not counted are the prompts, the forward and backward passes, what the metric asks
 of a server, and the final validation: at most (`finalists` + 1) x `validation_rows` runs for each predictor.
+`max_metric_calls` bounds the same search by runs of the program on a row.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+from typing_extensions import TypedDict
 
 from dspy_greater.errors import SettingsError
 from dspy_greater.scalars import plain_scalar
 
 Auto = Literal["light", "medium", "heavy"]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,8 @@ class Settings:
     answer_temperature: float = 0.2  # divides the logits of the answer tokens
     finalists: int = 3  # best instructions by training objective that are validated
     max_instruction_tokens: int = 64  # the instruction grows no longer than this; text that must stay does not count
-    threads: int = 16  # concurrent rows where the LM is a server; in-process models batch all rows
+    num_threads: int = 16  # concurrent rows where the LM is a server; in-process models batch all rows
+    failure_score: float = 0.0  # of a row on which the program or the metric fails
     # From here to `explore_every`, the default variant alone.
     replayed: int = 24  # reasonings of the current instruction that are read again
     forecasts: int = 6  # candidates of a position that pass from the gradient to off-policy forecasts
@@ -68,7 +74,9 @@ class Settings:
     baseline_scale: float = 0.5  # times the mean mistake: how wrong unseen reasonings count until the seed is outdone
     explore_every: int = 2  # while forecasts do not come true, one step in about so many tries edits by chance; 0: none
     max_failed_steps: int = 5  # steps in a row without one finite loss before the search gives up
+    max_errors: int | None = None  # rows of one predictor's search that may fail; None: any number
     max_generated_tokens: int | None = None  # of the whole search, without the validation; see above
+    max_metric_calls: int | None = None  # runs of the program on a row, counted and bounded in the same way
 
     @classmethod
     def of(cls, auto: Auto | None, **overrides: object) -> Settings:
@@ -84,8 +92,12 @@ class Settings:
         """Raises `SettingsError` when a value is out of range."""
         make_plain(self)
         check_whole_numbers(self, _AT_LEAST)
-        optional = {name: 1 for name in ("max_generated_tokens", "selections") if getattr(self, name) is not None}
+        optional = {name: 1 for name in _AT_LEAST_ONE_OR_NONE if getattr(self, name) is not None}
         check_whole_numbers(self, optional)
+        if self.max_errors is not None:
+            check_whole_numbers(self, {"max_errors": 0})
+        if not _is_finite(self.failure_score):
+            raise SettingsError(f"failure_score={self.failure_score!r}: give a finite number.")
         for name in _NOT_NEGATIVE:
             value = getattr(self, name)
             if not _is_finite(value) or value < 0:
@@ -94,6 +106,54 @@ class Settings:
             raise SettingsError("explore_every=1: no step would forecast again; give 2 or more, or 0 for none.")
         if self.answer_temperature == 0:
             raise SettingsError("answer_temperature=0: logits are divided by it; give a positive number.")
+
+
+class Knobs(TypedDict, total=False):
+    """The fields of `Settings` as keywords; None stands for the preset's value."""
+
+    steps: int | None
+    train_rows: int | None
+    validation_rows: int | None
+    top_k: int | None
+    proposal_rows: int | None
+    proposal_draws: int | None
+    minimum_candidates: int | None
+    selections: int | None
+    fluency_weight: float | None
+    score_fluency_weight: float | None
+    answer_temperature: float | None
+    finalists: int | None
+    max_instruction_tokens: int | None
+    num_threads: int | None
+    failure_score: float | None
+    replayed: int | None
+    forecasts: int | None
+    positions_ahead: int | None
+    answer_weight: float | None
+    uncertainty_weight: float | None
+    baseline_scale: float | None
+    explore_every: int | None
+    max_failed_steps: int | None
+    max_errors: int | None
+    max_generated_tokens: int | None
+    max_metric_calls: int | None
+
+
+def spelled_out(knobs: type) -> Callable[[Function], Function]:
+    """A decorator: `help` and `inspect.signature` name every knob in the place of `**settings`."""
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        named = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        annotations = knobs.__annotations__.items()
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        named += [
+            inspect.Parameter(name, keyword, default=None, annotation=_text_of(each)) for name, each in annotations
+        ]
+        function.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
 
 
 def chosen_knobs(
@@ -162,6 +222,10 @@ def check_whole_numbers(settings: object, at_least: Mapping[str, int]) -> None:
             raise SettingsError(f"{name}={value!r}: give a whole number of at least {least}.")
 
 
+def _text_of(annotation: Any) -> str:
+    return getattr(annotation, "__forward_arg__", None) or str(annotation)
+
+
 def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -179,6 +243,7 @@ _NOT_NEGATIVE = (
     "uncertainty_weight",
     "baseline_scale",
 )
+_AT_LEAST_ONE_OR_NONE = ("max_generated_tokens", "max_metric_calls", "selections")
 _AT_LEAST = {
     "steps": 0,
     "train_rows": 1,
@@ -189,7 +254,7 @@ _AT_LEAST = {
     "minimum_candidates": 1,
     "finalists": 1,
     "max_instruction_tokens": 1,
-    "threads": 1,
+    "num_threads": 1,
     "replayed": 1,
     "forecasts": 0,
     "positions_ahead": 1,

@@ -145,6 +145,7 @@ events = st.one_of(
         scores=st.dictionaries(names, numbers, max_size=2),
         winner=texts,
         spent=costs,
+        subscores=st.dictionaries(names, st.lists(numbers, max_size=2).map(tuple), max_size=2),
     ),
     st.builds(NotCalled, predictors=st.lists(texts, max_size=3).map(tuple)),
     st.builds(Warned, message=texts),

@@ -261,7 +261,7 @@ def test_the_student_and_dspys_settings_are_untouched() -> None:
 
 
 def test_what_was_spent_is_exactly_what_was_asked() -> None:
-    student, teacher = program(), optimizer(threads=8)
+    student, teacher = program(), optimizer(num_threads=8)
     spent = teacher.compile(student, TRAIN, valset=VALIDATION).detailed_results.spent_by_module
     gradient = asked_of(teacher.gradient_lm)
     asked = {

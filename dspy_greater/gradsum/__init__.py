@@ -1,10 +1,10 @@
 """GRAD-SUM (arXiv 2407.12865): textual gradients, summarised, edit the prompts of a DSPy program.
 
 `modules` holds the prompts, `loop` the beam search, `evaluate` generation and evaluation, `ask` the
-bounded retries, `meter` what it costs, and `teleprompter` the optimizer.
+bounded retries, `meter` what it costs, and `optimizer` the optimizer.
 """
 
+from dspy_greater.gradsum.optimizer import GradSum, GradSumTeleprompter
 from dspy_greater.gradsum.settings import GradSumSettings
-from dspy_greater.gradsum.teleprompter import GradSumTeleprompter
 
-__all__ = ["GradSumSettings", "GradSumTeleprompter"]
+__all__ = ["GradSum", "GradSumSettings", "GradSumTeleprompter"]

@@ -71,7 +71,13 @@ class Evaluator:
         runs = [(programs[_key(prompts)], self._rows[row]) for prompts, row in pairs]
         metric = unscored if task.metric is None else task.metric.late if self._known else task.metric
         with meter.counting("generation"):
-            done = run_pairs(runs, metric, threads=task.settings.threads, refuse_dead=False)
+            done = run_pairs(
+                runs,
+                metric,
+                threads=task.settings.num_threads,
+                refuse_dead=False,
+                failure_score=task.settings.failure_score,
+            )
             refuse_dead_lm(done, len({row for _, row in pairs}), self._probe())
         meter.add("generation", runs=len(runs))
         self._latest = tuple(done)
@@ -86,7 +92,7 @@ class Evaluator:
 
         def probe() -> Rollout:
             program = searching_copy(self._task.program, dict(prompts))
-            return run_uncached(program, self._rows[row], threads=self._task.settings.threads)
+            return run_uncached(program, self._rows[row], threads=self._task.settings.num_threads)
 
         return probe
 

@@ -41,7 +41,7 @@ class Loop:
     def __init__(self, task: Task, meter: Meter, uncalled: Iterable[str] = ()) -> None:
         settings = task.settings
         self._task, self._meter = task, meter
-        self._asker = Asker(meter, retries=settings.retries, threads=settings.threads)
+        self._asker = Asker(meter, retries=settings.retries, threads=settings.num_threads)
         self._training = Evaluator(task, task.train, self._asker, meter)
         self.uncalled = frozenset(uncalled)
         self._sites = {site.name: site for site in task.edited if site.name not in self.uncalled}
@@ -106,8 +106,8 @@ class Loop:
         self.uncalled = frozenset(uncalled)
         self._sites = {name: site for name, site in self._sites.items() if name not in self.uncalled}
 
-    def validate(self, finalists: Sequence[Prompts]) -> list[tuple[float, ...]]:
-        """The mean scores of prompts on the validation rows, whatever is left of the budget.
+    def validate(self, finalists: Sequence[Prompts]) -> list[tuple[Output, ...]]:
+        """What prompts lead to on the validation rows, whatever is left of the budget.
 
         Raises:
             JudgeError: the judge gave no usable verdict.
@@ -119,7 +119,7 @@ class Loop:
         validation = Evaluator(task, task.validation, self._asker, self._meter)
         outputs = validation.evaluate(finalists, range(len(task.validation)))
         refuse_useless_metric(*([output.error for output in each] for each in outputs), rows="validation rows")
-        return [mean_score(each) for each in outputs]
+        return outputs
 
     def _draw(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The rows of this iteration, the same whether or not the run was interrupted before it."""

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from typing_extensions import TypedDict
+
 from dspy_greater.errors import SettingsError
 from dspy_greater.scalars import plain_scalar
 from dspy_greater.settings import Auto, check_whole_numbers, chosen_knobs, make_plain
@@ -38,7 +40,8 @@ class GradSumSettings:
     retries: int = 2  # how often an answer that cannot be used is asked for again
     tried_shown: int = 8  # prompts tried before that the editor is shown; 0 is the paper's editor
     longest_text: int = 4000  # characters of one input, output or trace that a module is shown
-    threads: int = 16  # LM calls under way at a time
+    num_threads: int = 16  # LM calls under way at a time
+    failure_score: float = 0.0  # the metric's, of a row on which the program or the metric fails
     max_lm_calls: int | None = None  # of the whole run, the final comparison included
     max_lm_tokens: int | None = None  # prompt and completion tokens of the whole run
 
@@ -64,6 +67,8 @@ class GradSumSettings:
         object.__setattr__(self, "judge_scale", (low, high))
         if isinstance(self.full_score, bool) or not isinstance(self.full_score, (int, float)):
             raise SettingsError(f"full_score={self.full_score!r}: give a number.")
+        if isinstance(self.failure_score, bool) or not isinstance(self.failure_score, (int, float)):
+            raise SettingsError(f"failure_score={self.failure_score!r}: give a number.")
         if not isinstance(self.summarize, bool):
             raise SettingsError(f"summarize={self.summarize!r}: give True or False.")
 
@@ -75,6 +80,28 @@ class GradSumSettings:
         if type(low) is not int or type(high) is not int:
             raise SettingsError(f"judge_scale={self.judge_scale!r}: give two whole numbers, (worst, best).")
         return low, high
+
+
+class GradSumKnobs(TypedDict, total=False):
+    """The fields of `GradSumSettings` as keywords; None stands for the preset's value."""
+
+    beam_width: int | None
+    iterations: int | None
+    sample_size: int | None
+    summarize: bool | None
+    candidates_per_edit: int | None
+    subset_size: int | None
+    validation_rows: int | None
+    train_rows: int | None
+    judge_scale: tuple[int, int] | None
+    full_score: float | None
+    retries: int | None
+    tried_shown: int | None
+    longest_text: int | None
+    num_threads: int | None
+    failure_score: float | None
+    max_lm_calls: int | None
+    max_lm_tokens: int | None
 
 
 _PRESETS: Mapping[Auto, Mapping[str, int]] = {
@@ -93,5 +120,5 @@ _AT_LEAST = {
     "retries": 0,
     "tried_shown": 0,
     "longest_text": 100,
-    "threads": 1,
+    "num_threads": 1,
 }

@@ -262,15 +262,22 @@ class Evaluator:
         """Programs on rows; the session generates where they run on the very model whose instruction is evaluated."""
         generate = session.generate if engines_behind(self._program) == [self.engine] else None
         metric = self._metric if self._first is None else self._metric.late
-        threads = self._settings.threads
-        done = run_pairs(pairs, metric, threads=threads, refuse_dead=False, generate=generate)
+        threads = self._settings.num_threads
+        done = run_pairs(
+            pairs,
+            metric,
+            threads=threads,
+            refuse_dead=False,
+            generate=generate,
+            failure_score=self._settings.failure_score,
+        )
         self._count(done)
         return done
 
     def _probe(self, answered: Evaluation) -> Rollout:
         row = min(answered.rows, key=lambda row: (row.error is not None, not row.written))
         program = with_instructions(self._program, {self._site.name: answered.instruction})
-        probed = run_uncached(program, self._rows[row.row], threads=self._settings.threads)
+        probed = run_uncached(program, self._rows[row.row], threads=self._settings.num_threads)
         self._count([probed])
         return probed
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from dspy.adapters.utils import serialize_for_json
@@ -41,8 +41,8 @@ _MOST_IN_LOCKSTEP = 512  # threads that wait for one model together
 class Rollout:
     """One run of a program on one row: the last call of each predictor, and the metric's score.
 
-    `error` says why the run or the metric failed; such a row scores 0. `failure` is the kind of that error, and
-    `source` says who raised it. `feedback` is the metric's, and `trace` every call in its order.
+    `error` says why the run or the metric failed; such a row has the failure score. `failure` is the kind of that
+    error, and `source` says who raised it. `feedback` is the metric's, and `trace` every call in its order.
     """
 
     calls: Mapping[str, PredictorCall]
@@ -67,6 +67,7 @@ def roll_out(
     *,
     threads: int,
     deployed: bool = False,
+    failure_score: float = 0.0,
 ) -> list[list[Rollout]]:
     """Run every program on every row.
 
@@ -78,6 +79,7 @@ def roll_out(
             an in-process model, all of them are.
         deployed: let the adapter ask again in JSON where an answer does not parse, as it will when the
             program is used; while searching, only the prompt that is searched counts.
+        failure_score: of a run that failed, or that the metric failed on.
 
     Returns:
         For each program the rollouts of the rows, in their order.
@@ -92,7 +94,7 @@ def roll_out(
     ```
     """
     pairs = [(program, row) for program in programs for row in rows]
-    done = run_pairs(pairs, metric, threads=threads, deployed=deployed)
+    done = run_pairs(pairs, metric, threads=threads, deployed=deployed, failure_score=failure_score)
     return (
         [done[start : start + len(rows)] for start in range(0, len(done), len(rows))]
         if rows
@@ -108,6 +110,7 @@ def run_pairs(
     refuse_dead: bool = True,
     deployed: bool = False,
     generate: Generate | None = None,
+    failure_score: float = 0.0,
 ) -> list[Rollout]:
     """Run programs on rows, each (program, row) once; see `roll_out`. Without `refuse_dead` all may fail.
 
@@ -124,7 +127,7 @@ def run_pairs(
     done = together(run, pairs, lms=lms, threads=threads, generate=generate)
     if refuse_dead:
         refuse_dead_lm(done, len(pairs) // max(1, len(programs)))
-    return done
+    return [each if each.error is None else replace(each, score=failure_score) for each in done]
 
 
 def together(

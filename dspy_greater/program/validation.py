@@ -9,7 +9,6 @@ from dspy_greater.metric import RowMetric, refuse_useless_metric
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.inputs import shortened
 from dspy_greater.program.rollout import roll_out, searching_copy
-from dspy_greater.stats import mean
 
 
 def validation_scores(
@@ -19,8 +18,9 @@ def validation_scores(
     metric: RowMetric,
     *,
     threads: int,
-) -> list[float]:
-    """Mean metric of each finalist on the rows, run as it will be deployed.
+    failure_score: float = 0.0,
+) -> list[tuple[float, ...]]:
+    """The metric of each finalist on each row, run as it will be deployed.
 
     Args:
         program: a program in which every predictor holds its LM.
@@ -28,13 +28,14 @@ def validation_scores(
         rows: the validation rows.
         metric: the user's metric.
         threads: see `roll_out`.
+        failure_score: see `roll_out`.
 
     Raises:
         MetricError: the metric failed on every row of every finalist, so that its zeros compare nothing.
         ProgramError: the language model never answered.
     """
     programs = [searching_copy(program, texts) for texts in finalists]
-    rollouts = roll_out(programs, rows, metric.late, threads=threads, deployed=True)
+    rollouts = roll_out(programs, rows, metric.late, threads=threads, deployed=True, failure_score=failure_score)
     refuse_useless_metric(*([each.error for each in group] for group in rollouts), rows="validation rows")
     failed = [(row, each) for group in rollouts for row, each in enumerate(group) if each.failure == "metric"]
     if failed:
@@ -44,7 +45,7 @@ def validation_scores(
             f"mistakes. On the row {shortened(dict(rows[row].inputs()))}, {first.error}.",
             RuntimeWarning,
         )
-    return [mean([each.score for each in group]) for group in rollouts]
+    return [tuple(each.score for each in group) for group in rollouts]
 
 
 def winner(scores: Sequence[float] | Sequence[tuple[float, ...]]) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from dspy_greater.objective.types import Evaluation
 from dspy_greater.run.events import IterationTaken, StepTaken
+from dspy_greater.run.log import edit_of
 from dspy_greater.stats import spearman
 
 
@@ -23,6 +26,7 @@ class PredictorResult:
     instruction: str  # what was written into the program
     seed_spent: dict[str, int]  # on the seed's training rows
     validation_spent: dict[str, int]  # empty when there was no validation
+    subscores: dict[str, tuple[float, ...]]  # of `validation`, row by row
 
     @property
     def spent_by_phase(self) -> dict[str, dict[str, int]]:
@@ -59,13 +63,27 @@ class PredictorResult:
 
 
 @dataclass(frozen=True)
+class ValidatedProgram:
+    """A whole program on the validation rows: instructions by searched predictor, mean score, and score by row."""
+
+    instructions: dict[str, str]
+    score: float
+    subscores: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class WarmStart:
     """What another optimizer found before the search began, and the last comparison with the student itself."""
 
     instructions: dict[str, str]  # by predictor: the seeds of the search
-    student_score: float
+    student: ValidatedProgram  # in the last comparison
     score: float  # of what the search ended with
     details: object = None  # the other optimizer's `detailed_results`
+
+    @property
+    def student_score(self) -> float:
+        """Validation score of the student."""
+        return self.student.score
 
     @property
     def undone(self) -> bool:
@@ -75,8 +93,9 @@ class WarmStart:
 
 @dataclass(frozen=True)
 class CompileResult:
-    """`program.detailed_results`.
+    """`program.detailed_results`; printed, it is a short trajectory of the search.
 
+    Scores are means of the metric, on the metric's own scale: 0.75 is what DSPy's `Evaluate` shows as 75.0 %.
     `spent` holds what the engines counted in this process: forwards, prefilled_tokens, generated_tokens,
     padded_tokens, lm_head_rows and backward_tokens. `out_of_budget` says why the search ended early, if
     `max_generated_tokens` did it; predictors that it did not come to keep their instructions and are not among
@@ -122,6 +141,67 @@ class CompileResult:
         """All steps of all predictors, in order."""
         return tuple(step for predictor in self.predictors for step in predictor.steps)
 
+    @property
+    def candidates(self) -> tuple[ValidatedProgram, ...]:
+        """The whole programs that met the validation rows, in that order; the student comes first."""
+        now = {each.name: each.seed_instruction for each in self.predictors}
+        found: dict[tuple[str, ...], ValidatedProgram] = {}
+        if self.warm_start is not None:
+            student = {name: self.warm_start.student.instructions[name] for name in now}
+            found[tuple(student.values())] = replace(self.warm_start.student, instructions=student)
+        for each in self.predictors:
+            for text, score in each.validation.items():
+                program = {**now, each.name: text}
+                key = tuple(program.values())
+                if self.warm_start is None or key not in found:
+                    found[key] = ValidatedProgram(program, score, each.subscores.get(text, ()))
+            now[each.name] = each.instruction
+        return tuple(found.values())
+
+    @property
+    def best_idx(self) -> int:
+        """Which of `candidates` was returned."""
+        if self.warm_start is not None and self.warm_start.undone:
+            return 0
+        returned = {each.name: each.instruction for each in self.predictors}
+        return [each.instructions for each in self.candidates].index(returned)
+
+    @property
+    def val_aggregate_scores(self) -> tuple[float, ...]:
+        """The score of each of `candidates`: nan where the validation did not come about."""
+        return tuple(each.score for each in self.candidates)
+
+    @property
+    def val_subscores(self) -> tuple[tuple[float, ...], ...]:
+        """For each of `candidates` the metric on each validation row."""
+        return tuple(each.subscores for each in self.candidates)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain values for `json.dumps`: without reasoning texts, and None for what is no finite number.
+
+        ```python
+        Path("record.json").write_text(json.dumps(better.detailed_results.to_dict()))
+        ```
+        """
+        return finite(
+            {
+                **_outcome(self),
+                "candidates": [each.instructions for each in self.candidates],
+                "spent_by_phase": self.spent_by_phase,
+                "predictors": [_predictor_as_dict(each) for each in self.predictors],
+            }
+        )
+
+    def __str__(self) -> str:
+        lines = [f"score {self.seed_score:.3g} -> {self.score:.3g} on {self.validation_rows} validation rows"]
+        for each in self.predictors:
+            lines.append(f"{each.name}, {len(each.steps)} steps on {self.train_rows} training rows:")
+            lines += [f"  {_new_best(step)}" for step in new_bests(each)]
+            lines.append(f"  {each.seed_instruction!r} -> {each.instruction!r}")
+        tokens = sum(phase.get("generated_tokens", 0) for phase in self.spent_by_phase.values())
+        ended = "" if self.stopped_by is None else f"; stopped by {self.stopped_by}"
+        return "\n".join([*lines, f"{self.seconds:.0f} s, {tokens:,} tokens generated{ended}"])
+
 
 @dataclass(frozen=True)
 class GradSumResult:
@@ -144,11 +224,50 @@ class GradSumResult:
     interrupted: bool = False
     out_of_budget: str | None = None  # why the loop ended early, if the budget did it
     stopped_by: str | None = None  # "interrupt", "callback", "budget" or an error; None when it took all iterations
+    subscores: tuple[tuple[float, ...], ...] = ()  # of the finalists, row by row
 
     @property
     def prompts(self) -> dict[str, str]:
         """What was written into the program."""
         return self.finalists[self.winner]
+
+    @property
+    def candidates(self) -> tuple[ValidatedProgram, ...]:
+        """The finalists, in the order of `finalists`."""
+        rows = self.subscores or ((),) * len(self.finalists)
+        scored = zip(self.finalists, self.validation, rows, strict=True)
+        return tuple(ValidatedProgram(prompts, score[0], each) for prompts, score, each in scored)
+
+    @property
+    def best_idx(self) -> int:
+        """Which of `candidates` was returned."""
+        return self.winner
+
+    @property
+    def val_aggregate_scores(self) -> tuple[float, ...]:
+        """The score of each of `candidates`: nan where the validation did not come about."""
+        return tuple(each.score for each in self.candidates)
+
+    @property
+    def val_subscores(self) -> tuple[tuple[float, ...], ...]:
+        """For each of `candidates` the score of each validation row."""
+        return tuple(each.subscores for each in self.candidates)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain values for `json.dumps`, with None for what is no finite number."""
+        steps = [{"beam": list(each.beam), "best": max(one.score for one in each.compared)} for each in self.iterations]
+        candidates = [each.instructions for each in self.candidates]
+        spent = {"spent_by_module": self.spent_by_module}
+        return finite({**_outcome(self), **spent, "candidates": candidates, "iterations": steps})
+
+    def __str__(self) -> str:
+        lines = [f"score {self.seed_score:.3g} -> {self.score:.3g} on {self.validation_rows} validation rows"]
+        for each in self.iterations:
+            best = max(one.score for one in each.compared)
+            lines.append(f"  iteration {each.iteration + 1}: best {', '.join(f'{part:.3g}' for part in best)}")
+        lines += [f"  {name}: {self.seed_prompts[name]!r} -> {text!r}" for name, text in self.prompts.items()]
+        ended = "" if self.stopped_by is None else f"; stopped by {self.stopped_by}"
+        return "\n".join([*lines, f"{self.seconds:.0f} s, {self.spent.get('calls', 0):,} LM calls{ended}"])
 
     @property
     def seed_prompts(self) -> dict[str, str]:
@@ -182,6 +301,76 @@ def what_stopped(*, interrupted: bool, called_off: bool, out_of_budget: str | No
     if called_off:
         return "callback"
     return None if out_of_budget is None else "budget"
+
+
+def new_bests(predictor: PredictorResult) -> list[StepTaken]:
+    """The steps that led to a new best training objective."""
+    best, found = predictor.seed.objective, list[StepTaken]()
+    for step in predictor.steps:
+        if step.chosen.objective < best:
+            best = step.chosen.objective
+            found.append(step)
+    return found
+
+
+def finite(value: Any) -> Any:
+    """Lists and mappings of plain values with None in the place of nan and infinities, which JSON does not have.
+
+    >>> finite({"loss": math.nan, "rows": (0.5, 1)})
+    {'loss': None, 'rows': [0.5, 1]}
+    """
+    if isinstance(value, Mapping):
+        return {str(name): finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _outcome(result: CompileResult | GradSumResult) -> dict[str, Any]:
+    names = ("score", "seed_score", "best_idx", "val_aggregate_scores", "val_subscores", "train_rows")
+    names += ("validation_rows", "seconds", "spent", "stopped_by")
+    return {name: getattr(result, name) for name in names}
+
+
+def _predictor_as_dict(predictor: PredictorResult) -> dict[str, Any]:
+    return {
+        "name": predictor.name,
+        "field": predictor.field,
+        "seed_instruction": predictor.seed_instruction,
+        "instruction": predictor.instruction,
+        "validation": predictor.validation,
+        "fidelity": predictor.fidelity,
+        "steps": [_step_as_dict(step) for step in predictor.steps],
+    }
+
+
+def _step_as_dict(step: StepTaken) -> dict[str, Any]:
+    return {
+        "step": step.step,
+        "position": step.position,
+        "edit": edit_of(step),
+        "instruction": step.chosen.instruction,
+        "score": step.chosen.score,
+        "cross_entropy": step.chosen.cross_entropy,
+        "reason": step.reason,
+        "spent": step.spent,
+        "candidates": [
+            {
+                "edit": each.edit,
+                "text": each.text,
+                "log_probability": each.log_probability,
+                "gradient": each.gradient,
+                "forecast": each.forecast,
+                "instruction": None if each.evaluation is None else each.evaluation.instruction,
+                "score": None if each.evaluation is None else each.evaluation.score,
+            }
+            for each in step.candidates
+        ],
+    }
+
+
+def _new_best(step: StepTaken) -> str:
+    return f"step {step.step + 1}: {edit_of(step)}, score {step.chosen.score:.3g}, loss {step.chosen.cross_entropy:.3g}"
 
 
 def _summed(costs: Iterable[dict[str, int]]) -> dict[str, int]:

@@ -49,9 +49,10 @@ class Validated:
     """The finalists of a predictor on the validation rows; `scores` by instruction, the seed first."""
 
     predictor: str
-    scores: dict[str, float]
+    scores: dict[str, float]  # means of the metric
     winner: str
     spent: dict[str, int] = field(default_factory=dict[str, int])  # as in `StepTaken`
+    subscores: dict[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])  # row by row
 
 
 @dataclass(frozen=True)

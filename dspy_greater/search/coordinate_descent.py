@@ -27,6 +27,7 @@ from dspy_greater.run.progress import Listeners
 from dspy_greater.search.predictor_search import PredictorSearch
 from dspy_greater.search.problem import Problem, Target
 from dspy_greater.search.seed_run import SeedRun, check_seed_run, kept_as_they_are, refuse_nameless_inputs, unused_error
+from dspy_greater.search.state import UNUSED
 
 _LOG = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class CoordinateDescent:
         self._problem, self._journal, self._listeners = problem, journal, listeners
         self._program = problem.program
         self._results: list[PredictorResult] = []
-        self._generated = 0
+        self._usage = UNUSED
         self._interrupted = False
         self._out_of_budget: str | None = None
         self._error: str | None = None
@@ -124,7 +125,7 @@ class CoordinateDescent:
             self._program,
             self._journal,
             self._listeners,
-            generated_tokens=self._generated,
+            usage=self._usage,
         )
         run = search.evaluate_seed()
         if run is not None:
@@ -189,7 +190,7 @@ class CoordinateDescent:
             result = search.unvalidated(known_score)
         self._results.append(result)
         self._program = searching_copy(self._program, {target.site.name: result.instruction})
-        self._interrupted, self._generated = search.interrupted, search.generated_tokens
+        self._interrupted, self._usage = search.interrupted, search.usage
         self._called_off = search.called_off
         if error is None and search.stopped_by is not None:
             self._stop(search.stopped_by, search.steps_taken)

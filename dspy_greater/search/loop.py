@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 
-from dspy_greater.errors import LossError
+from dspy_greater.errors import LossError, ProgramError
 from dspy_greater.objective.evaluator import Evaluator
 from dspy_greater.objective.types import Evaluation
 from dspy_greater.run.events import StepTaken
-from dspy_greater.search.state import SearchState, advance, begin
+from dspy_greater.search.state import UNUSED, SearchState, Usage, advance, begin
 from dspy_greater.search.step import Step, StepContext
 from dspy_greater.settings import Settings
 
@@ -27,11 +27,11 @@ def minimise(
     predictor: str,
     random_seed: int,
     recorded: Iterable[StepTaken] = (),
-    generated_tokens: int = 0,
+    usage: Usage = UNUSED,
 ) -> Iterator[tuple[SearchState, StepTaken, bool]]:
     """Algorithm 1: T steps from the seed instruction, each yielded with the state after it.
 
-    Fewer where `max_generated_tokens` is reached.
+    Fewer where `max_generated_tokens` or `max_metric_calls` is reached.
 
     Args:
         evaluator: the task loss of the predictor's instruction.
@@ -41,28 +41,33 @@ def minimise(
         predictor: the predictor's name, for events and the randomness of the steps.
         random_seed: decides which rows propose at each step.
         recorded: steps of an interrupted run; they are replayed instead of taken.
-        generated_tokens: what the budget has spent before, on the seed too.
+        usage: what was spent of the budgets before, on the seed too.
 
     Yields:
         The state, the step that led to it, and whether the step was taken now (not replayed).
 
     Raises:
         LossError: several steps in a row had no candidate with a finite loss.
+        ProgramError: more than `max_errors` rows failed.
     """
     positions, fixed = evaluator.layout.positions, evaluator.layout.fixed
     editable = positions(seed.token_ids)
-    state = begin(seed, settings, editable=editable, generated_tokens=generated_tokens, fixed=fixed)
+    state = begin(seed, settings, editable=editable, usage=usage, fixed=fixed)
     replay = iter(recorded)
+    known_by_text = {seed.instruction: seed}
+    _refuse_many_errors(known_by_text.values(), settings, predictor)
     while not state.finished(settings):
         known = next(replay, None)
         taken = known or _take(evaluator, state, settings, step, predictor, random_seed)
         evaluated = [each.evaluation for each in taken.candidates if each.evaluation is not None]
         evaluator.recall([*evaluated, taken.chosen])
+        known_by_text.update({each.instruction: each for each in (*evaluated, taken.chosen)})
         failed = _failed(evaluator, taken, evaluated)
         state = advance(state, taken, evaluated, settings, positions, failed=failed)
         state = step.move(state, settings, positions)
         _give_up_if_failing(state, settings, predictor)
         yield state, taken, known is None
+        _refuse_many_errors(known_by_text.values(), settings, predictor)
 
 
 def _take(
@@ -93,4 +98,13 @@ def _give_up_if_failing(state: SearchState, settings: Settings, predictor: str) 
             f"Predictor `{predictor}`: no candidate had a finite loss in {state.failed_steps} steps in a row. Check "
             "that program(**trainset[0].inputs()) answers, load the model in a wider dtype "
             "(local_lm(..., dtype='float32')), and check its weights."
+        )
+
+
+def _refuse_many_errors(evaluations: Iterable[Evaluation], settings: Settings, predictor: str) -> None:
+    failed = [row for each in evaluations for row in each.rows if row.error is not None]
+    if settings.max_errors is not None and len(failed) > settings.max_errors:
+        raise ProgramError(
+            f"Predictor `{predictor}`: the program or the metric failed on {len(failed)} rows, and "
+            f"max_errors={settings.max_errors}; on the last, {failed[-1].error}. Mend it, or allow more."
         )

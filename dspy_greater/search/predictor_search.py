@@ -19,7 +19,8 @@ from dspy_greater.run.progress import Listeners
 from dspy_greater.search.loop import minimise
 from dspy_greater.search.problem import Problem, Target
 from dspy_greater.search.seed_run import SeedRun, warn_if_all_failed
-from dspy_greater.search.state import begin
+from dspy_greater.search.state import Usage, begin
+from dspy_greater.stats import mean
 
 
 class PredictorSearch:
@@ -31,7 +32,7 @@ class PredictorSearch:
         program: the program, with the instructions that were found for other predictors.
         journal: of the run.
         listeners: hear every event.
-        generated_tokens: what the searches of earlier predictors spent of the budget.
+        usage: what the searches of earlier predictors used of the budgets.
 
     Attributes:
         interrupted: whether Ctrl-C ended the search.
@@ -46,7 +47,7 @@ class PredictorSearch:
         journal: Journal,
         listeners: Listeners,
         *,
-        generated_tokens: int,
+        usage: Usage,
     ) -> None:
         self._problem, self._target, self._program = problem, target, program
         self._journal, self._listeners = journal, listeners
@@ -65,7 +66,7 @@ class PredictorSearch:
             fixed=target.fixed,
         )
         self._steps: list[StepTaken] = []
-        self._generated_before = generated_tokens
+        self._used_before = usage
         self.interrupted = False
         self.stopped_by: Exception | None = None
 
@@ -104,8 +105,7 @@ class PredictorSearch:
             spent = evaluator.spent(self._before)
             self._started = SearchStarted(self._name, seed, settings.steps, spent, evaluator.called.description)
         self._tell(self._started, record=run is not None)
-        generated = self._generated_before + self._started.spent.get("generated_tokens", 0)
-        self._state = begin(seed, settings, generated_tokens=generated)
+        self._state = begin(seed, settings, usage=self._used_before.after(self._started.spent))
 
     def run(self) -> None:
         """Algorithm 1, from where a run stopped; Ctrl-C, callbacks or an error end it with what was found."""
@@ -117,7 +117,7 @@ class PredictorSearch:
             predictor=self._name,
             random_seed=self._problem.seed,
             recorded=[event for event in self._recorded if isinstance(event, StepTaken)],
-            generated_tokens=self._state.generated_tokens,
+            usage=self._state.usage,
         )
         if self._listeners.stopped:
             return
@@ -144,9 +144,9 @@ class PredictorSearch:
         return f"after step {self._state.step} of {self._problem.settings.steps} of predictor `{self._name}`"
 
     @property
-    def generated_tokens(self) -> int:
-        """What the searches spent of the budget up to now, those of earlier predictors included."""
-        return self._state.generated_tokens
+    def usage(self) -> Usage:
+        """What the searches used of the budgets up to now, those of earlier predictors included."""
+        return self._state.usage
 
     @property
     def called_off(self) -> bool:
@@ -162,13 +162,11 @@ class PredictorSearch:
     def out_of_budget(self) -> str | None:
         """What the budget did not allow, in words; None when it allowed all."""
         settings, state, rest = self._problem.settings, self._state, self._rest
-        if not state.out_of_budget(settings) or (state.step >= settings.steps and not rest):
+        exhausted = state.usage.exhausted(settings)
+        if exhausted is None or (state.step >= settings.steps and not rest):
             return None
         kept = f" Not searched, and left as they were: {', '.join(rest)}." if rest else ""
-        return (
-            f"max_generated_tokens={settings.max_generated_tokens} was reached with {state.generated_tokens} tokens, "
-            f"after step {state.step} of {settings.steps} of predictor `{self._name}`.{kept}"
-        )
+        return f"{exhausted}, after step {state.step} of {settings.steps} of predictor `{self._name}`.{kept}"
 
     def validate(self, known_score: float) -> PredictorResult:
         """The finalists meet the seed on the validation rows; a tie keeps the seed, and so does a first Ctrl-C.
@@ -201,16 +199,24 @@ class PredictorSearch:
 
     def _validated(self, texts: Sequence[str]) -> Validated:
         problem, before = self._problem, self._evaluator.spent()
-        scores = validation_scores(
+        subscores = validation_scores(
             self._program,
             [{self._name: text} for text in texts],
             problem.validation,
             problem.metric,
-            threads=problem.settings.threads,
+            threads=problem.settings.num_threads,
+            failure_score=problem.settings.failure_score,
         )
+        scores = [mean(each) for each in subscores]
         spent = self._evaluator.spent(before)
         spent["runs"] = len(texts) * len(problem.validation)
-        return Validated(self._name, dict(zip(texts, scores, strict=True)), texts[winner(scores)], spent)
+        return Validated(
+            self._name,
+            dict(zip(texts, scores, strict=True)),
+            texts[winner(scores)],
+            spent,
+            dict(zip(texts, subscores, strict=True)),
+        )
 
     def _finalists(self) -> list[str]:
         """The seed and the best of what was tried; one that DSPy would not send as it was scored is left out."""
@@ -233,6 +239,7 @@ class PredictorSearch:
             steps=tuple(self._steps),
             finalists=self._state.best,
             validation=validated.scores,
+            subscores=validated.subscores,
             instruction=validated.winner,
             seed_spent=self._started.spent,
             validation_spent=validated.spent,

@@ -6,7 +6,7 @@ replaying its recorded steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dspy_greater.objective.types import Evaluation
@@ -16,6 +16,34 @@ from dspy_greater.settings import Settings
 _SENTENCE_ENDS = (".", "!", "?", "。", "！", "？")
 _RECENT = 60  # candidates over which forecasts prove themselves
 _LONGEST_WALK = 20  # steps without a new best; an instruction that grows with every step would never return
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a run has used of its budgets: the seeds' evaluations and the steps, of all predictors up to now."""
+
+    generated_tokens: int = 0
+    metric_calls: int = 0  # runs of the program on a row
+
+    def after(self, spent: Mapping[str, int]) -> Usage:
+        """With what an event says that was spent.
+
+        >>> Usage(10, 1).after({"generated_tokens": 5, "runs": 2})
+        Usage(generated_tokens=15, metric_calls=3)
+        """
+        return Usage(self.generated_tokens + spent.get("generated_tokens", 0), self.metric_calls + spent.get("runs", 0))
+
+    def exhausted(self, settings: Settings) -> str | None:
+        """Which budget is spent, in words."""
+        tokens, calls = settings.max_generated_tokens, settings.max_metric_calls
+        if tokens is not None and self.generated_tokens >= tokens:
+            return f"max_generated_tokens={tokens} was reached with {self.generated_tokens} tokens"
+        if calls is not None and self.metric_calls >= calls:
+            return f"max_metric_calls={calls} was reached with {self.metric_calls} calls"
+        return None
+
+
+UNUSED = Usage()
 
 
 @dataclass(frozen=True)
@@ -33,19 +61,14 @@ class SearchState:
     step: int = 0
     position: int = 0
     failed_steps: int = 0  # in a row, without one finite loss
-    generated_tokens: int = 0  # since the run began, by the searches of earlier predictors too
+    usage: Usage = UNUSED  # since the run began, by the searches of earlier predictors too
     fixed: str = ""  # the leading text of the instruction that may not change
     unchanged: int = 0
     predictions: tuple[tuple[float, tuple[float, float]], ...] = ()  # (predicted, realised) of what was tried
 
     def finished(self, settings: Settings) -> bool:
-        """Whether all steps are taken, or the budget is spent."""
-        return self.step >= settings.steps or self.out_of_budget(settings)
-
-    def out_of_budget(self, settings: Settings) -> bool:
-        """Whether as many tokens are generated as may be."""
-        limit = settings.max_generated_tokens
-        return limit is not None and self.generated_tokens >= limit
+        """Whether all steps are taken, or a budget is spent."""
+        return self.step >= settings.steps or self.usage.exhausted(settings) is not None
 
     def appends(self) -> bool:
         """Whether the next step adds a token at the end instead of replacing one."""
@@ -57,18 +80,18 @@ def begin(
     settings: Settings,
     *,
     editable: Sequence[int] | None = None,
-    generated_tokens: int = 0,
+    usage: Usage = UNUSED,
     fixed: str = "",
 ) -> SearchState:
     """The state before the first step: p = p* = the seed instruction (Algorithm 1, line 3).
 
     `editable` are the positions that may be changed, all of them by default; line breaks may not.
-    `generated_tokens` were generated before, the seed's evaluation included. Only what follows `fixed` is searched;
+    `usage` is what was spent before, the seed's evaluation included. Only what follows `fixed` is searched;
     where nothing does, the first step appends a token.
     """
     first = min(editable, default=_nowhere(seed, fixed)) if editable is not None else 0
     best = _ranked((seed,), settings)
-    return SearchState(seed, seed, best, position=first, generated_tokens=generated_tokens, fixed=fixed)
+    return SearchState(seed, seed, best, position=first, usage=usage, fixed=fixed)
 
 
 def advance(
@@ -94,7 +117,7 @@ def advance(
         step=state.step + 1,
         position=_next_position(state, chosen, settings, positions(chosen.token_ids)),
         failed_steps=state.failed_steps + 1 if failed else 0,
-        generated_tokens=state.generated_tokens + step.spent.get("generated_tokens", 0),
+        usage=state.usage.after(step.spent),
         unchanged=0 if further else state.unchanged + 1,
         predictions=(*state.predictions, *step.predictions)[-_RECENT:],
     )

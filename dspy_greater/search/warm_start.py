@@ -14,8 +14,9 @@ from dspy_greater.notices import warn_caller
 from dspy_greater.program.predictors import predictors_of
 from dspy_greater.program.roundtrip import write_back
 from dspy_greater.program.validation import validation_scores, winner
-from dspy_greater.report.result import WarmStart
+from dspy_greater.report.result import ValidatedProgram, WarmStart
 from dspy_greater.search.problem import Problem
+from dspy_greater.stats import mean
 
 
 def compile_warm(optimizer: Any, student: Any, problem: Problem, trainset: Sequence[Any], valset: Any) -> Any:
@@ -71,15 +72,17 @@ def _floored(student: Any, best: Any, found: dict[str, str], warmed: Any, proble
     """`best`, or the student's instructions where they are as good on the validation rows, or could not be compared."""
     own, last, details = _instructions(student), _instructions(best), best.detailed_results
     try:
-        scores = _compared(problem, [own, last])
+        rows = _compared(problem, [own, last])
     except KeyboardInterrupt:
         if details.interrupted:  # the second one
             raise
-        scores, details = [math.nan, math.nan], replace(details, interrupted=True)
+        rows, details = [(math.nan,), (math.nan,)], replace(details, interrupted=True)
     except Exception as error:
         raise _unvalidated(best, details, error) from error
+    scores = [mean(each) for each in rows]
     kept = write_back(student, [own, last][winner(scores)])
-    warm = WarmStart(found, scores[0], scores[1], getattr(warmed, "detailed_results", None))
+    student_run = ValidatedProgram(own, scores[0], rows[0])
+    warm = WarmStart(found, student_run, scores[1], getattr(warmed, "detailed_results", None))
     kept.detailed_results = replace(details, warm_start=warm)
     kept.score = kept.detailed_results.score
     programs = [*best.candidate_programs, {"score": scores[0], "program": write_back(student, own)}]
@@ -95,7 +98,7 @@ def _unrefined(student: Any, found: dict[str, str], warmed: Any, problem: Proble
         texts.append(_instructions(ended.program))
         details = ended.detailed_results
     try:
-        scores = _compared(problem, texts)
+        scores = [mean(each) for each in _compared(problem, texts)]
     except Exception as error:
         raise _unvalidated(write_back(student, texts[-1]), details, error) from ended
     kept = write_back(student, texts[winner(scores)])
@@ -110,9 +113,14 @@ def _unrefined(student: Any, found: dict[str, str], warmed: Any, problem: Proble
     return kept
 
 
-def _compared(problem: Problem, texts: Sequence[dict[str, str]]) -> list[float]:
+def _compared(problem: Problem, texts: Sequence[dict[str, str]]) -> list[tuple[float, ...]]:
     return validation_scores(
-        problem.program, texts, problem.validation, problem.metric, threads=problem.settings.threads
+        problem.program,
+        texts,
+        problem.validation,
+        problem.metric,
+        threads=problem.settings.num_threads,
+        failure_score=problem.settings.failure_score,
     )
 
 

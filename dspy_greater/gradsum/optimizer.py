@@ -1,4 +1,4 @@
-"""`GradSumTeleprompter`: textual gradients, summarised, for the instructions of a DSPy program."""
+"""`GradSum`: textual gradients, summarised, for the instructions of a DSPy program."""
 
 from __future__ import annotations
 
@@ -10,27 +10,39 @@ from pathlib import Path
 from typing import Any
 
 from dspy.teleprompt import Teleprompter
+from typing_extensions import Unpack
 
 from dspy_greater.errors import SettingsError, UnvalidatedError
+from dspy_greater.gradsum.evaluate import mean_score
 from dspy_greater.gradsum.loop import Loop
 from dspy_greater.gradsum.meter import Meter
-from dspy_greater.gradsum.settings import GradSumSettings
+from dspy_greater.gradsum.settings import GradSumKnobs, GradSumSettings
 from dspy_greater.gradsum.task import Prompts, Task, pose
 from dspy_greater.metric import Metric
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.roundtrip import write_back
 from dspy_greater.program.validation import winner
 from dspy_greater.report.result import GradSumResult, what_stopped
-from dspy_greater.run.events import BeamStarted, BeamValidated, Event, IterationTaken, Listener, NotCalled, Warned
+from dspy_greater.run.best import BestFile
+from dspy_greater.run.events import (
+    BeamStarted,
+    BeamValidated,
+    Event,
+    IterationTaken,
+    Listener,
+    NotCalled,
+    Output,
+    Warned,
+)
 from dspy_greater.run.journal import Journal
 from dspy_greater.run.log import StepLog
 from dspy_greater.run.progress import Listeners, ProgressBar, checked_callbacks
-from dspy_greater.settings import Auto, checked_log_dir, checked_seed
+from dspy_greater.settings import Auto, checked_log_dir, checked_seed, spelled_out
 
 _LOG = logging.getLogger(__name__)
 
 
-class GradSumTeleprompter(Teleprompter):
+class GradSum(Teleprompter):
     """Optimises a program's instructions by summarised textual feedback (GRAD-SUM, arXiv 2407.12865).
 
     A judge scores what the program writes by your own criteria, with or without expected answers; or a metric
@@ -54,14 +66,13 @@ class GradSumTeleprompter(Teleprompter):
             on from there. One that raises is warned of once and not called again.
         listeners: the same, under an older name.
         progress: show a progress bar; None shows it on a terminal only.
-        **settings: any field of `GradSumSettings`, such as `beam_width=3, iterations=10, sample_size=30,
-            candidates_per_edit=3, subset_size=10, summarize=True, judge_scale=(1, 5), max_lm_calls=None`.
+        **settings: any field of `GradSumSettings`, which explains them.
 
     Raises:
         SettingsError: an unknown or impossible setting.
 
     ```python
-    optimizer = GradSumTeleprompter(
+    optimizer = GradSum(
         "Answer customers' questions from the manual.",
         criteria="Full marks for a short, friendly answer that the manual supports.",
         judge_lm=dspy.LM("openai/gpt-5-mini"),
@@ -71,6 +82,7 @@ class GradSumTeleprompter(Teleprompter):
     ```
     """
 
+    @spelled_out(GradSumKnobs)
     def __init__(
         self,
         task_description: str,
@@ -86,7 +98,7 @@ class GradSumTeleprompter(Teleprompter):
         callbacks: Sequence[Listener] = (),
         listeners: Sequence[Listener] = (),
         progress: bool | None = None,
-        **settings: Any,
+        **settings: Unpack[GradSumKnobs],
     ) -> None:
         super().__init__()
         _check_text("task_description", task_description)
@@ -147,7 +159,7 @@ class GradSumTeleprompter(Teleprompter):
             Journal.open(self.log_dir, task.identity()) as journal,
             ProgressBar(show=self.progress) as bar,
         ):
-            run = _Run(task, journal, Listeners([bar, StepLog(), *self.listeners]))
+            run = _Run(task, journal, Listeners([bar, StepLog(), BestFile(self.log_dir), *self.listeners]))
             run.search()
             result = run.validate()
         if run.unvalidated is not None:
@@ -212,8 +224,10 @@ class _Run:
         finalists = [task.seed_prompts]
         finalists += [prompts for prompts in loop.beam if prompts != task.seed_prompts]
         scores: list[tuple[float, ...]] = [(math.nan,)] * len(finalists)
+        outputs: list[tuple[Output, ...]] = []
         try:
-            scores = loop.validate(finalists)
+            outputs = loop.validate(finalists)
+            scores = [mean_score(each) for each in outputs]
             self._tell(BeamValidated(tuple(finalists), tuple(scores), winner(scores)), record=False)
         except KeyboardInterrupt:
             if self._interrupted:  # the second one
@@ -231,6 +245,7 @@ class _Run:
             finalists=tuple(finalists),
             validation=tuple(scores),
             winner=winner(scores),
+            subscores=tuple(tuple(each.score[0] for each in rows) for rows in outputs),
             train_rows=len(task.train),
             validation_rows=len(task.validation),
             seconds=time.monotonic() - self._started,
@@ -260,6 +275,9 @@ class _Run:
         if record:
             self._journal.append(event)
         self._listeners.emit(event, replayed=not record)
+
+
+GradSumTeleprompter = GradSum  # the name that DSPy's own optimizers would give it
 
 
 def _check_text(name: str, value: object) -> None:

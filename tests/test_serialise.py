@@ -166,7 +166,7 @@ def test_a_value_of_the_wrong_type_is_an_error_that_says_where(event: Any, messa
     assert str(caught.value).startswith(message)
 
 
-VALIDATED = {"type": "Validated", "predictor": "", "scores": {}, "winner": "", "spent": {}}
+VALIDATED = {"type": "Validated", "predictor": "", "scores": {}, "winner": "", "spent": {}, "subscores": {}}
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,10 @@ VALIDATED = {"type": "Validated", "predictor": "", "scores": {}, "winner": "", "
         ({"type": "Popen", "args": "ls"}, r"It has the type 'Popen', which is none of Opaque, .*SearchStarted, "),
         ({"type": ["Warned"], "message": ""}, r"It has the type \['Warned'\], which is none of"),
         ({"type": "Warned"}, r"not have the fields of Warned: missing \['message'\], unknown \[\]."),
-        ({"type": "Validated", "predictor": ""}, r"of Validated: missing \['scores', 'spent', 'winner'\], unknown"),
+        (
+            {"type": "Validated", "predictor": ""},
+            r"of Validated: missing \['scores', 'spent', 'subscores', 'winner'\], unknown",
+        ),
         ({"type": "Warned", "message": "", "extra": 1}, r"missing \[\], unknown \['extra'\]."),
         ({"type": "Warned", "message": 3}, "Warned.message is of type int. Input should be a valid string."),
         ({**VALIDATED, "scores": {"a": "1"}}, "Validated.scores.a is of type str. Input should be a valid number."),

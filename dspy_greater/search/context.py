@@ -18,11 +18,11 @@ _REMEDY = "Leave out or shorten such rows, use fewer demos, or use a model with 
 
 @dataclass(frozen=True)
 class Case:
-    """What a predictor is given on a row, and the value that it should find; `number` is the row's in the trainset."""
+    """What a predictor is given on a row, and the answers that it may find; `number` is the row's in the trainset."""
 
     number: int
     inputs: Mapping[str, Any]
-    gold: object
+    answers: tuple[object, ...]
 
 
 def refuse_long_prompts(
@@ -55,9 +55,12 @@ def refuse_long_answers(engine: Engine, layout: Layout, site: PredictorSite, fie
         return
     earlier = site.output_fields[: site.output_fields.index(field)]
     unreasoned = dict.fromkeys(earlier, "")
-    lengths = [
-        len(layout.supervised(site.instruction, case.inputs, unreasoned, field, case.gold).token_ids) for case in cases
-    ]
+
+    def length(case: Case) -> int:  # of acceptable answers the shortest has to fit
+        laid_out = (layout.supervised(site.instruction, case.inputs, unreasoned, field, each) for each in case.answers)
+        return min((len(each.token_ids) for each in laid_out), default=0)
+
+    lengths = list(map(length, cases))
     long = [index for index, tokens in enumerate(lengths) if tokens > limit]
     if not long:
         return

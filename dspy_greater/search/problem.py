@@ -34,6 +34,7 @@ from dspy_greater.program.predictors import (
     refuse_unusable,
 )
 from dspy_greater.program.rollout import pin_lms
+from dspy_greater.prompt.gold import row_gold
 from dspy_greater.prompt.layout import Layout
 from dspy_greater.run.serialise import JSON
 from dspy_greater.search.context import Case, refuse_long_answers, refuse_long_prompts
@@ -78,8 +79,10 @@ class Target:
         """See `context.refuse_long_answers`; `given` maps training rows to what the predictor was given on them."""
         if self.field is None:
             return
+        signature, rows = self.site.signature, problem.train
         cases = [
-            Case(problem.numbers[row], inputs, problem.train[row].labels()[self.field]) for row, inputs in given.items()
+            Case(problem.numbers[row], inputs, row_gold(signature, self.field, rows[row]).answers)
+            for row, inputs in given.items()
         ]
         refuse_long_answers(self.engine, self.layout(problem.extractor), self.site, self.field, cases)
 

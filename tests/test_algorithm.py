@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -24,18 +25,18 @@ from scripted_engine import optimizer as optimizer_of
 
 from dspy_greater import GReaTerTeleprompter
 from dspy_greater.errors import LossError
-from dspy_greater.estimators.paper_gradient import TokenGradient, gradient_over_reasoning
 from dspy_greater.model.engine import Engine
-from dspy_greater.model.teacher_forcing import Losses
+from dspy_greater.objective.types import Evaluation
+from dspy_greater.search.paper_step import PaperRanking, PaperStep, Ranked, by_paper_gradient
 from dspy_greater.search.state import ends_sentence
-from dspy_greater.search.state import loop as algorithm
+from dspy_greater.search.step import StepContext
 
 SEEDS = range(6)
 ROWS = planted_rows(24)
 
 
-def optimizer(**settings: Any) -> GReaTerTeleprompter:
-    return optimizer_of(variant="paper", **settings)
+def optimizer(rank: PaperRanking = by_paper_gradient, **settings: Any) -> GReaTerTeleprompter:
+    return optimizer_of(variant=PaperStep(rank=rank), **settings)
 
 
 def compiled(seed: int = 0, engine: Any = None, **settings: Any) -> Any:
@@ -76,23 +77,22 @@ def test_the_gradient_ranks_the_words_as_the_model_obeys_them() -> None:
     assert len(told) >= 4
 
 
-def random_gradient(
-    engine: Any, supervised: Any, *, position: int, candidates: Sequence[int], **settings: Any
-) -> TokenGradient:
+def by_chance(at: StepContext, current: Evaluation, stands: int, candidates: Sequence[int]) -> Ranked:
     """The twin without a gradient: the same candidates in a random order."""
-    rng = random.Random(f"{position}{candidates}{supervised[0].token_ids}")
-    guess = tuple(rng.random() for _ in candidates)
-    behind = 2.0  # the current token, so that each step tries one
-    return TokenGradient(position, -1, tuple(candidates), (guess,), (behind,), Losses((0.0,), (0.0,)))
+    rng = random.Random(f"{at.state.position}{candidates}{current.token_ids}")
+    return Ranked(tuple(rng.sample(list(candidates), len(candidates))), {})
 
 
-def test_at_equal_budget_the_gradient_beats_random_choices_among_the_same_proposals(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def without_current(at: StepContext, current: Evaluation, stands: int, candidates: Sequence[int]) -> Ranked:
+    """The gradient's order, without the current token, so that each step tries one."""
+    found = by_paper_gradient(at, current, stands, candidates)
+    return replace(found, tokens=tuple(each for each in found.tokens if each != stands))
+
+
+def test_at_equal_budget_the_gradient_beats_random_choices_among_the_same_proposals() -> None:
     budget = {"steps": 3, "selections": 1, "train_rows": 4}
-    guided = [compiled(seed, **budget) for seed in SEEDS]
-    monkeypatch.setattr(algorithm, "gradient_over_reasoning", random_gradient)
-    blind = [compiled(seed, **budget) for seed in SEEDS]
+    guided = [compiled(seed, rank=without_current, **budget) for seed in SEEDS]
+    blind = [compiled(seed, rank=by_chance, **budget) for seed in SEEDS]
 
     assert [tried(each) for each in guided] == [tried(each) for each in blind] == [[1, 1, 1]] * len(SEEDS)
     first = [[step.candidates[0].token for step in each.detailed_results.steps[:1]] for each in guided]
@@ -105,21 +105,14 @@ def test_at_equal_budget_the_gradient_beats_random_choices_among_the_same_propos
 # ---- lines 14 to 18: p moves on, p* is the best that was seen
 
 
-def upside_down(*arguments: Any, **options: Any) -> TokenGradient:
+def upside_down(at: StepContext, current: Evaluation, stands: int, candidates: Sequence[int]) -> Ranked:
     """The worst tokens look best."""
-    found = gradient_over_reasoning(*arguments, **options)
-    return replace(
-        found,
-        per_example=tuple(tuple(-each for each in row) for row in found.per_example),
-        per_example_current=tuple(-each for each in found.per_example_current),
-    )
+    found = by_paper_gradient(at, current, stands, candidates)
+    return replace(found, tokens=found.tokens[::-1])
 
 
-def test_the_instruction_moves_to_the_best_of_those_selected_and_the_best_that_was_seen_is_returned(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(algorithm, "gradient_over_reasoning", upside_down)
-    better = compiled(steps=8, engine=planted_engine(seed=1))
+def test_the_instruction_moves_to_the_best_of_those_selected_and_the_best_that_was_seen_is_returned() -> None:
+    better = compiled(steps=8, engine=planted_engine(seed=1), rank=upside_down)
     details = better.detailed_results
     objectives = [step.chosen.objective for step in details.steps]
     downhill = [index for index, (a, b) in enumerate(itertools.pairwise(objectives)) if b > a]
@@ -128,15 +121,12 @@ def test_the_instruction_moves_to_the_best_of_those_selected_and_the_best_that_w
     assert details.predictors[0].finalists[0].objective == min(seen)
 
 
-def test_a_step_whose_best_token_is_the_current_one_runs_nothing_and_is_no_failure(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def stay(*arguments: Any, **options: Any) -> TokenGradient:
-        found = gradient_over_reasoning(*arguments, **options)
-        return replace(found, per_example_current=tuple(-1e9 for _ in found.per_example_current))
+def test_a_step_whose_best_token_is_the_current_one_runs_nothing_and_is_no_failure() -> None:
+    def stay(at: StepContext, current: Evaluation, stands: int, candidates: Sequence[int]) -> Ranked:
+        found = by_paper_gradient(at, current, stands, candidates)
+        return replace(found, tokens=(stands, *found.tokens))
 
-    monkeypatch.setattr(algorithm, "gradient_over_reasoning", stay)
-    better = compiled(steps=4, selections=1, max_failed_steps=2)
+    better = compiled(steps=4, selections=1, max_failed_steps=2, rank=stay)
     assert tried(better) == [0, 0, 0, 0]
     assert [step.spent["generated_tokens"] for step in better.detailed_results.steps] == [0, 0, 0, 0]
 
@@ -185,19 +175,22 @@ def test_every_step_that_has_candidates_records_what_it_cost() -> None:
         assert step.spent["generated_tokens"] > 0
 
 
-class BrokenModel(PlantedModel):
-    """Writes as it should, but every loss is not a number."""
+class BrokenEngine(Engine):
+    """Writes as it should, but nothing that it reads is a number."""
 
-    def forward(self, *args: Any, past_key_values: Any = None, **options: Any) -> Any:
-        found = super().forward(*args, past_key_values=past_key_values, **options)
-        if past_key_values is None:
-            reads = (options["input_ids"] == self._mark).any()
-            found.logits = found.logits * (math.nan if reads else 1.0)
-        return found
+    @contextmanager
+    def session(self, expected: Any = ()) -> Iterator[Any]:
+        with super().session(expected) as opened:
+            for name in ("token_logprobs", "logprob_gradient"):
+                setattr(opened, name, self._broken(getattr(opened, name)))
+            yield opened
+
+    def _broken(self, reads: Any) -> Any:
+        return lambda *arguments: reads(*arguments) * math.nan
 
 
 def test_a_model_without_one_finite_loss_ends_the_search_and_says_what_to_do() -> None:
     tokenizer = shared_tokenizer()
-    engine = Engine(BrokenModel(tokenizer), tokenizer, name="broken")
+    engine = BrokenEngine(PlantedModel(tokenizer), tokenizer, name="broken")
     with pytest.raises(LossError, match="`predict`: no candidate had a finite loss in 2 steps in a row. .*float32"):
         compiled(engine=engine, steps=6, max_failed_steps=2)

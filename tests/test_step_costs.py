@@ -13,11 +13,14 @@ import pytest
 from dspy_greater.estimators.paper_gradient import paper_gradient
 from dspy_greater.metric import RowMetric
 from dspy_greater.objective.evaluator import Evaluator
+from dspy_greater.objective.score import PAPER_CRITERION
 from dspy_greater.program.predictors import predictors_of
 from dspy_greater.run.events import SearchStarted, StepTaken
-from dspy_greater.search.loop import minimise, take_step
+from dspy_greater.search.loop import minimise
+from dspy_greater.search.paper_step import PaperStep
 from dspy_greater.search.proposals import propose
 from dspy_greater.search.state import begin
+from dspy_greater.search.step import StepContext
 from dspy_greater.settings import Settings
 from tests.model_calls import spent_on
 from tests.scripted_engine import (
@@ -65,7 +68,7 @@ def compiled(engine: Any, *, instruction: str = SEED, **settings: Any) -> Any:
 def searching(engine: Any, instruction: str = SEED, **settings: Any) -> tuple[Evaluator, Any, Settings]:
     """An objective, the state before its first step, and the settings."""
     [site] = predictors_of(program_on(engine, instruction=instruction))
-    chosen = Settings(variant="paper", **settings)
+    chosen = Settings(**settings)
     objective = Evaluator(
         program=program_on(engine, instruction=instruction),
         site=site,
@@ -74,14 +77,15 @@ def searching(engine: Any, instruction: str = SEED, **settings: Any) -> tuple[Ev
         metric=RowMetric(exact_match),
         engine=engine,
         settings=chosen,
+        criterion=PAPER_CRITERION,
     )
     [seed] = objective.evaluate([objective.seed()])
     return objective, begin(seed, chosen), chosen
 
 
 def step_of(objective: Evaluator, state: Any, settings: Settings) -> StepTaken:
-    with objective.engine.session(objective.drafts(state.current)) as model:
-        return take_step(objective, model, state, settings, predictor="predict", random_seed=0)
+    with objective.engine.session(objective.generated(state.current)) as model:
+        return PaperStep().take(StepContext(objective, model, state, settings, "predict", 0))
 
 
 # --- runs and tokens ---
@@ -113,7 +117,7 @@ def test_a_step_runs_each_candidate_on_each_row_at_most_once_and_the_current_ins
 def test_a_step_that_appends_runs_one_more_instruction_which_it_improves_on() -> None:
     objective, state, settings = searching(planted_engine(), instruction="count")
     costs = []
-    steps = minimise(objective, state.seed, settings, predictor="predict", random_seed=0)
+    steps = minimise(objective, state.seed, settings, PaperStep(), predictor="predict", random_seed=0)
     for _, step, _ in itertools.islice(steps, 2):
         costs.append((step.position == 1, step.spent["runs"]))
     # "count" is itself one of the three best at its place; the token that is appended first is not

@@ -11,11 +11,11 @@ import torch
 from test_lm import engine_of
 from tiny_models import save_tiny
 
-from dspy_greater import dtypes
-from dspy_greater.dtypes import SMALL, chosen_dtype, computes_bfloat16, default_dtype, named_dtype
 from dspy_greater.errors import WeightsError
-from dspy_greater.lm import local_lm
-from dspy_greater.weights import shared_engine
+from dspy_greater.lm.local import local_lm
+from dspy_greater.model import dtypes
+from dspy_greater.model.dtypes import SMALL, chosen_dtype, computes_bfloat16, default_dtype, named_dtype
+from dspy_greater.model.registry import shared_engine
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 
 from dspy_greater.errors import WeightsError
 from dspy_greater.model.dtypes import chosen_dtype, named_dtype
-from dspy_greater.model.gguf_meaning import settle_hyper_parameters, settle_tokenizer, unread_tensors
+from dspy_greater.model.gguf_meaning import settle_hyper_parameters, tokenizer_of, unread_tensors
 from dspy_greater.model.unpacked_cache import keep, kept, log
 
 MAGIC = b"GGUF"
@@ -142,8 +141,8 @@ def read_header(path: Path) -> GgufHeader:
     try:
         import accelerate  # noqa: F401  (transformers asks for it)
         import gguf  # noqa: F401
-        from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
         from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+        from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
     except ImportError as error:
         raise WeightsError(
             f"{where} cannot be read without further packages ({error}): pip install 'dspy-greater[gguf]'."
@@ -227,7 +226,9 @@ def load_gguf(
             keep(model, tokenizer, sha256, dtype)
             if settings:
                 weights = model.state_dict()
-                model = type(model).from_pretrained(None, config=model.config, state_dict=weights, dtype=dtype, **settings)
+                model = type(model).from_pretrained(
+                    None, config=model.config, state_dict=weights, dtype=dtype, **settings
+                )
         except WeightsError:
             raise
         except Exception as error:  # a file that was written by hand makes the libraries raise what they like
@@ -240,11 +241,10 @@ def load_gguf(
 
 
 def _unpack(header: GgufHeader, dtype: torch.dtype) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GgufConfig, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GgufConfig
 
     place: Any = {"pretrained_model_name_or_path": str(header.path.parent), "gguf_file": os.path.abspath(header.path)}
-    tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(**place, clean_up_tokenization_spaces=False)
-    settle_tokenizer(header, tokenizer)
+    tokenizer = tokenizer_of(header)
     config = AutoConfig.from_pretrained(**place)
     settle_hyper_parameters(header, config)
     if unread := unread_tensors(header, config):

@@ -6,6 +6,8 @@ for every way that it does not know. All of that would make a model compute some
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,7 +69,7 @@ def settle_hyper_parameters(header: GgufHeader, config: Any) -> None:
 
 def _has_own_reader(architecture: str) -> bool:
     """Whether transformers has a function for this architecture that reads every hyper-parameter it has."""
-    from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
+    from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 
     return architecture in GGUF_CONFIG_ARCHS
 
@@ -90,7 +92,9 @@ def _agrees(name: str, value: Any, config: Any) -> bool:
     if name == "rope.freq_base_swa":
         return config.rope_parameters.get("sliding_attention", {}).get("rope_theta") == value
     if name == "attention.sliding_window_pattern" and isinstance(value, int):
-        kinds = ["full_attention" if (i + 1) % value == 0 else "sliding_attention" for i in range(config.num_hidden_layers)]
+        kinds = [
+            "full_attention" if (i + 1) % value == 0 else "sliding_attention" for i in range(config.num_hidden_layers)
+        ]
         return getattr(config, "layer_types", None) == kinds
     return False
 
@@ -146,20 +150,44 @@ def unread_tensors(header: GgufHeader, config: Any) -> list[str]:
     return [name for name in header.tensors if name not in {*places, *settled} and not name.startswith(_OTHER_SENSES)]
 
 
-def settle_tokenizer(header: GgufHeader, tokenizer: Any) -> None:
-    """Give a tokenizer that transformers built the parts of it that transformers does not look for in a file.
+def tokenizer_of(header: GgufHeader) -> Any:
+    """The tokenizer of a file, with its special tokens and its chat template, if it has one.
 
     Raises:
-        WeightsError: it cuts text in a way that is not known, or differs from the file in a token.
+        WeightsError: it cuts text in a way that is not known, or would differ from the file in a token.
     """
-    kind, tokens = (header.fields.get(f"tokenizer.ggml.{name}") for name in ("model", "tokens"))
-    if kind == "gpt2":
-        _settle_byte_level(header, tokenizer)
-    elif kind == "llama":
-        begins = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).tokens[0] != "a"
-        if begins != bool(header.fields.get("tokenizer.ggml.add_space_prefix", True)):
-            raise header.refusal(f"has a vocabulary that begins a text {'without' if begins else 'with'} a blank, which "
-                                 "transformers would not do")
+    from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer, get_gguf_tokenizer
+
+    architecture, parts, settings = get_gguf_tokenizer(str(header.path))
+    core, more = convert_gguf_tokenizer(architecture, parts)
+    core = _without_foreign_tokens(core, len(parts["tokens"]))
+    if parts.get("tokenizer_type") == "gpt2":
+        _settle_byte_level(header, core)
+    elif parts.get("tokenizer_type") == "llama":
+        blank = core.encode("a", add_special_tokens=False).tokens[0] != "a"
+        if blank != bool(parts.get("add_prefix_space", True)):
+            wanted = "without" if blank else "with"
+            raise header.refusal(f"begins a text {wanted} a blank, which transformers would not do")
+    tokenizer: Any = PreTrainedTokenizerFast(
+        tokenizer_object=core, clean_up_tokenization_spaces=False, **settings, **more
+    )
+    _refuse_other_tokens(header, tokenizer, parts["tokens"])
+    return tokenizer
+
+
+def _without_foreign_tokens(core: Any, count: int) -> Any:
+    """Without the special tokens of the class that transformers fills in, which the model has no embedding for."""
+    if core.get_vocab_size() == count:
+        return core
+    described = json.loads(core.to_str())
+    described["added_tokens"] = [each for each in described["added_tokens"] if each["id"] < count]
+    return type(core).from_str(json.dumps(described))
+
+
+def _refuse_other_tokens(header: GgufHeader, tokenizer: Any, tokens: Sequence[str]) -> None:
+    if len(tokenizer) != len(tokens):
+        raise header.refusal(f"has {len(tokens)} tokens, of which transformers makes {len(tokenizer)}")
     kinds = header.fields.get("tokenizer.ggml.token_type") or ()
     for index, (token, sort) in enumerate(zip(tokens, kinds, strict=False)):
         if sort in (_CONTROL, _USER_DEFINED):
@@ -170,21 +198,21 @@ def settle_tokenizer(header: GgufHeader, tokenizer: Any) -> None:
         theirs, ours = header.fields.get(f"tokenizer.ggml.{key}_token_id"), getattr(tokenizer, f"{name}_token_id")
         if theirs != ours:
             raise header.refusal(f"has {theirs} as its {key} token, for which transformers takes {ours}")
-    if tokenizer.chat_template != header.fields.get("tokenizer.chat_template"):
-        tokenizer.chat_template = header.fields.get("tokenizer.chat_template")
 
 
-def _settle_byte_level(header: GgufHeader, tokenizer: Any) -> None:
+def _settle_byte_level(header: GgufHeader, core: Any) -> None:
     from tokenizers import normalizers, pre_tokenizers
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    cut, core = str(header.fields.get("tokenizer.ggml.pre", "default")), tokenizer.backend_tokenizer
+    cut = str(header.fields.get("tokenizer.ggml.pre", "default"))
     if cut in _DIGITS_ALONE:
         digits = pre_tokenizers.Digits(individual_digits=True)
         core.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     elif cut not in _AS_GPT2 and cut not in GGUF_PRE_TOKENIZER_SPLITS:
         known = ", ".join(sorted({*_AS_GPT2, *_DIGITS_ALONE, *GGUF_PRE_TOKENIZER_SPLITS}))
-        raise header.refusal(f"cuts text in the way {cut!r} before it merges tokens, which is not known; known: {known}")
+        raise header.refusal(
+            f"cuts text in the way {cut!r} before it merges tokens, which is not known; known: {known}"
+        )
     if cut in _COMPOSED:
         core.normalizer = normalizers.NFC()
     if cut in _WHOLE_WORDS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import random
 import shutil
@@ -25,6 +26,7 @@ from dspy_greater.lm.local import local_lm, weights_behind
 from dspy_greater.model import gguf
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.gguf import digest, find_gguf, load_gguf, read_header
+from dspy_greater.model.gguf_meaning import tokenizer_of
 from dspy_greater.model.registry import shared_engine
 from dspy_greater.model.unpacked_cache import VARIABLE, cache_folder
 
@@ -256,6 +258,59 @@ def test_qwen_reads_a_letter_and_its_accent_as_one(tmp_path: Path) -> None:
     for _ in ("unpacked", "kept"):
         tokenizer = read(path)[1]
         assert tokenizer("cafe\u0301")["input_ids"] == tokenizer("café")["input_ids"]
+
+
+def sentencepiece_fields(**changes: Any) -> dict[str, Any]:
+    """A SentencePiece vocabulary of single characters and what they merge to, with bytes for the rest."""
+    words = ["▁the", "▁t", "the", "he", "th", "▁a", "▁▁", "at", "▁at", "hat", "that", "▁that"]
+    characters = sorted({*"abcdefghijklmnopqrstuvwxyz.,▁"})
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words, *characters, "[INST]"]
+    kinds = [2, 3, 3, *[6] * 256, *[1] * (len(words) + len(characters)), 3]
+    scores = [0.0] * 259 + [-float(i) for i in range(len(words))] + [-100.0] * len(characters) + [0.0]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.merges": None,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.padding_token_id": None,
+        "tokenizer.ggml.add_bos_token": None,
+        **{f"tokenizer.ggml.{key}": value for key, value in changes.items()},
+    }
+
+
+def slow_sentencepiece(text: str, fields: dict[str, Any]) -> list[str]:
+    """Merge the two neighbours that make the best-scored token, the leftmost first, until there are none."""
+    scores = dict(zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"], strict=True))
+    pieces = list(text.replace(" ", "▁"))
+    while True:
+        joined = [a + b for a, b in itertools.pairwise(pieces)]
+        pairs = [(-scores[pair], place) for place, pair in enumerate(joined) if pair in scores]
+        if not pairs:
+            break
+        _, place = min(pairs)
+        pieces[place : place + 2] = ["".join(pieces[place : place + 2])]
+    return [p for piece in pieces for p in ([piece] if piece in scores else [f"<0x{b:02X}>" for b in piece.encode()])]
+
+
+@pytest.mark.parametrize("prefix", [True, False, None])
+def test_a_sentencepiece_vocabulary_merges_the_best_scored_pair_first(prefix: bool | None, tmp_path: Path) -> None:
+    fields = sentencepiece_fields(add_space_prefix=prefix)
+    tokenizer = tokenizer_of(read_header(write(tmp_path / "model.gguf", fields=fields)))
+    source = random.Random(0)
+    for _ in range(200):
+        text = "".join(source.choice("that  theathaté") for _ in range(source.randrange(1, 20)))
+        expected = slow_sentencepiece(text if prefix is False else f" {text}", fields)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.convert_ids_to_tokens(ids) == expected
+        assert tokenizer.decode(ids) == text
+    assert tokenizer("a")["input_ids"][0] == 1  # unless the file says otherwise, a text begins with <s>
+    after = tokenizer.convert_ids_to_tokens(tokenizer("[INST]at", add_special_tokens=False)["input_ids"])
+    assert after == ["[INST]", "at" if prefix is False else "▁at"]
 
 
 # --- what a file is called, and which version it is ---

@@ -165,10 +165,7 @@ def tokenizer_of(header: GgufHeader) -> Any:
     if parts.get("tokenizer_type") == "gpt2":
         _settle_byte_level(header, core)
     elif parts.get("tokenizer_type") == "llama":
-        blank = core.encode("a", add_special_tokens=False).tokens[0] != "a"
-        if blank != bool(parts.get("add_prefix_space", True)):
-            wanted = "without" if blank else "with"
-            raise header.refusal(f"begins a text {wanted} a blank, which transformers would not do")
+        _settle_sentencepiece(core, begins_with_blank=bool(parts.get("add_prefix_space", True)))
     tokenizer: Any = PreTrainedTokenizerFast(
         tokenizer_object=core, clean_up_tokenization_spaces=False, **settings, **more
     )
@@ -217,3 +214,17 @@ def _settle_byte_level(header: GgufHeader, core: Any) -> None:
         core.normalizer = normalizers.NFC()
     if cut in _WHOLE_WORDS:
         core.model.ignore_merges = True
+
+
+def _settle_sentencepiece(core: Any, *, begins_with_blank: bool) -> None:
+    """Every stretch of text gets its blank in front, whatever it begins with, or none does: as SentencePiece."""
+    from tokenizers import decoders, normalizers
+
+    blank = "▁"
+    before: list[Any] = [normalizers.Replace(" ", blank)]
+    undo: list[Any] = [decoders.Replace(blank, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if begins_with_blank:
+        before.insert(0, normalizers.Prepend(blank))
+        undo.append(decoders.Strip(" ", 1, 0))
+    core.normalizer, core.pre_tokenizer = normalizers.Sequence(before), None
+    core.decoder = decoders.Sequence(undo)

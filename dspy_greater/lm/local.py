@@ -66,11 +66,15 @@ def local_lm(
     have changed since are an error). A program that takes its LM from `dspy.configure` needs no flag.
 
     Args:
-        name_or_path: a hub id, a directory, `"pocket"` for the model inside this package, a loaded
-            `(model, tokenizer)` pair, or an `Engine`.
+        name_or_path: a hub id, a directory, a GGUF file (as llama.cpp, Ollama and LM Studio have them) or a
+            directory with one, `"pocket"` for the model inside this package, a loaded `(model, tokenizer)`
+            pair, or an `Engine`.
         device: where to load to; an accelerator if there is one.
-        dtype: such as `"bfloat16"`; float32 on CPU, as saved elsewhere.
-        revision: a hub branch, tag or commit.
+        dtype: such as `"bfloat16"`. Without it, on an accelerator: as saved, and bfloat16 for quantised GGUF
+            files. On a CPU: bfloat16 where the processor computes in it (AVX-512 BF16, AMX, Arm's BF16), the
+            weights are saved in 16 bits or fewer, and there are at least 100 million; float32 otherwise. It
+            is part of the model string, so answers of one type are never taken for those of another.
+        revision: a hub branch, tag or commit. The version of a GGUF file is its SHA-256.
         temperature: 0 is greedy. Otherwise each call draws anew; pass `seed=` to draw the same again.
         max_tokens: the most tokens written per call.
         trust_remote_code: run Python code that comes with the weights.
@@ -96,8 +100,8 @@ def local_lm(
     if not getattr(engine.tokenizer, "chat_template", None):
         raise WeightsError(
             f"The tokenizer of {engine.name!r} has no chat template, so DSPy's chat messages cannot be "
-            "rendered; use an instruction-tuned model, or set tokenizer.chat_template and pass "
-            "(model, tokenizer)."
+            "rendered; use an instruction-tuned model, or load it with Engine.from_pretrained, set "
+            "engine.tokenizer.chat_template and pass (engine.model, engine.tokenizer)."
         )
     identity, local = engine.recognise(), LocalEngine.over(engine)
     return dspy.LM(

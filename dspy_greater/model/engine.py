@@ -89,13 +89,13 @@ class Engine:
         local_files_only: bool = False,
         **model_settings: Any,
     ) -> Engine:
-        """Load weights (safetensors only) and tokenizer, and freeze them.
+        """Load weights (safetensors or GGUF) and tokenizer, and freeze them.
 
         Args:
-            name_or_path: a hub id, a local directory, or `"pocket"` for the model inside this package.
+            name_or_path: a hub id, a local directory, a GGUF file or a directory with one, or `"pocket"` for
+                the model inside this package.
             device: where to; an accelerator if there is one, else the CPU.
-            dtype: such as `torch.bfloat16` or `"bfloat16"`; float32 on CPU and what the weights were saved
-                in elsewhere when not given.
+            dtype: such as `torch.bfloat16` or `"bfloat16"`; when not given, as `local_lm` chooses it.
             revision: a hub branch, tag or commit.
             trust_remote_code: run Python code that comes with the weights; never unless you say so.
             local_files_only: do not download.

@@ -9,13 +9,16 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 
 from dspy_greater.errors import WeightsError
+from dspy_greater.model.dtypes import default_dtype
 from dspy_greater.model.engine import Engine
+from dspy_greater.model.gguf import digest, find_gguf, is_gguf, load_gguf
 
 POCKET = "pocket"  # the name of the model that travels with the package
 
@@ -60,12 +63,12 @@ def weights_behind(lm: Any, *, weights: Any = None, predictor_name: str = "") ->
     options = getattr(lm, "kwargs", None) or {}
     for candidate, may_download in _candidates(name, options):
         try:
-            if not os.path.isdir(candidate):
+            if not _is_here(candidate):
                 return shared_engine(candidate, local_files_only=True)
             return shared_engine(candidate)
         except WeightsError as error:
             tried.append(f"{candidate!r} ({_first_line(error.__cause__ or error)})")
-        if may_download and not os.path.isdir(candidate):
+        if may_download and not _is_here(candidate):
             try:
                 return shared_engine(candidate)
             except WeightsError as error:
@@ -109,10 +112,13 @@ def shared_engine(
 ) -> Engine:
     """`Engine.from_pretrained`, or the engine that already holds these weights; same arguments and errors.
 
-    A directory whose files have changed is loaded anew.
+    A directory or file that has changed is loaded anew.
     """
     name = os.fspath(name_or_path)
-    place = (os.path.realpath(name), _files(name)) if os.path.isdir(name) else name
+    if file := gguf_behind(name):
+        place: Any = (os.path.realpath(name), digest(file))
+    else:
+        place = (os.path.realpath(name), _files(name)) if os.path.isdir(name) else name
     key = (place, str(device), str(dtype).removeprefix("torch."), revision, trust_remote_code, repr(settings))
     engine = _shared.get(key)
     if engine is None:
@@ -162,18 +168,20 @@ def load_pretrained(
     local_files_only: bool,
     **settings: Any,
 ) -> tuple[Any, Any]:
-    """Model and tokenizer from safetensors; what `Engine.from_pretrained` does first, with its errors."""
+    """Model and tokenizer from safetensors or GGUF; what `Engine.from_pretrained` does first, with its errors."""
     from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
-    place = str(import_module("dspy_greater.pocket").path()) if name == POCKET else name
     target = torch.device(device) if device is not None else _best_device()
-    if dtype is None:
-        dtype = torch.float32 if target.type == "cpu" else "auto"
+    if file := gguf_behind(name):
+        return load_gguf(file, target=target, dtype=dtype, revision=revision, **settings)
+    place = str(import_module("dspy_greater.pocket").path()) if name == POCKET else name
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
     if revision is not None:
         common["revision"] = revision
     try:
+        if dtype is None:
+            dtype = default_dtype(target, place, common)
         tokenizer = AutoTokenizer.from_pretrained(place, **common)
         loaded: Any = _model_class(place, {**common, **settings}).from_pretrained(
             place, dtype=dtype, use_safetensors=True, output_loading_info=True, **common, **settings
@@ -183,8 +191,8 @@ def load_pretrained(
             model = model.to(target)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise WeightsError(
-            f"The weights of {name!r} could not be loaded ({_first_line(error)}); pass a hub id or a "
-            "directory with config.json, a tokenizer and *.safetensors (pickled weights are not read; "
+            f"The weights of {name!r} could not be loaded ({_first_line(error)}); pass a hub id, a "
+            "GGUF file, or a directory with config.json, a tokenizer and *.safetensors (pickled weights are not read; "
             "trust_remote_code=True is needed for models that bring code of their own)."
         ) from error
     missing = sorted(report.get("missing_keys", ()))
@@ -194,6 +202,11 @@ def load_pretrained(
             f"{missing[0]!r}, which would be random; the files are incomplete or of another model."
         )
     return model, tokenizer
+
+
+def gguf_behind(name: str) -> Path | None:
+    """The GGUF file that a name or path means, if it means one; raises what `find_gguf` raises."""
+    return None if name == POCKET else find_gguf(name)
 
 
 def _model_class(place: str, options: Mapping[str, Any]) -> Any:
@@ -213,6 +226,10 @@ def _model_class(place: str, options: Mapping[str, Any]) -> Any:
 def _best_device() -> torch.device:
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return found or torch.device("cpu")
+
+
+def _is_here(name: str) -> bool:
+    return os.path.isdir(name) or is_gguf(name)
 
 
 def _first_line(error: BaseException) -> str:
@@ -239,12 +256,12 @@ def _candidates(model: str, options: Mapping[str, Any]) -> list[tuple[str, bool]
     served = bool(base) or prefix in _SERVING
     if name.startswith("local:"):
         name, served = name.removeprefix("local:"), True
-    if os.path.isdir(name) or name == POCKET:
+    if _is_here(name) or name == POCKET:
         return [(name, False)]
     names = [*_served_names(str(base), name, options.get("api_key"))] if base else []
     if prefix not in _TAGGED:
         names.append(name)
-    usable = [each for each in dict.fromkeys(names) if os.path.isdir(each) or _HUB_ID.fullmatch(each)]
+    usable = [each for each in dict.fromkeys(names) if _is_here(each) or _HUB_ID.fullmatch(each)]
     return [(each, served) for each in usable] if served else []
 
 
@@ -274,11 +291,15 @@ def _served_names(base: str, name: str, key: Any) -> list[str]:
 def _no_weights(name: str, predictor: str, tried: list[str]) -> str:
     who = f"predictor {predictor!r}" if predictor else "this predictor"
     attempts = f" Tried {'; '.join(tried)}." if tried else ""
-    tags = " Ollama tags are not hub ids." if name.partition("/")[0] in _TAGGED else ""
+    tags = (
+        " Ollama tags are not hub ids; the line FROM of `ollama show --modelfile TAG` names a file that weights= takes."
+        if name.partition("/")[0] in _TAGGED
+        else ""
+    )
     return (
         f"No open weights are known for {who}, which runs on the LM {name!r}; a gradient needs them."
         f"{tags}{attempts} Pass weights= with the model the LM serves, such as "
-        f"weights={{{name!r}: 'ORG/NAME'}} (a hub id, a directory, or a loaded "
-        "(model, tokenizer) pair), or use "
+        f"weights={{{name!r}: 'ORG/NAME'}} (a hub id, a directory, a GGUF file, or a "
+        "loaded (model, tokenizer) pair), or use "
         "dspy_greater.local_lm(...) as the LM."
     )

@@ -55,8 +55,9 @@ def test_every_variant_and_sweep_is_made_of_settings_that_exist() -> None:
 
 
 def test_another_start_changes_the_instruction_and_nothing_else() -> None:
-    assert FROM["published"].settings == VARIANTS["whole"].settings
+    assert (FROM["published"].step, FROM["published"].settings) == (VARIANTS["whole"].step, VARIANTS["whole"].settings)
     for name in ("paper", "paper-random", "random"):
+        assert FROM[f"published-{name}"].step == VARIANTS[name].step
         assert FROM[f"published-{name}"].settings == VARIANTS[name].settings
         assert FROM[f"published-{name}"].instruction == STARTS["published"] != VARIANTS[name].instruction
 
@@ -80,7 +81,7 @@ def test_the_table_is_of_the_cells_that_were_asked_for(tmp_path: Path, capsys: p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["whole", "paper"])
+@pytest.mark.parametrize("variant", ["whole", "paper", "random", "without-reasoning"])
 def test_a_search_along_its_way_is_where_one_with_the_smaller_budget_ends(
     variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,14 +9,21 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import dspy
 import pytest
 
 from benchmarks.fidelity import command
-from benchmarks.fidelity.command import INSTRUCTIONS, MIDWAY, main
-from benchmarks.fidelity.measure import Measured, Plan
+from benchmarks.fidelity.command import INSTRUCTIONS, MIDWAY, exact_match, main
+from benchmarks.fidelity.measure import Measured, Plan, positions
 from benchmarks.fidelity.rankings import RANKINGS
 from benchmarks.fidelity.table import LINEARISES, correlation, interval, linearisation_table, share_of_best_gain, table
+from benchmarks.steps import by_answer_gradient
+from dspy_greater import local_lm
+from dspy_greater.objective.replay import advantages
 from dspy_greater.pocket.tasks import generate, work_out
+from dspy_greater.search.default_step import Replay, by_score_gradient, forecast_off_policy
+from dspy_greater.search.paper_step import by_paper_gradient
+from dspy_greater.settings import Settings
 
 
 def measured(predicted: list[float], mistakes: list[float]) -> Measured:
@@ -48,11 +55,7 @@ def test_an_interval_holds_its_mean_and_leaves_out_what_is_not_a_number() -> Non
 
 def test_the_table_has_a_row_for_every_ranking_best_first() -> None:
     at = measured([0.1, 0.2, 0.3, 0.4], [-0.4, -0.1, 0.1, 0.2])
-    both = Measured(
-        *[getattr(at, name) for name in ("task", "instruction", "seed", "position", "candidates")],
-        at.realised,
-        {"wrong": (4.0, 3.0, 2.0, 1.0), "right": (1.0, 2.0, 3.0, 4.0)},
-    )
+    both = replace(at, predicted={"wrong": (4.0, 3.0, 2.0, 1.0), "right": (1.0, 2.0, 3.0, 4.0)})
     rows = table([both]).splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == ["| right", "| wrong"]
 
@@ -75,6 +78,35 @@ def test_a_gradient_is_held_against_the_exact_change_that_it_linearises() -> Non
         zip(gradients, (-1, 1, -1, 1), strict=True)
     )
     assert {exact: float(came.split()[0]) for _, exact, _, came in rows} == dict(zip(exact, (1, -1), strict=True))
+
+
+@pytest.mark.parametrize("instruction", ["Think your reasoning.", "Answer the question."])
+def test_the_rankings_are_those_by_which_the_searches_choose(instruction: str) -> None:
+    random = Random(1)
+    questions = [generate("navigate", random) for _ in range(6)]
+    rows = [dspy.Example(question=each, answer=work_out("navigate", each).answer) for each in questions]
+    plan = Plan("navigate", instruction, 0, positions=2, candidates=4, settings=Settings())
+    seen = 0
+    with dspy.context(lm=local_lm("pocket")):
+        for at, _ in positions(plan, [each.with_inputs("question") for each in rows], exact_match):
+            here, texts = at.here, [each.instruction.text for each in at.edits]
+            stands = here.current.token_ids[here.state.position]
+            replay = Replay(at.own, tuple(advantages(at.own, baseline_scale=here.settings.baseline_scale)))
+            forecasts = forecast_off_policy(here, replay)(here, replay, at.edits)
+            slopes = by_score_gradient(here, replay, at.edits)
+            term = "score" if len({each.mistake for each in at.own}) > 1 else "whole"
+            paper = by_paper_gradient(here, here.current, stands, at.tokens).slopes
+            answer = by_answer_gradient(here, here.current, stands, at.tokens).slopes
+            for name, expected in {
+                "re-weighted scoring": [forecasts[text].change for text in texts],
+                f"{term}, centroid": [slopes[text] for text in texts],
+                "paper (pathwise and fluency, current)": [paper[token] for token in at.tokens],
+                "gradient without reasoning": [answer[token] for token in at.tokens],
+            }.items():
+                assert list(RANKINGS[name](at)) == pytest.approx(expected, rel=1e-3, abs=1e-6), name
+            assert paper != answer
+            seen += 1
+    assert seen == 2
 
 
 def test_it_measures_every_ranking_on_the_pocket_model_and_goes_on_where_it_stopped(

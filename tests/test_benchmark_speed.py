@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from benchmarks.speed import machine, timing
 from benchmarks.speed.command import main
 from benchmarks.speed.floor import Nodes, floor_seconds, model_flops
 from benchmarks.speed.gate import differences, run_gate
+from benchmarks.speed.machine import measure
 from benchmarks.speed.report import save
 from benchmarks.speed.scale import doubling
 from benchmarks.speed.shapes import SHAPES, build
@@ -324,6 +326,13 @@ def test_a_result_replaces_the_earlier_one_as_a_whole(tmp_path: Path) -> None:
 
 
 # --- the floor ---
+
+
+def test_where_products_are_slow_the_smallest_is_measured_once(engine: Engine) -> None:
+    size, at = ModelSize.of(engine.model), itertools.count(step=2.0)  # no call takes less than two seconds
+    found = measure(size, tokens=16, device=CPU, dtype=torch.float32, now=at.__next__)
+    assert found.matmul_flops == 2 * 16 * size.hidden * size.hidden / 2.0
+    assert next(at) == 4 * 2.0  # begin and end of one product and of one copy
 
 
 @pytest.mark.parametrize("after", [0, 2])

@@ -23,8 +23,7 @@ def contestants(found: PredictorResult, settings: Settings) -> list[str]:
         if state.finished(settings):
             break
         tried = [each.evaluation for each in step.candidates if each.evaluation is not None]
-        spent = step.spent.get("generated_tokens", 0)
-        state = advance(state, step.chosen, tried, settings, generated_tokens=spent)
+        state = advance(state, step, tried, settings, lambda ids: range(len(ids)))  # where it goes on does not matter
     return list(dict.fromkeys([found.seed.instruction, *(each.instruction for each in state.best)]))
 
 

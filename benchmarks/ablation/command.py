@@ -116,12 +116,13 @@ def _searched(task: str, seed: int, name: str, arguments: argparse.Namespace) ->
     student = with_instruction(dspy.ChainOfThought("question -> answer"), "predict", variant.instruction)
     optimizer = GReaTerTeleprompter(
         metric=exact_match,
+        variant=variant.step,
         auto=None,
         seed=seed,
         steps=_STEPS,
         max_generated_tokens=arguments.generated_tokens,
         progress=False,
-        **dict(variant.settings),
+        **variant.settings,
     )
     best = optimizer.compile(student, trainset=train, valset=validation)
     (found,) = best.detailed_results.predictors
@@ -148,7 +149,7 @@ def _along(
 
     reached: dict[str, Any] = {}
     for budget in (*arguments.along, arguments.generated_tokens):
-        settings = Settings.of(None, steps=_STEPS, max_generated_tokens=budget, **dict(variant.settings))
+        settings = Settings.of(None, steps=_STEPS, max_generated_tokens=budget, **variant.settings)
         text = along.instruction_at(found, settings, lambda text: accuracy(text, validation))
         reached[str(budget)] = {"instruction": text, "accuracy": accuracy(text, test)}
     return reached

@@ -1,9 +1,14 @@
-"""The variants that are compared, as settings of `GReaTerTeleprompter`, and the sweeps of single knobs."""
+"""The variants that are compared, as steps and settings of `GReaTerTeleprompter`, and the sweeps of single knobs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+from benchmarks.steps import CHANCE, PAPER_CHANCE, WITHOUT_REASONING
+from dspy_greater.search.step import Step
+from dspy_greater.search.variants import VARIANTS as STEPS
 
 SEED_INSTRUCTION = "Answer the question."
 
@@ -18,42 +23,37 @@ STARTS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """Settings under a name, and the instruction that the search starts from."""
+    """A kind of step, settings, and the instruction that the search starts from."""
 
     about: str
-    settings: Mapping[str, object] = field(default_factory=dict[str, object])
+    step: Step = STEPS["default"]
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     instruction: str = SEED_INSTRUCTION
 
 
+_PAPER = STEPS["paper"]
 VARIANTS: Mapping[str, Variant] = {
     "whole": Variant("the default"),
-    "paper": Variant("Algorithm 1 as published", {"variant": "paper"}),
-    "without-reasoning": Variant(
-        "the paper's gradient with an empty reasoning (its figure 3)", {"variant": "paper", "estimator": "answer"}
-    ),
-    "random": Variant(
-        "the default's edits, tried in random order, without gradient and forecast",
-        {"estimator": "random", "rescored": 0},
-    ),
-    "paper-random": Variant(
-        "the paper's proposals, tried in random order", {"variant": "paper", "estimator": "random"}
-    ),
+    "paper": Variant("Algorithm 1 as published", _PAPER),
+    "without-reasoning": Variant("the paper's gradient with an empty reasoning (its figure 3)", WITHOUT_REASONING),
+    "random": Variant("the default's edits, tried in random order, without gradient and forecast", CHANCE),
+    "paper-random": Variant("the paper's proposals, tried in random order", PAPER_CHANCE),
     "without-chance": Variant(
-        "the default, but forecasts decide even where they do not come true", {"explore_every": 0}
+        "the default, but forecasts decide even where they do not come true", settings={"explore_every": 0}
     ),
 }
 
 SWEEPS: Mapping[str, Variant] = {
-    "k=5": Variant("fewer tokens proposed", {"top_k": 5}),
-    "k=20": Variant("more tokens proposed", {"top_k": 20}),
-    "q=3": Variant("fewer rows in an intersection", {"proposal_rows": 3}),
-    "q=10": Variant("more rows in an intersection", {"proposal_rows": 10}),
-    "ahead=1": Variant("one position looked at, as the paper does", {"positions_ahead": 1}),
-    "ahead=2": Variant("two positions", {"positions_ahead": 2}),
-    "mu=3": Variant("three candidates tried, not one", {"selections": 3}),
-    "mu=1-paper": Variant("the paper's variant, one candidate tried", {"variant": "paper", "selections": 1}),
-    "lambda=0": Variant("the paper's variant without fluency in the loss", {"variant": "paper", "fluency_weight": 0.0}),
-    "lambda=1": Variant("the paper's variant with more of it", {"variant": "paper", "fluency_weight": 1.0}),
+    "k=5": Variant("fewer tokens proposed", settings={"top_k": 5}),
+    "k=20": Variant("more tokens proposed", settings={"top_k": 20}),
+    "q=3": Variant("fewer rows in an intersection", settings={"proposal_rows": 3}),
+    "q=10": Variant("more rows in an intersection", settings={"proposal_rows": 10}),
+    "ahead=1": Variant("one position looked at, as the paper does", settings={"positions_ahead": 1}),
+    "ahead=2": Variant("two positions", settings={"positions_ahead": 2}),
+    "mu=3": Variant("three candidates tried, not one", settings={"selections": 3}),
+    "mu=1-paper": Variant("the paper's variant, one candidate tried", _PAPER, {"selections": 1}),
+    "lambda=0": Variant("the paper's variant without fluency in the loss", _PAPER, {"fluency_weight": 0.0}),
+    "lambda=1": Variant("the paper's variant with more of it", _PAPER, {"fluency_weight": 1.0}),
 }
 
 # Each variant from each of these: `published` is the default from there, `published-paper` the paper's.

@@ -18,10 +18,11 @@ from dspy_greater.objective.replay import Reasoning
 from dspy_greater.objective.types import Evaluation
 from dspy_greater.program.predictors import predictors_of, with_instruction
 from dspy_greater.program.rollout import pin_lms
-from dspy_greater.search.default_step import hopeful
 from dspy_greater.search.edits import Edit, propose_edits
+from dspy_greater.search.exploration import baseline_scale
 from dspy_greater.search.select import realised_change
 from dspy_greater.search.state import begin
+from dspy_greater.search.step import StepContext
 from dspy_greater.settings import Settings
 
 _ELSEWHERE = 6  # instructions tried at other positions, whose reasonings are at hand
@@ -56,43 +57,43 @@ class Plan:
 
 def measure(plan: Plan, rows: Sequence[Any], metric: Any, rankings: Sequence[str]) -> Iterator[Measured]:
     """Try all candidates at some positions of the instruction, then ask every ranking what it would have said."""
-    random = Random(f"{plan.task}/{plan.instruction}/{plan.seed}")
-    objective = _objective(plan, rows, metric)
-    (seed,) = objective.evaluate([objective.seed()])
-    begun_at = _evaluated(replace(plan, instruction=plan.begun_at), rows, metric) if plan.begun_at else seed
-    plan = replace(plan, settings=hopeful(plan.settings, begun_at, seed))
-    editable = objective.layout.positions(seed.token_ids)
-    chosen = sorted(random.sample(editable, min(plan.positions, len(editable))))
-    with objective.engine.session() as model:
-        edits = {position: _replacements(objective, model, seed, position, plan) for position in chosen}
-    tried = {
-        position: objective.evaluate([edit.instruction for edit in found]) for position, found in edits.items() if found
-    }
-    for position, evaluations in tried.items():
-        others = [each for other, found in tried.items() if other != position for each in found]
-        at_hand = random.sample(others, min(_ELSEWHERE, len(others)))
-        with objective.engine.session() as model:
-            at = _position(plan, objective, model, seed, position, edits[position], at_hand)
-            predicted = {name: tuple(RANKINGS[name](at)) for name in rankings}
+    for at, evaluations in positions(plan, rows, metric):
         yield Measured(
             plan.task,
             plan.instruction,
             plan.seed,
-            position,
-            tuple(edit.instruction.text for edit in edits[position]),
-            tuple(realised_change(seed, each) for each in evaluations),
-            predicted,
+            at.here.state.position,
+            tuple(edit.instruction.text for edit in at.edits),
+            tuple(realised_change(at.here.current, each) for each in evaluations),
+            {name: tuple(RANKINGS[name](at)) for name in rankings},
             plan.begun_at,
         )
 
 
-def _evaluated(plan: Plan, rows: Sequence[Any], metric: Any) -> Evaluation:
-    objective = _objective(plan, rows, metric)
-    (found,) = objective.evaluate([objective.seed()])
-    return found
+def positions(plan: Plan, rows: Sequence[Any], metric: Any) -> Iterator[tuple[Position, list[Evaluation]]]:
+    """Some positions of the instruction as a search would see them, and what came of every replacement there."""
+    random = Random(f"{plan.task}/{plan.instruction}/{plan.seed}")
+    evaluator = _evaluator(plan, rows, metric)
+    current, _ = evaluator.evaluate_seed()
+    settings = _settled(plan, rows, metric, current)
+    editable = evaluator.layout.positions(current.token_ids)
+    chosen = sorted(random.sample(editable, min(plan.positions, len(editable))))
+    with evaluator.engine.session() as model:
+        contexts = [_context(evaluator, model, current, settings, position, plan.seed) for position in chosen]
+        edits = {each.state.position: _replacements(each, plan) for each in contexts}
+    tried = {
+        position: evaluator.evaluate([edit.instruction for edit in found]) for position, found in edits.items() if found
+    }
+    for position, evaluations in tried.items():
+        others = [each for other, found in tried.items() if other != position for each in found]
+        elsewhere = random.sample(others, min(_ELSEWHERE, len(others)))
+        with evaluator.engine.session() as model:
+            here = _context(evaluator, model, current, settings, position, plan.seed)
+            own, replayed = _at_hand(here, []), _at_hand(here, elsewhere)
+            yield Position(here, edits[position], own, replayed), evaluations
 
 
-def _objective(plan: Plan, rows: Sequence[Any], metric: Any) -> Evaluator:
+def _evaluator(plan: Plan, rows: Sequence[Any], metric: Any) -> Evaluator:
     program = with_instruction(dspy.ChainOfThought("question -> answer"), "predict", plan.instruction)
     pinned = pin_lms(program)
     (site,) = predictors_of(pinned)
@@ -107,36 +108,26 @@ def _objective(plan: Plan, rows: Sequence[Any], metric: Any) -> Evaluator:
     )
 
 
-def _replacements(objective: Evaluator, model: Model, seed: Evaluation, position: int, plan: Plan) -> tuple[Edit, ...]:
-    state = replace(begin(seed, plan.settings), position=position)
-    edits = propose_edits(
-        objective, model, state, plan.settings, random_seed=plan.seed, predictor=f"position {position}"
-    )
-    return tuple(edit for edit in edits if edit.kind == "replace")[: plan.candidates]
+def _settled(plan: Plan, rows: Sequence[Any], metric: Any, current: Evaluation) -> Settings:
+    """The settings with the baseline that a search from the plan's beginning would have come to."""
+    begun_at = current
+    if plan.begun_at:
+        begun_at, _ = _evaluator(replace(plan, instruction=plan.begun_at), rows, metric).evaluate_seed()
+    return replace(plan.settings, baseline_scale=baseline_scale(plan.settings, begun_at, current))
 
 
-def _position(
-    plan: Plan,
-    objective: Evaluator,
-    model: Model,
-    seed: Evaluation,
-    position: int,
-    edits: tuple[Edit, ...],
-    at_hand: Sequence[Evaluation],
-) -> Position:
-    """What a search would know before it tried anything at this position."""
+def _context(
+    evaluator: Evaluator, model: Model, current: Evaluation, settings: Settings, position: int, seed: int
+) -> StepContext:
+    state = replace(begin(current, settings), position=position)
+    return StepContext(evaluator, model, state, settings, f"position {position}", seed)
 
-    def reasonings(more: Sequence[Evaluation]) -> tuple[Reasoning, ...]:
-        rows = (*seed.rows, *(row for each in more for row in each.rows))
-        return tuple(objective.replay(replace(seed, rows=rows), Random(plan.seed), len(rows)))
 
-    return Position(
-        objective=objective,
-        model=model,
-        current=seed,
-        position=position,
-        edits=edits,
-        own=reasonings([]),
-        replayed=reasonings(at_hand),
-        settings=plan.settings,
-    )
+def _replacements(here: StepContext, plan: Plan) -> tuple[Edit, ...]:
+    return tuple(edit for edit in propose_edits(here) if edit.kind == "replace")[: plan.candidates]
+
+
+def _at_hand(here: StepContext, more: Sequence[Evaluation]) -> tuple[Reasoning, ...]:
+    """The reasonings of the current instruction and of some others, all of them."""
+    rows = (*here.current.rows, *(row for each in more for row in each.rows))
+    return tuple(here.evaluator.replay(replace(here.current, rows=rows), Random(here.random_seed), len(rows)))

@@ -12,12 +12,9 @@ from torch import Tensor
 from dspy_greater.estimators.off_policy import Likelihood, forecast, likelihoods
 from dspy_greater.estimators.paper_gradient import paper_gradient
 from dspy_greater.estimators.score_gradient import score_gradient
-from dspy_greater.model.interface import Model
-from dspy_greater.objective.evaluator import Evaluator
 from dspy_greater.objective.replay import Reasoning, advantages
-from dspy_greater.objective.types import Evaluation
 from dspy_greater.search.edits import Edit
-from dspy_greater.settings import Settings
+from dspy_greater.search.step import StepContext
 
 Term = Literal["score", "pathwise", "whole"]  # of the score gradient's module; the whole is both
 Point = Literal["current", "midpoint", "centroid"]  # where a linear model is taken
@@ -27,14 +24,10 @@ Point = Literal["current", "midpoint", "centroid"]  # where a linear model is ta
 class Position:
     """One position of one instruction: its replacements, and the reasonings that a search would have at hand."""
 
-    objective: Evaluator
-    model: Model  # a session
-    current: Evaluation
-    position: int
+    here: StepContext  # with a session's model
     edits: tuple[Edit, ...]
     own: tuple[Reasoning, ...]  # of the current instruction
     replayed: tuple[Reasoning, ...]  # and of some that were tried elsewhere
-    settings: Settings
 
     @property
     def tokens(self) -> list[int]:
@@ -47,7 +40,7 @@ Ranking = Callable[[Position], Sequence[float]]  # predicted change of every edi
 
 def at_random(at: Position) -> list[float]:
     """No prediction at all."""
-    random = Random(f"{at.current.instruction}/{at.position}")
+    random = Random(f"{at.here.current.instruction}/{at.here.state.position}")
     return [random.random() for _ in at.edits]
 
 
@@ -74,34 +67,35 @@ def fixed_reasoning(at: Position) -> list[float]:
     return [forecast(now, each, [0.0] * len(now), shares, saturates=False).change for each in then]
 
 
-def slope(term: Term, point: Point, optimism: float | None = None) -> Ranking:
-    """A term of the expected loss's gradient at a point, over the instruction's own reasonings."""
+def slope(term: Term, point: Point, scale: float | None = None) -> Ranking:
+    """A term of the expected loss's gradient at a point, over the instruction's own reasonings.
+
+    `scale` takes the place of the `baseline_scale` that a search would have there.
+    """
 
     def rank(at: Position) -> Sequence[float]:
-        hope = at.settings.optimism if optimism is None else optimism
+        settings = at.here.settings
         return score_gradient(
-            at.model,
+            at.here.model,
             at.own,
-            [0.0] * len(at.own) if term == "pathwise" else advantages(at.own, baseline_scale=hope),
-            position=at.position,
+            [0.0] * len(at.own) if term == "pathwise" else _advantages(at, at.own, scale),
+            position=at.here.state.position,
             candidates=at.tokens,
-            answer_weight=0.0 if term == "score" else at.settings.answer_weight,
-            answer_temperature=at.settings.answer_temperature,
+            answer_weight=0.0 if term == "score" else settings.answer_weight,
+            answer_temperature=settings.answer_temperature,
             value=_value(at, point),
         )
 
     return rank
 
 
-def rescored(reasonings: str = "own", optimism: float | None = None, *, saturates: bool = True) -> Ranking:
-    """Re-weighted scoring over some of the reasonings."""
+def off_policy(scale: float | None = None, *, elsewhere: bool = False, saturates: bool = True) -> Ranking:
+    """Off-policy forecasts over the instruction's own reasonings, or those from `elsewhere`, too."""
 
     def rank(at: Position) -> list[float]:
-        runs: Sequence[Reasoning] = getattr(at, reasonings)
-        hope = at.settings.optimism if optimism is None else optimism
-        now, shares = _read(at, runs), [each.share for each in runs]
-        against = advantages(runs, baseline_scale=hope)
-        weight = at.settings.answer_weight
+        runs = at.replayed if elsewhere else at.own
+        now, shares, against = _read(at, runs), [each.share for each in runs], _advantages(at, runs, scale)
+        weight = at.here.settings.answer_weight
         ids = [edit.instruction.token_ids for edit in at.edits]
         then = [_read(at, [run.under(each) for run in runs]) for each in ids]
         return [forecast(now, each, against, shares, answer_weight=weight, saturates=saturates).change for each in then]
@@ -109,15 +103,16 @@ def rescored(reasonings: str = "own", optimism: float | None = None, *, saturate
     return rank
 
 
+# Named as in the committed tables: re-weighted scoring is the off-policy forecast, optimism the scale of the baseline.
 RANKINGS: Mapping[str, Ranking] = {
-    "re-weighted scoring": rescored(),
-    "re-weighted scoring, optimism 1": rescored(optimism=1.0),
-    "re-weighted scoring, optimism 0.5": rescored(optimism=0.5),
-    "re-weighted scoring, answers in nats": rescored(saturates=False),
-    "re-weighted scoring, optimism 0.5, answers in nats": rescored(optimism=0.5, saturates=False),
-    "re-weighted scoring, also what was tried elsewhere": rescored("replayed"),
+    "re-weighted scoring": off_policy(),
+    "re-weighted scoring, optimism 1": off_policy(1.0),
+    "re-weighted scoring, optimism 0.5": off_policy(0.5),
+    "re-weighted scoring, answers in nats": off_policy(saturates=False),
+    "re-weighted scoring, optimism 0.5, answers in nats": off_policy(0.5, saturates=False),
+    "re-weighted scoring, also what was tried elsewhere": off_policy(elsewhere=True),
     "score, centroid": slope("score", "centroid"),
-    "score, centroid, optimism 1": slope("score", "centroid", optimism=1.0),
+    "score, centroid, optimism 1": slope("score", "centroid", 1.0),
     "score, midpoint": slope("score", "midpoint"),
     "score, current": slope("score", "current"),
     "whole, centroid": slope("whole", "centroid"),
@@ -134,22 +129,26 @@ RANKINGS: Mapping[str, Ranking] = {
 
 def _paper(at: Position, *, reasoned: bool) -> list[float]:
     found = paper_gradient(
-        at.model,
-        at.objective.supervised(at.current, reasoned=reasoned),
-        position=at.position,
+        at.here.model,
+        at.here.evaluator.supervised(at.here.current, reasoned=reasoned),
+        position=at.here.state.position,
         candidates=at.tokens,
-        answer_temperature=at.settings.answer_temperature,
-        fluency_weight=at.settings.fluency_weight,
+        answer_temperature=at.here.settings.answer_temperature,
+        fluency_weight=at.here.settings.fluency_weight,
     )
     return list(found.predicted_change)
 
 
+def _advantages(at: Position, runs: Sequence[Reasoning], scale: float | None) -> list[float]:
+    return advantages(runs, baseline_scale=at.here.settings.baseline_scale if scale is None else scale)
+
+
 def _value(at: Position, point: Point) -> Tensor:
     """The embedding [1, d] at which a linear model is taken."""
-    current = at.model.embed([at.current.token_ids[at.position]])
-    centroid = at.model.embed(at.tokens).mean(0, keepdim=True)
+    current = at.here.model.embed([at.here.current.token_ids[at.here.state.position]])
+    centroid = at.here.model.embed(at.tokens).mean(0, keepdim=True)
     return {"current": current, "midpoint": (current + centroid) / 2, "centroid": centroid}[point]
 
 
 def _read(at: Position, runs: Sequence[Reasoning]) -> list[Likelihood]:
-    return likelihoods(at.model, runs, answer_temperature=at.settings.answer_temperature)
+    return likelihoods(at.here.model, runs, answer_temperature=at.here.settings.answer_temperature)

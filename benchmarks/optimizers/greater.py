@@ -21,6 +21,7 @@ from typing import Any
 import dspy
 
 from benchmarks.optimizers.optimizer import Context
+from benchmarks.steps import CHANCE, WITHOUT_REASONING
 from dspy_greater import GReaTerTeleprompter
 from dspy_greater.objective.types import Evaluation
 from dspy_greater.run.events import Event, SearchStarted, StepTaken, Validated
@@ -35,7 +36,7 @@ class Greater:
 
     name = "greater"
     about = "GReaTerTeleprompter, default variant, 105 steps, 50 rows, forecasts from 8 reasonings for 3 candidates"
-    defaults: dict[str, Any] = {"auto": None, "replayed": 8, "rescored": 3}
+    defaults: dict[str, Any] = {"auto": None, "replayed": 8, "forecasts": 3}
 
     def __init__(self, **settings: Any) -> None:
         self._settings = {**self.defaults, **settings}
@@ -68,7 +69,7 @@ class GreaterNoReasoning(Greater):
 
     name = "greater-no-reasoning"
     about = "the paper's ablation: greater-paper with the gradient of the answer alone, without reasoning"
-    defaults = {**GreaterPaper.defaults, "estimator": "answer"}
+    defaults = {**GreaterPaper.defaults, "variant": WITHOUT_REASONING}
 
 
 class RandomSearch(Greater):
@@ -76,7 +77,7 @@ class RandomSearch(Greater):
 
     name = "random-search"
     about = "greater with the same proposals and no gradient: chance chooses which of them are tried"
-    defaults = {**Greater.defaults, "estimator": "random"}
+    defaults = {**Greater.defaults, "variant": CHANCE}
 
 
 class Recorder:

@@ -30,7 +30,6 @@ from benchmarks.speed.work import Work, pocket_work, random_work
 from dspy_greater.errors import GreaterError
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.registry import POCKET
-from dspy_greater.settings import Settings
 
 _REASONING_TOKENS = {POCKET: 64, "tiny": 8}  # of other shapes 300
 _GATE_ROWS, _GATE_REASONING, _GATE_PROMPT = 2 * BATCH + 2, 24, 160  # of the small version
@@ -229,9 +228,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options = _parser().parse_args(argv)
     options.device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options.dtype = options.dtype or (torch.float32 if options.device.type == "cpu" else torch.bfloat16)
-    options.mu = options.mu or (Settings().most_tried if options.overhead else _MU)
+    options.mu = options.mu or (_tried_by_default() if options.overhead else _MU)
     options.arms = options.arms or (["ours"] if options.scale else list(ARMS))
     return options
+
+
+def _tried_by_default() -> int:
+    from dspy_greater.search.default_step import DefaultStep  # needs dspy, as the overhead does and nothing else here
+
+    return DefaultStep().selections
 
 
 def _count(text: str) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import transformers
@@ -13,6 +15,7 @@ from benchmarks.speed.sizes import Ceilings, ModelSize
 from benchmarks.speed.step import synchronise
 
 _LEAST_SECONDS = 0.2  # of a measurement
+_LONG_SECONDS = 1.0  # of one call: it is measured once, and larger products are not, which would be no faster
 _COPY_BYTES = (8 << 20, 1 << 30)  # least and most that is copied
 
 
@@ -22,12 +25,19 @@ def measure(
     """Matrix products of `tokens` rows through layers of the model's widths, and copies as large as its weights."""
     shapes = [(rows, size.hidden, wide) for rows in (tokens, 2048) for wide in (size.hidden, size.intermediate, 2048)]
     shapes.append((2048, 2048, 2048))
-    rates = [_matmul_rate(*shape, device=device, dtype=dtype, now=now) for shape in shapes]
+    rate = 0.0
+    for rows, inner, columns in sorted(shapes, key=math.prod):
+        a = torch.ones(rows, inner, device=device, dtype=dtype)
+        b = torch.ones(inner, columns, device=device, dtype=dtype)
+        seconds = _best_seconds(partial(torch.matmul, a, b), device, now)
+        rate = max(rate, 2 * rows * inner * columns / seconds)
+        if seconds > _LONG_SECONDS:
+            break
     count = min(max(size.weight_bytes, _COPY_BYTES[0]), _COPY_BYTES[1])
     source = torch.ones(count, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = _best_seconds(lambda: target.copy_(source), device, now)
-    return Ceilings(max(rates), 2 * count / seconds)
+    return Ceilings(rate, 2 * count / seconds)
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
@@ -47,16 +57,8 @@ def describe(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
     }
 
 
-def _matmul_rate(
-    rows: int, inner: int, columns: int, *, device: torch.device, dtype: torch.dtype, now: Callable[[], float]
-) -> float:
-    a = torch.ones(rows, inner, device=device, dtype=dtype)
-    b = torch.ones(inner, columns, device=device, dtype=dtype)
-    return 2 * rows * inner * columns / _best_seconds(lambda: a @ b, device, now)
-
-
 def _best_seconds(work: Callable[[], object], device: torch.device, now: Callable[[], float]) -> float:
-    """Seconds of one call: the best of five measurements of many calls together."""
+    """Seconds of one call: the best of five measurements of many calls together, or of one where a call takes long."""
     work()
     calls, best = 1, float("inf")
     measured = 0
@@ -71,6 +73,8 @@ def _best_seconds(work: Callable[[], object], device: torch.device, now: Callabl
             calls *= 2
             continue
         measured, best = measured + 1, min(best, seconds / calls)
+        if best > _LONG_SECONDS:
+            break
     return best
 
 

@@ -91,6 +91,14 @@ class Untokenized:
     def __len__(self) -> int:
         return self.size
 
+    def encode(self, text: str, **_: object) -> list[int]:
+        """No text has tokens."""
+        return []
+
+    def get_vocab(self) -> dict[str, int]:
+        """No token has a text."""
+        return {}
+
 
 def build(
     shape: str,

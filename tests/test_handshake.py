@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
-from functools import cache
-from types import SimpleNamespace
+from functools import cache, partial
 from typing import Any
 
 import other_architectures
@@ -14,18 +13,21 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from dspy_greater.model.fast.scoring import score
+from model_calls import generated
 from scripted_engine import ScriptedEngine, obedient_script, optimizer, planted_rows, program_on, shared_tokenizer
 from test_engine import random_prompts, slow_twin
-from test_gradient import POSITION, rows
+from test_paper_gradient import POSITION, rows
 from tiny_models import tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from dspy_greater.errors import LayoutError, WeightsError
-from dspy_greater.estimators.paper_gradient import embedding_gradient
-from dspy_greater.model.engine import Engine, GenerationRequest
+from dspy_greater.estimators.paper_gradient import paper_gradient
+from dspy_greater.model.engine import Engine
 from dspy_greater.model.handshake import Handshake, shake_hands
-from dspy_greater.model.teacher_forcing import teacher_forced_losses
+from dspy_greater.model.interface import GenerationRequest
+from dspy_greater.model.plain import PlainModel
+from dspy_greater.objective.loss import losses
+from dspy_greater.prompt.spans import Span, Supervised
 
 ARCHITECTURES = list(other_architectures.ALL)
 SLOWER = [*other_architectures.OWN_STATES, *other_architectures.EVEN_ROWS, *other_architectures.NO_CACHE]
@@ -66,7 +68,12 @@ def test_rows_of_any_length_that_end_when_they_like_are_what_each_would_be_alone
         going[row] -= 1
         return going[row] == 0
 
-    written = engine.generate(prompts, max_new_tokens=12, stop_token_ids=sorted(stop), on_token=ended)
+    written = engine.generate(
+        [
+            GenerationRequest(prompt, 12, stop_token_ids=tuple(sorted(stop)), on_token=partial(ended, row))
+            for row, prompt in enumerate(prompts)
+        ]
+    )
     twins = [slow_twin(engine.model, prompt, stop, most) for prompt, most in zip(prompts, ends, strict=True)]
     assert [row.token_ids for row in written] == twins
 
@@ -74,29 +81,29 @@ def test_rows_of_any_length_that_end_when_they_like_are_what_each_would_be_alone
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_gradient_is_the_one_that_each_row_has_alone(architecture: str) -> None:
     engine, examples = engine_of(architecture), rows()
-    found = embedding_gradient(engine, examples, position=POSITION)
+    found = slopes(engine, examples)
     assert engine.backward().works and not engine.backward().blocked
-    for gradient, row in zip(found.per_example, examples, strict=True):
-        expected = plain_gradient(engine.model, row)
-        assert torch.allclose(gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
-        assert bool(gradient.any())
+    for mine, row in zip(found, examples, strict=True):
+        expected = plain_slopes(engine, row)
+        assert torch.allclose(mine, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+        assert bool(mine.any())
 
 
 @pytest.mark.parametrize("architecture", SLOWER)
 def test_nothing_is_shared_between_rows_and_scores_are_those_of_rows_read_alone(architecture: str) -> None:
     engine = engine_of(architecture)
-    assert engine.prefixes.reach == 0
+    assert engine.cache_reach == 0
     prompts = random_prompts(3, shared=30, seed=2)
-    alone = [engine.generate([prompt], max_new_tokens=6, stop_token_ids=())[0] for prompt in prompts]
-    with engine.kept_rows(), engine.shared_prefixes():
-        drafts = [(prompt, each.token_ids) for prompt, each in zip(prompts, alone, strict=True)]
-        with engine.drafting(drafts):
-            together = engine.generate(prompts, max_new_tokens=6, stop_token_ids=())
+    alone = [generated(engine, [prompt], 6, stop_token_ids=())[0] for prompt in prompts]
+    drafts = [(prompt, each.token_ids) for prompt, each in zip(prompts, alone, strict=True)]
+    with engine.session(drafts) as session:
+        together = generated(session, prompts, 6, stop_token_ids=())
         examples = [example(prompt, each.token_ids) for prompt, each in zip(prompts, together, strict=True)]
-        scored = score(engine, examples)
-        assert engine.written.bytes == 0 and engine.prefixes.kept is None
+        scored = losses(session, examples)
+        assert session._generated is not None and session._generated.bytes == 0
+        assert session._prefixes.kept is None
     assert together == alone
-    apart = [teacher_forced_losses(engine, [each]) for each in examples]
+    apart = [losses(PlainModel(engine), [each]) for each in examples]
     for name in ("cross_entropy", "fluency_nll"):
         assert getattr(scored, name) == pytest.approx([getattr(each, name)[0] for each in apart], rel=1e-4)
 
@@ -106,7 +113,7 @@ def test_a_row_goes_on_where_a_lack_of_memory_stopped_it_however_the_model_remem
     architecture: str, monkeypatch: Any
 ) -> None:
     prompts = random_prompts(6, seed=3)
-    expected = engine_of(architecture).generate(prompts, max_new_tokens=8, stop_token_ids=())
+    expected = generated(engine_of(architecture), prompts, 8, stop_token_ids=())
     engine = Engine(other_architectures.tiny(architecture), tiny_tokenizer(), name=architecture, max_batch_rows=6)
     forward, calls = engine.model.forward, []
 
@@ -118,7 +125,12 @@ def test_a_row_goes_on_where_a_lack_of_memory_stopped_it_however_the_model_remem
 
     monkeypatch.setattr(engine.model, "forward", copied_signature(starved, forward))
     seen: list[tuple[int, int]] = []
-    got = engine.generate(prompts, max_new_tokens=8, stop_token_ids=(), on_token=lambda *pair: seen.append(pair))
+    got = engine.generate(
+        [
+            GenerationRequest(prompt, 8, stop_token_ids=(), on_token=lambda token, row=row: seen.append((row, token)))
+            for row, prompt in enumerate(prompts)
+        ]
+    )
     assert got == expected
     assert len(seen) == sum(len(row.token_ids) for row in expected)  # no token was reported twice
 
@@ -130,13 +142,13 @@ def test_a_sampled_row_does_not_depend_on_its_batch_however_the_model_remembers(
         GenerationRequest(prompt, 8, 1.0, 0.9, seed=at, stop_token_ids=())
         for at, prompt in enumerate(random_prompts(4, seed=4))
     ]
-    assert engine.complete(requests) == [engine.complete([request])[0] for request in requests]
+    assert engine.generate(requests) == [engine.generate([request])[0] for request in requests]
 
 
 def test_tokens_are_counted_for_rows_that_are_written_by_the_states_of_the_model() -> None:
     engine = Engine(other_architectures.tiny("Lfm2"), tiny_tokenizer(), name="lfm2")
     assert engine.counters.forwards == 0  # the handshake is not the user's
-    engine.generate([(5, 6, 7), (8,)], max_new_tokens=4, stop_token_ids=[])
+    generated(engine, [(5, 6, 7), (8,)], 4, stop_token_ids=())
     spent = engine.counters
     assert (spent.forwards, spent.prefilled_tokens, spent.generated_tokens) == (4, 4, 8)
     assert (spent.padded_tokens, spent.lm_head_rows) == (2, 8)
@@ -168,13 +180,20 @@ def plain_gradient(model: Any, row: Any) -> Tensor:
     return torch.autograd.grad(loss, leaf)[0]
 
 
-def example(prompt: tuple[int, ...], written: tuple[int, ...]) -> Any:
+def slopes(engine: Engine, examples: Any) -> Tensor:
+    """Equation 7 for each example and every token that there is, [N, V]."""
+    found = paper_gradient(engine, examples, position=POSITION, candidates=range(len(engine.embedding_weight)))
+    return torch.tensor(found.per_example)
+
+
+def plain_slopes(engine: Engine, row: Any) -> Tensor:
+    """The same from the plain gradient, [V]."""
+    return engine.embed(range(len(engine.embedding_weight))) @ plain_gradient(engine.model, row)
+
+
+def example(prompt: tuple[int, ...], written: tuple[int, ...]) -> Supervised:
     ids = (*prompt, *written, 9, 17)
-    return SimpleNamespace(
-        token_ids=ids,
-        instruction=SimpleNamespace(start=2, stop=6),
-        answer=SimpleNamespace(start=len(ids) - 1, stop=len(ids)),
-    )
+    return Supervised(ids, Span(2, 6), Span(len(prompt), len(ids) - 1), Span(len(ids) - 1, len(ids)))
 
 
 def copied_signature(function: Any, original: Any) -> Any:
@@ -250,7 +269,7 @@ def test_a_cache_that_gives_another_text_is_not_used(
     assert (shook.keys_and_values, shook.states is not None, shook.ragged) == (False, remembers, ragged)
     assert ("decoded without: every token reads its whole row again" in caplog.text) is not remembers
     prompts = random_prompts(5, shared=20, seed=5)
-    written = engine.generate(prompts, max_new_tokens=8, stop_token_ids=())
+    written = generated(engine, prompts, 8, stop_token_ids=())
     assert [row.token_ids for row in written] == [slow_twin(engine.model, p, frozenset(), 8) for p in prompts]
 
 
@@ -431,10 +450,10 @@ def test_special_tokens_beyond_the_embeddings_do_no_harm_until_a_prompt_has_one(
     engine = Engine(tiny_model(vocab_size=512), tokenizer, name="odd")
     assert tokenizer.pad_token_id == 512
     prompts = random_prompts(3)
-    written = engine.generate(prompts, max_new_tokens=4, stop_token_ids=())  # padded with another token
+    written = generated(engine, prompts, 4, stop_token_ids=())  # padded with another token
     assert [row.token_ids for row in written] == [slow_twin(engine.model, p, frozenset(), 4) for p in prompts]
     with pytest.raises(LayoutError, match=r"token 512 \('<\|new pad\|>'\), and 'odd' has embeddings for 512; .*resize"):
-        engine.generate([(5, 512)], max_new_tokens=4)
+        generated(engine, [(5, 512)], 4)
 
 
 # ---- vision-language models
@@ -478,11 +497,11 @@ def test_the_folder_of_a_vision_language_model_works_as_model_and_tokenizer_do(k
     pair, folder = Engine(model, tokenizer, name=kind), Engine.from_pretrained(tmp_path)
     assert type(folder.model) is type(model)
     prompts = random_prompts(4, shared=20)
-    written = folder.generate(prompts, max_new_tokens=8, stop_token_ids=())
-    assert written == pair.generate(prompts, max_new_tokens=8, stop_token_ids=())
+    written = generated(folder, prompts, 8, stop_token_ids=())
+    assert written == generated(pair, prompts, 8, stop_token_ids=())
     assert [row.token_ids for row in written] == [slow_twin(model, p, frozenset(), 8) for p in prompts]
-    [gradient] = embedding_gradient(folder, rows()[:1], position=POSITION).per_example
-    assert torch.allclose(gradient, plain_gradient(folder.model, rows()[0]), rtol=1e-3, atol=1e-4)
+    [found] = slopes(folder, rows()[:1])
+    assert torch.allclose(found, plain_slopes(folder, rows()[0]), rtol=1e-3, atol=1e-4)
 
 
 def test_the_folder_of_an_encoder_decoder_is_refused_for_what_it_is(tmp_path: Any) -> None:

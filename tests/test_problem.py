@@ -39,6 +39,7 @@ from dspy_greater.errors import (
 )
 from dspy_greater.program.dataset import split
 from dspy_greater.search.problem import Problem, pose
+from dspy_greater.search.variants import step_of
 from dspy_greater.settings import Settings
 
 ROWS = planted_rows(8)
@@ -284,7 +285,7 @@ def test_an_instruction_that_lists_its_tools_cannot_be_rewritten(engine: Any) ->
 @pytest.mark.filterwarnings("ignore:.*validation rows are also training rows")
 def test_an_instruction_that_lists_its_tools_is_appended_to_by_itself(engine: Any) -> None:
     rows = [dspy.Example(question="x", answer="yes", next_thought="search").with_inputs("question")] * 8
-    for problem in (posed(agent_on(engine), rows, settings=paper()), posed(agent_on(engine))):
+    for problem in (posed(agent_on(engine), rows, step=PAPER), posed(agent_on(engine))):
         react, extract = problem.targets
         assert (react.site.name, react.append, extract.append) == ("react", True, False)
         assert react.fixed == react.site.instruction and extract.fixed == ""
@@ -293,7 +294,7 @@ def test_an_instruction_that_lists_its_tools_is_appended_to_by_itself(engine: An
 
 def test_an_agent_without_gold_values_keeps_its_instruction_where_they_are_needed(engine: Any) -> None:
     with pytest.warns(UserWarning, match="Predictors react have no gold values in the trainset and keep"):
-        problem = posed(agent_on(engine), settings=paper())
+        problem = posed(agent_on(engine), step=PAPER)
     assert [(target.site.name, target.field) for target in problem.targets] == [("extract.predict", "answer")]
 
 
@@ -464,9 +465,7 @@ def test_a_seed_that_is_not_a_whole_number_is_refused(seed: Any) -> None:
 # ---- which predictors, and what may happen to their instructions
 
 
-def paper() -> Settings:
-    """Settings of the variant that needs gold values."""
-    return Settings.of(None, variant="paper", train_rows=4, validation_rows=4)
+PAPER = step_of("paper")  # the one that needs gold values
 
 
 class Draft(dspy.Module):
@@ -536,7 +535,7 @@ def test_nothing_to_optimise_says_why_for_every_predictor(engine: Any) -> None:
     with pytest.raises(WeightsError, match=r"No predictor can be optimised. .*'query'.* weights=.*'answer.predict'"):
         posed(program, unlabelled())
     with pytest.raises(DataError, match="labels are label. .* or leave variant='paper', which is the only one that"):
-        posed(program, unlabelled(), settings=paper())
+        posed(program, unlabelled(), step=PAPER)
 
 
 def test_gold_values_are_still_checked_where_there_are_some(engine: Any) -> None:
@@ -565,7 +564,7 @@ def test_a_predictor_that_is_named_and_cannot_be_optimised_is_an_error(engine: A
     with pytest.raises(
         DataError, match="`query` has no output field with gold values .* and variant='paper' needs them"
     ):
-        posed(Draft(engine), predictors=["query"], settings=paper())
+        posed(Draft(engine), predictors=["query"], step=PAPER)
     with pytest.raises(WeightsError, match="No open weights are known for predictor 'query'"):
         posed(Draft(engine, first=remote_lm()), predictors=["query", "answer.predict"])
 
@@ -615,7 +614,8 @@ def test_a_predictor_that_is_used_twice_is_one_target(engine: Any) -> None:
 
 def posed(program: Any, rows: Any = ROWS, valset: Any = None, **options: Any) -> Problem:
     settings = Settings.of(None, train_rows=4, validation_rows=4)
-    return pose(program, rows, exact_match, valset, **{"settings": settings, "seed": 0, **options})
+    options = {"settings": settings, "step": step_of("default"), "seed": 0, **options}
+    return pose(program, rows, exact_match, valset, **options)
 
 
 def keys(rows: Any) -> list[str]:
@@ -663,7 +663,7 @@ def test_warnings_point_to_the_line_that_calls_compile(engine: Any) -> None:
 
     for variant, last in (
         ("paper", "Predictors query have no gold values"),
-        ("whole", "Predictor `query` was not called on any of the 2 training rows"),
+        ("default", "Predictor `query` was not called on any of the 2 training rows"),
     ):
         with pytest.warns(UserWarning, match="validation rows|keep their instr|was not called") as told:
             optimizer(variant=variant, steps=0).compile(TwoHops(), ROWS[:2], valset=ROWS[:2])
@@ -690,6 +690,8 @@ def test_the_identity_is_the_same_for_the_same_inputs(engine: Any) -> None:
 @pytest.mark.parametrize(
     ("where", "change"),
     [
+        ("step", lambda engine: posed(program_on(engine), step=PAPER)),
+        ("step", lambda engine: posed(program_on(engine), step=replace(step_of("default"), rank=None))),
         ("seed", lambda engine: posed(program_on(engine), seed=1)),
         ("extractor", lambda engine: posed(program_on(engine), extractor="So:")),
         ("settings", lambda engine: posed(program_on(engine), settings=Settings())),
@@ -709,7 +711,7 @@ def test_the_identity_tells_what_changed(engine: Any, where: str, change: Any) -
 
 def test_settings_of_the_machine_do_not_change_the_identity(engine: Any) -> None:
     settings = {"train_rows": 4, "validation_rows": 4}
-    other = Settings.of(None, **settings, threads=3, max_batch_tokens=512)
+    other = Settings.of(None, **settings, threads=3)
     assert posed(program_on(engine), settings=other).identity() == posed(program_on(engine)).identity()
 
 

@@ -5,27 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import settings as quickly
 from hypothesis import strategies as st
 
-from dspy_greater.objective.types import Evaluation
+from dspy_greater.objective.types import Candidate, Evaluation
+from dspy_greater.run.events import StepTaken
 from dspy_greater.search.state import (
     SearchState,
     advance,
     begin,
     ends_sentence,
     positions_ahead,
-    restarted,
-    step_random,
+    return_to_best,
 )
+from dspy_greater.search.step import step_random
 from dspy_greater.settings import Settings
 
 quick = quickly(max_examples=80, deadline=None, derandomize=True)
-SETTINGS = Settings.of(None, steps=12, finalists=3, max_instruction_tokens=6, walk=False)
-WALKING = replace(SETTINGS, walk=True)
+SETTINGS = Settings.of(None, steps=12, finalists=3, max_instruction_tokens=6)
 
 
 def evaluated(text: str, objective: float = 0.5, *, length: int | None = None) -> Evaluation:
@@ -41,10 +42,31 @@ instructions = st.builds(
 histories = st.lists(st.tuples(instructions, st.lists(instructions, max_size=3), st.booleans()), max_size=12)
 
 
+def every_position(ids: Sequence[int]) -> Sequence[int]:
+    return range(len(ids))
+
+
+def after(
+    state: SearchState,
+    chosen: Evaluation,
+    tried: Sequence[Evaluation] = (),
+    settings: Settings = SETTINGS,
+    *,
+    position: int | None = None,
+    candidates: tuple[Candidate, ...] = (),
+    spent: int = 0,
+    failed: bool = False,
+) -> SearchState:
+    """The state after a step that chose this, at the state's position unless another is given."""
+    at = state.position if position is None else position
+    step = StepTaken("predict", state.step, at, -1, candidates, chosen, "", {"generated_tokens": spent})
+    return advance(state, step, tried, settings, every_position, failed=failed)
+
+
 def follow(history: list[tuple[Evaluation, list[Evaluation], bool]], seed: Evaluation) -> list[SearchState]:
     states = [begin(seed, SETTINGS)]
     for chosen, tried, failed in history:
-        states.append(advance(states[-1], chosen, tried, SETTINGS, failed=failed))
+        states.append(after(states[-1], chosen, tried, failed=failed))
     return states
 
 
@@ -83,7 +105,7 @@ def test_positions_ahead_are_those_that_steps_without_a_change_would_come_to(
     assert [each.position for each in found] == expected
     assert all(replace(each, position=position) == state for each in found)
     for expect in expected[1:]:
-        state = advance(state, start, [], SETTINGS)
+        state = after(state, start)
         assert state.position == expect
 
 
@@ -96,7 +118,7 @@ def test_where_nothing_can_be_edited_and_where_a_fixed_text_is_all_there_is_look
 
 def test_a_step_that_was_taken_further_on_is_gone_on_from_there() -> None:
     seed = evaluated("Add it up now.")
-    assert advance(begin(seed, SETTINGS), seed, [], SETTINGS, position=2).position == 3
+    assert after(begin(seed, SETTINGS), seed, position=2).position == 3
 
 
 def test_a_finished_sentence_starts_over_at_the_first_token() -> None:
@@ -134,7 +156,7 @@ def test_other_ends_leave_the_sentence_open(text: str) -> None:
 def test_only_the_finalists_are_remembered_and_the_earlier_of_equals_first() -> None:
     seed = evaluated("seed.", 0.5)
     tried = [evaluated("late.", 0.5), evaluated("good.", 0.1), evaluated("bad.", 0.9)]
-    state = advance(begin(seed, SETTINGS), tried[1], tried, SETTINGS)
+    state = after(begin(seed, SETTINGS), tried[1], tried)
     assert [each.instruction for each in state.best] == ["good.", "seed.", "late."]
 
 
@@ -145,46 +167,20 @@ def test_failed_steps_are_counted_in_a_row_only() -> None:
 
 
 def test_a_steps_randomness_depends_on_seed_predictor_and_step_and_on_nothing_else() -> None:
-    def draw(*key: object) -> float:
+    def draw(*key: Any) -> float:
         return step_random(*key).random()
 
     assert draw(0, "predict", 3) == draw(0, "predict", 3)
     assert len({draw(0, "predict", 3), draw(1, "predict", 3), draw(0, "other", 3), draw(0, "predict", 4)}) == 4
 
 
-def test_nothing_is_given_up_while_there_are_fewer_instructions_than_finalists() -> None:
-    seed = evaluated("seed.", 0.5)
-    state = begin(seed, SETTINGS)
-    assert state.to_beat(seed, SETTINGS) is None
-    tried = [evaluated("good.", 0.1), evaluated("fair.", 0.4), evaluated("bad.", 0.9)]
-    state = advance(state, tried[0], tried[:1], SETTINGS)
-    assert state.to_beat(tried[0], SETTINGS) is None
-    state = advance(state, tried[0], tried, SETTINGS)
-    assert state.to_beat(state.current, SETTINGS) == 0.5  # the worst of the three best
-    assert state.to_beat(tried[2], SETTINGS) == 0.9  # what an appending step improves on
-
-
-def test_nothing_is_given_up_while_one_of_the_best_has_no_finite_loss() -> None:
-    tried = [evaluated("one.", math.inf), evaluated("two.", 0.1), evaluated("three.", 0.2)]
-    state = advance(begin(tried[0], SETTINGS), tried[1], tried, SETTINGS)
-    assert state.to_beat(state.current, SETTINGS) is None
-
-
-def test_an_instruction_that_was_given_up_is_not_among_the_best_until_it_was_run_on_all_rows() -> None:
-    seed, good = evaluated("seed.", 0.5), evaluated("good.", 0.1)
-    early = replace(good, objective=(math.inf, math.inf), complete=False)
-    state = advance(begin(seed, SETTINGS), seed, [early], SETTINGS)
-    assert state.best == (seed,)
-    assert advance(state, seed, [early, good], SETTINGS).best == (good, seed)
-
-
 def test_the_search_is_over_after_the_step_that_reaches_the_budget() -> None:
     kept, limited = evaluated("Add up."), Settings.of(None, steps=12, max_generated_tokens=100)
     state = begin(kept, limited, generated_tokens=40)
     assert not state.finished(limited)
-    state = advance(state, kept, [], limited, generated_tokens=59)
+    state = after(state, kept, settings=limited, spent=59)
     assert (state.generated_tokens, state.finished(limited), state.out_of_budget(limited)) == (99, False, False)
-    state = advance(state, kept, [], limited, generated_tokens=1)
+    state = after(state, kept, settings=limited, spent=1)
     assert state.finished(limited) and state.out_of_budget(limited)
     assert not state.finished(SETTINGS) and not state.out_of_budget(SETTINGS)
 
@@ -229,123 +225,27 @@ def test_replaying_recorded_steps_gives_the_state_that_stepping_gave(
     whole = follow(history, seed)
     first = follow(history[:stop], seed)[-1]
     for chosen, tried, failed in history[stop:]:
-        first = advance(first, chosen, tried, SETTINGS, failed=failed)
+        first = after(first, chosen, tried, failed=failed)
     assert first == whole[-1]
     assert replace(first, step=0).step == 0  # a state is a value: nothing else holds on to it
 
 
-# --- restarts ---
-
-
-def stuck(text: str, steps: int, *, best: tuple[Evaluation, ...] = (), starts: tuple[str, ...] = ()) -> SearchState:
-    """A search that has kept this instruction for so many steps."""
-    kept = evaluated(text)
-    state = follow([(kept, [], False)] * steps, kept)[-1]
-    return replace(state, best=best or state.best, starts=starts)
-
-
-def every_position(ids: Sequence[int]) -> Sequence[int]:
-    return range(len(ids))
-
-
-def test_a_step_that_changes_nothing_is_counted_and_one_that_changes_something_starts_the_count_again() -> None:
-    one, other = evaluated("Add up."), evaluated("List up.")
-    states = follow([(one, [], False), (one, [], False), (other, [], False), (other, [], False)], one)
-    assert [state.unchanged for state in states] == [0, 1, 2, 0, 1]
-
-
-def test_within_a_round_the_search_stays_where_it_is() -> None:
-    for steps in range(4):
-        state = stuck("Add them up.", steps)
-        assert restarted(state, SETTINGS, every_position) is state
-
-
-def test_after_a_round_without_a_change_it_goes_on_from_the_best_finalist_that_no_round_was_spent_on() -> None:
-    best = (evaluated("Count them.", 0.1), evaluated("Add them up.", 0.2), evaluated("List them all.", 0.3))
-    state = restarted(stuck("Add them up.", 4, best=best), SETTINGS, every_position)
-    assert state.current.instruction == "Count them."
-    assert (state.position, state.unchanged, state.starts) == (0, 0, ("Add them up.",))
-    assert (state.best, state.step) == (best, 4)  # nothing is forgotten and no step is taken
-    again = restarted(replace(state, unchanged=3), SETTINGS, every_position)
-    assert again.current.instruction == "List them all."
-    assert again.starts == ("Add them up.", "Count them.")
-
-
-def test_a_restart_goes_first_to_what_promised_most_in_the_round_even_if_it_was_worse() -> None:
-    best = (evaluated("Count them.", 0.1), evaluated("Add them up.", 0.2))
-    early = replace(evaluated("Guess.", math.inf), complete=False)
-    told = [(0.5, "Read it."), (-0.1, "Look here."), (math.nan, "Say it."), (-0.4, "List all."), (0.0, "Think.")]
-    promising = ((-9.0, early), *((promise, evaluated(text, 0.9)) for promise, text in told))
-    state = replace(stuck("Add them up.", 4, best=best), promising=promising)
-    assert restarted(state, SETTINGS, every_position).current.instruction == "List all."
-    later = restarted(replace(state, starts=("List all.",)), SETTINGS, every_position)
-    assert later.current.instruction == "Look here." and later.promising == ()
-    last = restarted(replace(state, starts=("List all.", "Look here.")), SETTINGS, every_position)
-    assert last.current.instruction == "Count them."
-
-
-def test_promises_are_kept_until_something_changes() -> None:
-    kept, other = evaluated("Add up."), evaluated("List up.")
-    state = advance(begin(kept, SETTINGS), kept, [other], SETTINGS, forecasts=[(-0.1, other)])
-    state = advance(state, kept, [kept], SETTINGS, forecasts=[(0.2, kept)])
-    assert state.promising == ((-0.1, other), (0.2, kept))
-    assert advance(state, other, [other], SETTINGS, forecasts=[(-0.3, other)]).promising == ()
-
-
-def test_with_no_finalist_left_the_round_begins_again_from_the_best() -> None:
-    best = (evaluated("Count them.", 0.1), evaluated("Add them up.", 0.2))
-    state = restarted(stuck("Add them up.", 4, best=best, starts=("Count them.",)), SETTINGS, every_position)
-    assert state.current.instruction == "Count them."
-    assert state.starts == ("Count them.", "Add them up.")
-
-
-def test_a_restart_begins_at_the_first_position_that_can_be_edited() -> None:
-    best = (evaluated("Count them.", 0.1),)
-    state = restarted(stuck("Add up.", 9, best=best), SETTINGS, lambda ids: [1])
-    assert state.position == 1
-    fixed = replace(stuck("Add up.", 9, best=best), fixed="Count them.")
-    assert restarted(fixed, SETTINGS, lambda ids: []).appends()
-
-
-def test_a_restart_reads_nothing_but_its_arguments() -> None:
-    state = stuck("Add them up.", 4, best=(evaluated("Count them.", 0.1),))
-    before = repr(state)
-    assert restarted(state, SETTINGS, every_position) == restarted(state, SETTINGS, every_position)
-    assert repr(state) == before
-
-
-@pytest.mark.parametrize("settings", [SETTINGS, WALKING], ids=["greedy", "walking"])
-@given(seed=instructions, history=histories)
-@quick
-def test_replaying_with_restarts_gives_the_same_states(
-    settings: Settings, seed: Evaluation, history: list[tuple[Evaluation, list[Evaluation], bool]]
-) -> None:
-    def states() -> list[SearchState]:
-        found = [begin(seed, settings)]
-        for chosen, tried, failed in history:
-            found.append(
-                restarted(advance(found[-1], chosen, tried, settings, failed=failed), settings, every_position)
-            )
-        return found
-
-    assert states() == states()
-    for state in states():
-        assert 0 <= state.position <= len(state.current.token_ids)
-        assert state.unchanged <= max(1, len(state.current.token_ids))
-
-
-# --- walking ---
+# --- back to the best ---
 
 
 def walked(*chosen: Evaluation) -> SearchState:
-    """Where a search that walks stands after these steps, the first instruction being the seed."""
-    state = begin(chosen[0], WALKING)
+    """Where a search stands after these steps, the first instruction being the seed."""
+    state = begin(chosen[0], SETTINGS)
     for each in chosen[1:]:
-        state = advance(state, each, [each], WALKING)
+        state = after(state, each, [each])
     return state
 
 
-def test_a_search_that_walks_counts_the_steps_since_its_best_though_every_step_changes_something() -> None:
+def back(state: SearchState) -> SearchState:
+    return return_to_best(state, SETTINGS, every_position)
+
+
+def test_steps_are_counted_since_the_best_was_found_though_every_step_changes_something() -> None:
     best, worse = evaluated("Add up.", 0.1), [evaluated(f"Add {each}.", 0.5) for each in "abc"]
     assert walked(best, *worse).unchanged == 3
     assert walked(best, *worse, evaluated("List up.", 0.05)).unchanged == 0
@@ -354,50 +254,77 @@ def test_a_search_that_walks_counts_the_steps_since_its_best_though_every_step_c
 def test_after_a_round_without_a_new_best_it_returns_to_the_best_at_its_first_position() -> None:
     best, worse = evaluated("Add up now.", 0.1), [evaluated(f"Add {each} now.", 0.5) for each in "abcd"]
     within = walked(best, *worse[:3])
-    assert restarted(within, WALKING, every_position) is within
-    state = restarted(walked(best, *worse), WALKING, every_position)
+    assert back(within) is within
+    state = back(walked(best, *worse))
     assert (state.current, state.position, state.unchanged, state.step) == (best, 0, 0, 4)
+    assert state.best == walked(best, *worse).best  # nothing is forgotten
+
+
+def test_it_returns_to_the_first_position_that_can_be_edited() -> None:
+    best, worse = evaluated("Add up now.", 0.1), [evaluated(f"Add {each} now.", 0.5) for each in "abcd"]
+    walk = walked(best, *worse)
+    assert return_to_best(walk, SETTINGS, lambda ids: [1]).position == 1
+    fixed = return_to_best(replace(walk, fixed="Add up now."), SETTINGS, lambda ids: [])
+    assert fixed.appends()
 
 
 def test_an_instruction_that_grows_with_every_step_does_not_walk_for_ever() -> None:
     best = evaluated("Add up.", 0.1)
-    state, returns = begin(best, WALKING), 0
+    state, returns = begin(best, SETTINGS), 0
     for _ in range(45):
         longer = evaluated(state.current.instruction + " up", 0.9)
-        state = restarted(advance(state, longer, [longer], WALKING), WALKING, every_position)
+        state = back(after(state, longer, [longer]))
         returns += state.current is best
     assert returns == 2  # after 21 and 42 steps
 
 
 def test_a_walk_to_where_nothing_is_finite_ends_at_the_best_and_not_with_an_error() -> None:
     best, nowhere = evaluated("Add them all up one by one.", 0.1), evaluated("Add ~ all up one by one.", math.inf)
-    state = begin(best, WALKING)
-    for _ in range(WALKING.max_failed_steps):
-        state = advance(state, nowhere, [nowhere], WALKING, failed=True)
-    state = restarted(state, WALKING, every_position)
+    state = begin(best, SETTINGS)
+    for _ in range(SETTINGS.max_failed_steps):
+        state = after(state, nowhere, [nowhere], failed=True)
+    state = back(state)
     assert (state.current, state.failed_steps) == (best, 0)
     recalled = replace(best, fluency_nll=math.nan)  # at the best itself, which nan makes unequal to itself
-    failing = replace(state, current=recalled, failed_steps=WALKING.max_failed_steps, unchanged=99)
-    assert restarted(failing, WALKING, every_position).failed_steps == WALKING.max_failed_steps
+    failing = replace(state, current=recalled, failed_steps=SETTINGS.max_failed_steps, unchanged=99)
+    assert back(failing).failed_steps == SETTINGS.max_failed_steps
 
 
-def test_a_search_that_walks_gives_nothing_up_for_it_could_move_there() -> None:
-    tried = [evaluated("good.", 0.1), evaluated("fair.", 0.4), evaluated("bad.", 0.9)]
-    state = advance(begin(tried[0], WALKING), tried[0], tried, WALKING)
-    assert state.to_beat(state.current, SETTINGS) == 0.9
-    assert state.to_beat(state.current, WALKING) is None
+@given(seed=instructions, history=histories)
+@quick
+def test_replaying_with_returns_gives_the_same_states(
+    seed: Evaluation, history: list[tuple[Evaluation, list[Evaluation], bool]]
+) -> None:
+    def states() -> list[SearchState]:
+        found = [begin(seed, SETTINGS)]
+        for chosen, tried, failed in history:
+            found.append(back(after(found[-1], chosen, tried, failed=failed)))
+        return found
+
+    assert states() == states()
+    for state in states():
+        assert 0 <= state.position <= len(state.current.token_ids)
+        assert state.unchanged <= max(1, len(state.current.token_ids))
+
+
+# --- what forecasts were worth ---
+
+
+def predicted(forecast: float, realised: tuple[float, float]) -> Candidate:
+    return Candidate(1, "x", -1.0, None, evaluated("x"), forecast=forecast, realised=realised)
 
 
 def test_what_was_predicted_and_what_came_of_it_is_kept_over_all_steps() -> None:
     kept = evaluated("Add up.")
     first, second = ((0.1, (0.0, 1.0)),), ((0.2, (1.0, 0.0)), (0.3, (1.0, 1.0)))
-    state = advance(begin(kept, SETTINGS), kept, [], SETTINGS, predictions=first)
-    assert advance(state, kept, [], SETTINGS, predictions=second).predictions == (*first, *second)
+    state = begin(kept, SETTINGS)
+    for pairs in (first, second):
+        state = after(state, kept, candidates=tuple(predicted(*pair) for pair in pairs))
+    assert state.predictions == (*first, *second)
 
 
-def test_where_the_loss_decides_nothing_is_given_up_for_its_mistakes() -> None:
-    tried = [evaluated("good.", 0.1), evaluated("fair.", 0.4), evaluated("bad.", 0.9)]
-    by_loss = replace(SETTINGS, acceptance="loss")
-    state = advance(begin(tried[0], by_loss), tried[0], tried, by_loss)
-    assert state.to_beat(state.current, SETTINGS) == 0.9
-    assert state.to_beat(state.current, by_loss) is None
+def test_only_the_last_predictions_are_kept() -> None:
+    kept = evaluated("Add up.")
+    many = tuple((float(n), (0.0, 0.0)) for n in range(70))
+    state = after(begin(kept, SETTINGS), kept, candidates=tuple(predicted(*pair) for pair in many))
+    assert state.predictions == many[-60:]

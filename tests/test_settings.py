@@ -6,6 +6,7 @@ import json
 from dataclasses import FrozenInstanceError, asdict, fields
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,25 +16,26 @@ import torch
 from dspy_greater import GradSumTeleprompter, GReaTerTeleprompter
 from dspy_greater.errors import GreaterError, SettingsError
 from dspy_greater.gradsum import GradSumSettings
+from dspy_greater.search.default_step import DefaultStep
+from dspy_greater.search.paper_step import PaperStep
+from dspy_greater.search.variants import step_of
 from dspy_greater.settings import Settings
 
 
 def test_without_a_preset_the_settings_are_the_papers() -> None:
-    paper = Settings.of(None, variant="paper")
-    assert (paper.steps, paper.top_k, paper.proposal_rows, paper.fluency_weight, paper.most_tried) == (
+    paper = Settings.of(None)
+    assert (paper.steps, paper.train_rows, paper.top_k, paper.proposal_rows, paper.fluency_weight) == (
         105,
+        50,
         10,
         5,
         0.2,
-        3,
     )
-    assert paper == Settings(variant="paper")
-    assert Settings.of(None) == Settings() and Settings().variant == "whole"
+    assert paper == Settings()
 
 
-def test_how_many_candidates_are_tried_depends_on_the_variant_unless_it_is_said() -> None:
-    assert (Settings().most_tried, Settings(variant="paper").most_tried) == (1, 3)
-    assert (Settings(selections=4).most_tried, Settings(variant="paper", selections=1).most_tried) == (4, 1)
+def test_how_many_candidates_are_tried_depends_on_the_step_unless_it_is_said() -> None:
+    assert (Settings().selections, step_of("default").selections, step_of("paper").selections) == (None, 1, 3)
 
 
 def test_a_preset_costs_less_than_the_next_one() -> None:
@@ -58,13 +60,21 @@ def test_a_preset_of_another_type_is_refused_like_an_unknown_one() -> None:
 
 
 def test_an_unknown_setting_is_named_and_the_known_ones_are_listed() -> None:
-    with pytest.raises(SettingsError, match="There is no setting stepz. The settings are: acceptance, .*steps"):
+    with pytest.raises(SettingsError, match="There is no setting stepz. The settings are: answer_temperature, .*steps"):
         Settings.of("light", stepz=5)
 
 
-def test_an_unknown_variant_says_which_there_are() -> None:
-    with pytest.raises(SettingsError, match="variant='papper' is not known. Use one of 'whole', 'paper'."):
-        Settings.of(None, variant="papper")
+@pytest.mark.parametrize("variant", ["papper", "whole", None, 3, PaperStep, SimpleNamespace(take=len, move=len)])
+def test_an_unknown_variant_says_which_there_are(variant: Any) -> None:
+    with pytest.raises(SettingsError, match="variant=.* is not known. Use one of 'default', 'paper', or a step."):
+        GReaTerTeleprompter(variant=variant)
+
+
+def test_a_variant_is_a_step_by_its_name_or_of_ones_own() -> None:
+    assert GReaTerTeleprompter().step == DefaultStep()
+    assert GReaTerTeleprompter(variant="paper").step == PaperStep()
+    own = DefaultStep(rank=None, selections=2)
+    assert GReaTerTeleprompter(variant=own).step is own
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, "3", float("nan")])
@@ -89,9 +99,8 @@ def test_what_cannot_be_zero_is_refused_by_name(name: str) -> None:
         "score_fluency_weight",
         "answer_temperature",
         "answer_weight",
-        "doubt_weight",
-        "sampling_temperature",
-        "acceptance_noise",
+        "uncertainty_weight",
+        "baseline_scale",
     ],
 )
 def test_a_weight_has_to_be_a_finite_number_that_is_not_negative(name: str, value: object) -> None:
@@ -99,54 +108,15 @@ def test_a_weight_has_to_be_a_finite_number_that_is_not_negative(name: str, valu
         Settings.of(None, **{name: value})
 
 
-@pytest.mark.parametrize("name", ["answer_temperature", "sampling_temperature"])
-def test_a_temperature_of_zero_is_refused_because_it_is_a_divisor(name: str) -> None:
-    with pytest.raises(SettingsError, match=f"{name}=0: logits are divided by it"):
-        Settings.of(None, **{name: 0})
+def test_a_temperature_of_zero_is_refused_because_it_is_a_divisor() -> None:
+    with pytest.raises(SettingsError, match="answer_temperature=0: logits are divided by it"):
+        Settings.of(None, answer_temperature=0)
 
 
-@pytest.mark.parametrize(
-    ("variant", "estimator", "says"),
-    [
-        ("whole", "answer", "'whole'. Use one of None, 'score', 'whole', 'pathwise', 'random'."),
-        ("paper", "score", "'paper'. Use one of None, 'pathwise', 'answer', 'random'."),
-    ],
-)
-def test_an_estimator_that_the_variant_does_not_have_is_refused_with_those_it_has(
-    variant: str, estimator: str, says: str
-) -> None:
-    with pytest.raises(SettingsError, match=f"estimator='{estimator}' is not known of variant={says}"):
-        Settings.of(None, variant=variant, estimator=estimator)
-
-
-def test_without_an_estimator_the_variants_own_is_in_force() -> None:
-    assert Settings().ranking == "score"
-    assert Settings(variant="paper").ranking == "pathwise"
-    assert Settings(variant="paper", estimator="random").ranking == "random"
-
-
-@pytest.mark.parametrize("name", ["point", "baseline", "acceptance"])
-def test_an_unknown_choice_is_refused_with_the_known_ones(name: str) -> None:
-    with pytest.raises(SettingsError, match=f"{name}='other' is not known. Use one of '"):
-        Settings.of(None, **{name: "other"})
-
-
-def test_only_the_default_variant_weighs_the_answers_doubt_when_instructions_are_compared() -> None:
-    assert Settings(doubt_weight=0.4).objective_doubt_weight == 0.4
-    assert Settings(variant="paper", doubt_weight=0.4).objective_doubt_weight == 0.0
-
-
-def test_only_the_default_variant_can_let_the_loss_decide() -> None:
-    assert Settings(acceptance="loss").loss_first
-    assert not Settings().loss_first
-    assert not Settings(variant="paper", acceptance="loss").loss_first
-
-
-def test_no_candidate_needs_to_be_rescored_and_no_sample_drawn() -> None:
-    assert Settings(rescored=0, samples=0).rescored == 0
-    for name in ("rescored", "samples"):
-        with pytest.raises(SettingsError, match=f"{name}=-1: give a whole number of at least 0"):
-            Settings.of(None, **{name: -1})
+def test_no_candidate_needs_to_be_forecast() -> None:
+    assert Settings(forecasts=0).forecasts == 0
+    with pytest.raises(SettingsError, match="forecasts=-1: give a whole number of at least 0"):
+        Settings.of(None, forecasts=-1)
 
 
 def test_errors_can_be_caught_as_the_packages_own_and_as_value_errors() -> None:
@@ -174,13 +144,6 @@ def test_a_budget_of_tokens_has_to_be_a_whole_number_if_there_is_one(value: obje
     assert Settings.of("light", max_generated_tokens=1).max_generated_tokens == 1
     with pytest.raises(SettingsError, match="max_generated_tokens=.*: give a whole number of at least 1"):
         Settings.of("light", max_generated_tokens=value)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), True, "1"])
-def test_the_best_score_has_to_be_a_finite_number_and_may_be_any(value: object) -> None:
-    assert [Settings.of(None, best_score=best).best_score for best in (0, -1.5, 100)] == [0, -1.5, 100]
-    with pytest.raises(SettingsError, match="best_score=.*: give a finite number, the most that the metric gives a"):
-        Settings.of(None, best_score=value)
 
 
 def test_a_search_that_would_never_forecast_again_is_refused() -> None:
@@ -224,8 +187,8 @@ def test_numbers_of_numpy_and_torch_are_numbers(kind: Any, name: str, value: Any
 
 
 def test_a_run_with_numbers_of_numpy_is_the_same_run() -> None:
-    plain = GReaTerTeleprompter(seed=3, steps=5, walk=False, fluency_weight=0.5)
-    numpy = GReaTerTeleprompter(seed=np.int64(3), steps=np.int16(5), walk=np.False_, fluency_weight=np.float32(0.5))
+    plain = GReaTerTeleprompter(seed=3, steps=5, fluency_weight=0.5)
+    numpy = GReaTerTeleprompter(seed=np.int64(3), steps=np.int16(5), fluency_weight=np.float32(0.5))
     assert (numpy.settings, numpy.seed) == (plain.settings, plain.seed)
     assert json.dumps([asdict(numpy.settings), numpy.seed]) == json.dumps([asdict(plain.settings), plain.seed])
     textual = GradSumTeleprompter("Do it.", "good", seed=np.uint8(3), judge_scale=np.array([0, 2]), summarize=np.True_)
@@ -240,7 +203,7 @@ def test_a_run_with_numbers_of_numpy_is_the_same_run() -> None:
         ("steps", np.bool_(True)),
         ("steps", np.array([1, 2])),
         ("fluency_weight", np.float32("nan")),
-        ("walk", np.int64(2)),
+        ("positions_ahead", np.int64(0)),
         ("steps", np.datetime64("2024-01-01")),
     ],
 )

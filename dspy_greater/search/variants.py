@@ -14,6 +14,7 @@ from dspy_greater.search.step import Step
 Variant = Literal["default", "paper"]
 
 VARIANTS: Mapping[str, Step] = {"default": DefaultStep(), "paper": PaperStep()}
+_OF_A_STEP = ("name", "criterion", "needs_gold", "needs_gradient", "take", "move")
 
 
 def step_of(variant: Variant | Step) -> Step:
@@ -28,7 +29,7 @@ def step_of(variant: Variant | Step) -> Step:
     if isinstance(variant, str):
         if variant in VARIANTS:
             return VARIANTS[variant]
-    elif callable(getattr(variant, "take", None)) and callable(getattr(variant, "move", None)):
+    elif not isinstance(variant, type) and all(hasattr(variant, name) for name in _OF_A_STEP):
         return variant
     raise SettingsError(f"variant={variant!r} is not known. Use one of {', '.join(map(repr, VARIANTS))}, or a step.")
 

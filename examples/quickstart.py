@@ -88,7 +88,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="pocket", help="'pocket', a path or a hub id")
     parser.add_argument("--instruction", default="Answer the question.", help="the instruction to start from")
     parser.add_argument("--auto", default="light", choices=("light", "medium", "heavy"))
-    parser.add_argument("--variant", default="whole", choices=("whole", "paper"))
+    parser.add_argument("--variant", default="default", choices=("default", "paper"))
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test-rows", type=int, default=100)

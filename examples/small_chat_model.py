@@ -20,6 +20,7 @@ import dspy
 
 from dspy_greater import GReaTerTeleprompter, local_lm
 from dspy_greater.program.predictors import with_instruction
+from dspy_greater.search.default_step import DefaultStep
 
 SEED = "Answer the question."
 BY_HAND = "Classify the sentiment of the movie review as positive or negative."
@@ -39,7 +40,6 @@ def main() -> None:
     demos, train, validation, test = _rows(arguments.reviews, arguments.seed)
     program = with_instruction(dspy.Predict("text -> sentiment: Literal['positive', 'negative']"), "self", SEED)
     program.demos = demos
-    settings: dict[str, Any] = {"estimator": "random", "rescored": 0} if arguments.by_chance else {}
 
     with dspy.context(lm=lm, adapter=dspy.ChatAdapter(use_json_adapter_fallback=False)):
         started = time.monotonic()
@@ -49,7 +49,7 @@ def main() -> None:
             steps=arguments.steps,
             seed=arguments.seed,
             log_dir=arguments.log_dir,
-            **settings,
+            variant=DefaultStep(rank=None, forecast=None) if arguments.by_chance else "default",
         )
         better = optimizer.compile(program, trainset=train, valset=validation)
         seconds = time.monotonic() - started

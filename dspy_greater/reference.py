@@ -187,7 +187,7 @@ def evaluate(task: Task, token_ids: tuple[int, ...], text: str) -> Evaluation:
         log_perplexities.append(log_perplexity)
     score, L_CE = mean(row.score for row in rows), mean(row.cross_entropy for row in rows)
     fluency = mean(log_perplexities)
-    return Evaluation(token_ids, text, tuple(rows), score, L_CE, fluency, objective(task, rows, score, fluency))
+    return Evaluation(token_ids, text, tuple(rows), score, L_CE, fluency, objective(task, rows, score, L_CE, fluency))
 
 
 def losses(task: Task, logits: Tensor, sequence: Supervised) -> tuple[Tensor, Tensor]:
@@ -196,14 +196,13 @@ def losses(task: Task, logits: Tensor, sequence: Supervised) -> tuple[Tensor, Te
     return answer.mean(), nll(logits, sequence.token_ids, sequence.instruction).mean()
 
 
-def objective(task: Task, rows: Sequence[RowOutcome], score: float, fluency: float) -> tuple[float, float]:
+def objective(task: Task, rows: Sequence[RowOutcome], score: float, L_CE: float, nats: float) -> tuple[float, float]:
     """What instructions are compared by, left to right; lower is better. A row without a finite loss does not count."""
     known = [row for row in rows if math.isfinite(row.cross_entropy)]
     unsure = mean(row.unparsed + answer_uncertainty(max(0.0, row.cross_entropy)) for row in known)
-    mistakes = 1.0 - score + task.settings.score_fluency_weight * fluency
+    mistakes = 1.0 - score + task.settings.score_fluency_weight * nats
     first = mistakes if task.paper else mistakes + task.settings.uncertainty_weight * unsure
-    second = mean(row.cross_entropy for row in known)
-    return (first, second) if math.isfinite(first + second) else (math.inf, math.inf)
+    return (first, L_CE) if math.isfinite(first + L_CE) else (math.inf, math.inf)
 
 
 def answer_uncertainty(L_CE: float) -> float:

@@ -28,14 +28,17 @@ from scripted_engine import (
 
 from dspy_greater import GReaTerTeleprompter, local_lm
 from dspy_greater.errors import DataError
-from dspy_greater.estimators.paper_gradient import gradient_over_reasoning
-from dspy_greater.estimators.score_gradient import whole_gradient
+from dspy_greater.estimators.paper_gradient import paper_gradient
+from dspy_greater.estimators.score_gradient import score_gradient
 from dspy_greater.metric import RowMetric
-from dspy_greater.model.teacher_forcing import teacher_forced_losses
+from dspy_greater.model.plain import PlainModel
 from dspy_greater.objective.evaluator import Evaluator, Instruction
+from dspy_greater.objective.loss import losses
+from dspy_greater.objective.replay import advantages
 from dspy_greater.objective.types import Evaluation, RowOutcome
 from dspy_greater.program.predictors import predictors_of
-from dspy_greater.run.serialise import decode, encode
+from dspy_greater.run.events import SearchStarted
+from dspy_greater.run.serialise import from_json, to_json
 from dspy_greater.settings import Settings
 
 TEXTS = ("Please say it now.", "Please count.", "Read it now.")
@@ -52,7 +55,7 @@ def any_match(example: Any, prediction: Any, trace: object = None) -> bool:
     return prediction.answer in answers
 
 
-def objective_on(engine: Any, rows: Any, settings: Settings | None = None) -> Evaluator:
+def evaluator_on(engine: Any, rows: Any, settings: Settings | None = None) -> Evaluator:
     program = program_on(engine)
     [site] = predictors_of(program)
     return Evaluator(
@@ -66,16 +69,16 @@ def objective_on(engine: Any, rows: Any, settings: Settings | None = None) -> Ev
     )
 
 
-def evaluated(objective: Evaluator, *texts: str) -> list[Evaluation]:
-    return objective.evaluate([Instruction(objective.layout.instruction_ids(text), text) for text in texts])
+def evaluated(evaluator: Evaluator, *texts: str) -> list[Evaluation]:
+    return evaluator.evaluate([Instruction(evaluator.layout.instruction_ids(text), text) for text in texts])
 
 
-def loss_of(objective: Evaluator, text: str, row: RowOutcome, answer: str) -> float:
+def loss_of(evaluator: Evaluator, text: str, row: RowOutcome, answer: str) -> float:
     """The slow twin: one answer, laid out and read by itself."""
-    found = objective.layout.supervised(
-        text, row.inputs, row.written, "answer", answer, from_header=row.unparsed and objective.examples._header_counts
+    found = evaluator.layout.supervised(
+        text, row.inputs, row.written, "answer", answer, from_header=row.unparsed and evaluator.examples._header_counts
     )
-    [loss] = teacher_forced_losses(objective.engine, [found], answer_temperature=0.2).cross_entropy
+    [loss] = losses(PlainModel(evaluator.engine), [found], answer_temperature=0.2).cross_entropy
     return loss
 
 
@@ -84,14 +87,14 @@ def loss_of(objective: Evaluator, text: str, row: RowOutcome, answer: str) -> fl
 
 @pytest.mark.parametrize("engine", [planted_engine, lambda: ScriptedEngine(obedient_script)], ids=["real", "scripted"])
 def test_the_loss_of_a_row_is_the_least_over_its_acceptable_answers(engine: Any) -> None:
-    objective = objective_on(engine(), rows_with(*ANSWERS))
+    evaluator = evaluator_on(engine(), rows_with(*ANSWERS))
     counted = set()
-    for found in evaluated(objective, *TEXTS):
+    for found in evaluated(evaluator, *TEXTS):
         for row, raw in zip(found.rows, ANSWERS, strict=True):
             answers = list(dict.fromkeys(map(str, raw)))
-            losses = [loss_of(objective, found.instruction, row, answer) for answer in answers]
-            assert row.cross_entropy == pytest.approx(min(losses), rel=1e-4, abs=1e-6)
-            assert losses[row.answer] == pytest.approx(min(losses), rel=1e-4, abs=1e-6)
+            apart = [loss_of(evaluator, found.instruction, row, answer) for answer in answers]
+            assert row.cross_entropy == pytest.approx(min(apart), rel=1e-4, abs=1e-6)
+            assert apart[row.answer] == pytest.approx(min(apart), rel=1e-4, abs=1e-6)
             counted.add(row.answer)
         assert found.cross_entropy == pytest.approx(sum(row.cross_entropy for row in found.rows) / 4)
         assert all(map(math.isfinite, found.objective))
@@ -100,31 +103,31 @@ def test_the_loss_of_a_row_is_the_least_over_its_acceptable_answers(engine: Any)
 
 def test_where_the_answer_was_not_found_each_is_scored_with_its_header() -> None:
     engine = ScriptedEngine(lambda prompt: "I do not know the format.")
-    objective = objective_on(engine, rows_with(*ANSWERS))
-    [found] = evaluated(objective, TEXTS[0])
+    evaluator = evaluator_on(engine, rows_with(*ANSWERS))
+    [found] = evaluated(evaluator, TEXTS[0])
     assert all(row.unparsed for row in found.rows)
     for row, raw in zip(found.rows, ANSWERS, strict=True):
-        losses = [loss_of(objective, TEXTS[0], row, answer) for answer in dict.fromkeys(map(str, raw))]
-        assert row.cross_entropy == pytest.approx(min(losses), rel=1e-4)
+        apart = [loss_of(evaluator, TEXTS[0], row, answer) for answer in dict.fromkeys(map(str, raw))]
+        assert row.cross_entropy == pytest.approx(min(apart), rel=1e-4)
 
 
 def test_which_answer_counts_may_differ_from_instruction_to_instruction() -> None:
-    objective = objective_on(planted_engine(), rows_with(*[["yes", "no"]] * 4))
-    found = evaluated(objective, "Please count. Add. Count.", "Hurry. Guess. Hurry.")
+    evaluator = evaluator_on(planted_engine(), rows_with(*[["yes", "no"]] * 4))
+    found = evaluated(evaluator, "Please count. Add. Count.", "Hurry. Guess. Hurry.")
     assert [row.answer for row in found[0].rows] != [row.answer for row in found[1].rows]
 
 
 @pytest.mark.parametrize("same", [["yes", "yes"], ("yes",), {"yes"}, ["yes", None, " ", math.nan], np.array(["yes"])])
 def test_one_acceptable_answer_in_any_form_computes_the_same_bits_as_the_answer(same: Any) -> None:
-    plain = objective_on(planted_engine(), rows_with("yes", "yes", "yes", "yes"))
-    listed = objective_on(planted_engine(), rows_with("yes", same, same, "yes"))
+    plain = evaluator_on(planted_engine(), rows_with("yes", "yes", "yes", "yes"))
+    listed = evaluator_on(planted_engine(), rows_with("yes", same, same, "yes"))
     assert evaluated(listed, *TEXTS) == evaluated(plain, *TEXTS)
 
 
 def test_an_answer_that_does_not_fit_the_context_leaves_the_others() -> None:
     engine = planted_engine()
-    objective = objective_on(engine, rows_with(["yes " * 1000 + "yes", "no"], *ANSWERS[1:]))
-    [found] = evaluated(objective, TEXTS[0])
+    evaluator = evaluator_on(engine, rows_with(["yes " * 1000 + "yes", "no"], *ANSWERS[1:]))
+    [found] = evaluated(evaluator, TEXTS[0])
     assert found.rows[0].answer == 1 and math.isfinite(found.rows[0].cross_entropy)
 
 
@@ -138,44 +141,45 @@ def reduced(found: Evaluation) -> list[Any]:
 
 
 def test_gradient_and_forecast_take_the_answer_that_counts_under_the_instruction() -> None:
-    objective = objective_on(planted_engine(), rows_with(*ANSWERS))
-    for found in evaluated(objective, *TEXTS[:2]):
-        alone = objective_on(planted_engine(), reduced(found))
+    evaluator = evaluator_on(planted_engine(), rows_with(*ANSWERS))
+    for found in evaluated(evaluator, *TEXTS[:2]):
+        alone = evaluator_on(planted_engine(), reduced(found))
         [twin] = evaluated(alone, found.instruction)
-        assert objective.supervised(found) == alone.supervised(twin)
-        replayed = objective.replay(found, random.Random(0), 9)
+        assert evaluator.supervised(found) == alone.supervised(twin)
+        replayed = evaluator.replay(found, random.Random(0), 9)
         assert replayed == alone.replay(twin, random.Random(0), 9)
-        assert objective.drafts(found) == alone.drafts(twin)
-        slopes = whole_gradient(objective.engine, replayed, position=1, candidates=[40, 50, 60], term="whole")
-        assert all(map(math.isfinite, slopes.slopes))
-        told = gradient_over_reasoning(objective.engine, objective.supervised(found), position=1, candidates=[40, 50])
-        assert told.losses.cross_entropy == pytest.approx([row.cross_entropy for row in found.rows], rel=1e-4)
+        assert evaluator.generated(found) == alone.generated(twin)
+        weighed, at = advantages(replayed, baseline_scale=0.5), {"position": 1, "candidates": [40, 50, 60]}
+        slopes = score_gradient(evaluator.engine, replayed, weighed, **at, answer_weight=1.0)
+        assert all(map(math.isfinite, slopes)) and any(slopes)
+        told = losses(evaluator.engine, evaluator.supervised(found))
+        assert told.cross_entropy == pytest.approx([row.cross_entropy for row in found.rows], rel=1e-4)
 
 
 def test_the_gradient_is_that_of_the_minimum() -> None:
     """Central differences of min over answers, where one answer is clearly the best."""
-    objective = objective_on(planted_engine(), rows_with(*ANSWERS))
-    [found] = evaluated(objective, TEXTS[1])
-    engine, position = objective.engine, 1
+    evaluator = evaluator_on(planted_engine(), rows_with(*ANSWERS))
+    [found] = evaluated(evaluator, TEXTS[1])
+    engine, position = evaluator.engine, 1
     token = found.token_ids[position]
     table = engine.model.get_input_embeddings().weight.data
     settings: dict[str, Any] = {"answer_temperature": 0.2, "fluency_weight": 0.0}
-    gradient = gradient_over_reasoning(
-        engine, objective.supervised(found), position=position, candidates=[token + 1], **settings
+    gradient = paper_gradient(
+        engine, evaluator.supervised(found), position=position, candidates=[token + 1], **settings
     )
     direction = (table[token + 1] - table[token]).clone()
-    losses = []
+    moved = []
     for step in (1e-2, -1e-2):
         table[token] += step * direction
         try:
             per_row = [
-                min(loss_of(objective, found.instruction, row, str(answer)) for answer in raw)
+                min(loss_of(evaluator, found.instruction, row, str(answer)) for answer in raw)
                 for row, raw in zip(found.rows, ANSWERS, strict=True)
             ]
         finally:
             table[token] -= step * direction
-        losses.append(sum(per_row))
-    assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(gradient.predicted_change[0], rel=0.05, abs=1e-2)
+        moved.append(sum(per_row))
+    assert (moved[0] - moved[1]) / 2e-2 == pytest.approx(gradient.predicted_change[0], rel=0.05, abs=1e-2)
 
 
 # --- whole searches ---
@@ -193,7 +197,7 @@ def numbers_in(found: Any) -> list[float]:
     return [*told, *chosen, *(each for step in steps for each in step.chosen.objective)]
 
 
-@pytest.mark.parametrize("variant", ["whole", "paper"])
+@pytest.mark.parametrize("variant", ["default", "paper"])
 def test_a_search_with_acceptable_answers_finds_better_instructions_and_stays_finite(variant: str) -> None:
     rows = [row.copy(answer=[f"{row.answer} it", row.answer]) for row in planted_rows(8)]
     better = compiled(ScriptedEngine(obedient_script), rows, variant=variant)
@@ -203,7 +207,7 @@ def test_a_search_with_acceptable_answers_finds_better_instructions_and_stays_fi
     assert {row.answer for row in better.detailed_results.predictors[0].seed.rows} <= {0, 1}
 
 
-@pytest.mark.parametrize("variant", ["whole", "paper"])
+@pytest.mark.parametrize("variant", ["default", "paper"])
 def test_a_search_on_lists_of_one_answer_takes_the_same_steps_bit_for_bit(variant: str) -> None:
     plain = planted_rows(8)
     listed = [row.copy(answer=[row.answer, row.answer]) for row in plain]
@@ -223,11 +227,13 @@ def test_an_interrupted_search_with_acceptable_answers_goes_on_with_the_same_one
 
 
 def test_a_journal_that_does_not_say_which_answer_counts_means_the_first() -> None:
-    row = RowOutcome(0, 1.0, {}, {}, 0.5, answer=2)
-    data: Any = json.loads(json.dumps(encode(row, RowOutcome)))
-    assert decode(data, RowOutcome) == row
-    del data["answer"]
-    assert decode(data, RowOutcome) == dataclasses.replace(row, answer=0)
+    seed = Evaluation((1,), "Add.", (RowOutcome(0, 1.0, {}, {}, 0.5, answer=2),), 1.0, 0.5, 0.1, (0.0, 0.5))
+    started = SearchStarted("predict", seed, 3)
+    data: Any = json.loads(json.dumps(to_json(started)))
+    assert from_json(data) == started
+    del data["seed"]["rows"][0]["answer"]
+    found: Any = from_json(data)
+    assert found.seed.rows == (dataclasses.replace(seed.rows[0], answer=0),)
 
 
 ADAPTERS: list[Any] = [

@@ -15,8 +15,8 @@ from dspy_greater.objective.evaluator import Evaluator
 from dspy_greater.objective.types import Evaluation
 from dspy_greater.program.predictors import predictors_of
 from dspy_greater.search.edits import Edit, propose_edits
-from dspy_greater.search.select import given_up
-from dspy_greater.search.state import SearchState, begin
+from dspy_greater.search.state import begin
+from dspy_greater.search.step import StepContext
 from dspy_greater.settings import Settings
 
 ROWS = planted_rows(4)
@@ -25,12 +25,12 @@ ALL = {"top_k": 2000}  # every token of the vocabulary is proposed
 
 def searching(
     instruction: str = SEED, *, position: int = 0, program: Any = None, fixed: str = "", **knobs: Any
-) -> tuple[Evaluator, SearchState, Settings]:
-    """An objective whose seed was evaluated, and the state before a step at this position."""
+) -> StepContext:
+    """Before a step at this position, after the seed was evaluated."""
     program = program or program_on(planted_engine(), instruction=instruction)
     [site] = predictors_of(program)
     settings = Settings(**knobs)
-    objective = Evaluator(
+    evaluator = Evaluator(
         program=program,
         site=site,
         field="answer",
@@ -40,27 +40,29 @@ def searching(
         settings=settings,
         fixed=fixed,
     )
-    [seed] = objective.evaluate([objective.seed()])
-    state = begin(seed, settings, editable=objective.layout.positions(seed.token_ids), fixed=fixed)
-    return objective, replace(state, position=position) if position else state, settings
+    [seed] = evaluator.evaluate([evaluator.seed()])
+    state = begin(seed, settings, editable=evaluator.layout.positions(seed.token_ids), fixed=fixed)
+    at = StepContext(evaluator, evaluator.engine, state, settings, "predict", 0)
+    return moved(at, position=position) if position else at
 
 
-def edits_of(objective: Evaluator, state: SearchState, settings: Settings, *, seed: int = 0) -> tuple[Edit, ...]:
-    return propose_edits(objective, state, settings, random_seed=seed, predictor="predict")
+def moved(at: StepContext, **changes: Any) -> StepContext:
+    """Where the state is another."""
+    return replace(at, state=replace(at.state, **changes))
 
 
-def tried(objective: Evaluator, edits: tuple[Edit, ...]) -> None:
+def tried(at: StepContext, edits: tuple[Edit, ...]) -> None:
     """All of these were tried; what came of them does not matter."""
-    objective.recall(
+    at.evaluator.recall(
         [Evaluation(e.instruction.token_ids, e.instruction.text, (), 0.0, 1.0, 1.0, (1.0, 1.0)) for e in edits]
     )
 
 
 @pytest.mark.parametrize("position", [0, 2, 4])
 def test_replacement_insertion_and_deletion_are_proposed_and_change_one_position(position: int) -> None:
-    objective, state, settings = searching(position=position)
-    ids = state.current.token_ids
-    found = edits_of(objective, state, settings)
+    at = searching(position=position)
+    ids = at.current.token_ids
+    found = propose_edits(at)
     assert {each.kind for each in found} == {"replace", "insert", "delete"}
     for each in found:
         new = each.instruction.token_ids
@@ -73,124 +75,116 @@ def test_replacement_insertion_and_deletion_are_proposed_and_change_one_position
 
 @pytest.mark.parametrize("position", [0, 2])
 def test_every_edit_is_deployed_with_the_ids_that_it_has(position: int) -> None:
-    for each in edits_of(*searching(position=position)):
-        fresh, _, _ = searching()
-        assert fresh.layout.instruction_ids(each.instruction.text) == each.instruction.token_ids
+    for each in propose_edits(searching(position=position)):
+        assert searching().evaluator.layout.instruction_ids(each.instruction.text) == each.instruction.token_ids
 
 
 @pytest.mark.parametrize("position", [0, 3, 4])
 def test_the_token_of_an_edit_is_the_one_that_is_deployed(position: int) -> None:
-    objective, state, settings = searching("Please say it now", position=position, **ALL)
-    found = [each for each in edits_of(objective, state, settings) if each.kind != "delete"]
+    at = searching("Please say it now", position=position, **ALL)
+    found = [each for each in propose_edits(at) if each.kind != "delete"]
     assert len(found) > 20
     for each in found:
         assert each.token == each.instruction.token_ids[position]
 
 
 def test_the_likeliest_token_comes_first_and_the_deletion_last() -> None:
-    objective, state, settings = searching(position=1)
-    *others, deletion = edits_of(objective, state, settings)
+    at = searching(position=1)
+    *others, deletion = propose_edits(at)
     likelihoods = [each.log_probability for each in others]
     assert likelihoods == sorted(likelihoods, reverse=True)
-    assert (deletion.kind, deletion.token) == ("delete", state.current.token_ids[1])
+    assert (deletion.kind, deletion.token) == ("delete", at.current.token_ids[1])
     assert math.isnan(deletion.log_probability)
     assert deletion.instruction.text == "Please it now."
 
 
 def test_two_tokens_that_are_deployed_as_one_text_are_one_edit_with_the_likelier_token() -> None:
-    objective, state, settings = searching(**ALL)
-    found = edits_of(objective, state, settings)
+    at = searching(**ALL)
+    found = propose_edits(at)
     texts = [each.instruction.text for each in found]
     assert len(texts) == len(set(texts))
-    tokenizer = objective.engine.tokenizer
+    tokenizer = at.evaluator.engine.tokenizer
     [adding] = [each for each in found if each.instruction.text == "add say it now."]
     assert adding.token == word_id(tokenizer, " add") != word_id(tokenizer, "add")
 
 
 def test_the_current_instruction_is_not_proposed() -> None:
-    objective, state, settings = searching(**ALL)
-    assert SEED not in {each.instruction.text for each in edits_of(objective, state, settings)}
+    at = searching(**ALL)
+    assert SEED not in {each.instruction.text for each in propose_edits(at)}
 
 
 def test_what_was_tried_is_not_proposed_again_and_the_proposals_widen() -> None:
-    objective, state, settings = searching()
+    at = searching()
     seen: set[str] = set()
     tokens: set[int] = set()
     for _ in range(3):
-        found = edits_of(objective, state, settings)
+        found = propose_edits(at)
         texts = {each.instruction.text for each in found}
         assert not texts & seen
-        assert len({each.token for each in found if each.kind != "delete"}) >= settings.minimum_candidates
+        assert len({each.token for each in found if each.kind != "delete"}) >= at.settings.minimum_candidates
         seen |= texts
         assert {each.token for each in found} - tokens
         tokens |= {each.token for each in found}
-        tried(objective, found)
-
-
-def test_what_was_given_up_counts_as_tried() -> None:
-    objective, state, settings = searching()
-    first = edits_of(objective, state, settings)[0]
-    objective.recall([given_up(first.instruction.token_ids, first.instruction.text, [], 3.0)])
-    assert first.instruction.text not in {each.instruction.text for each in edits_of(objective, state, settings)}
+        tried(at, found)
 
 
 def test_with_everything_tried_there_is_no_edit_and_no_error() -> None:
-    objective, state, settings = searching("count.", max_instruction_tokens=2, top_k=3, proposal_draws=1)
+    at = searching("count.", max_instruction_tokens=2, top_k=3, proposal_draws=1)
     for _ in range(30):
-        found = edits_of(objective, state, settings)
-        tried(objective, found)
+        found = propose_edits(at)
+        tried(at, found)
     assert found == ()
 
 
 def test_at_its_longest_the_instruction_does_not_grow() -> None:
-    objective, state, settings = searching(max_instruction_tokens=5)
-    assert len(state.current.token_ids) == 5
-    assert {each.kind for each in edits_of(objective, state, settings)} == {"replace", "delete"}
+    at = searching(max_instruction_tokens=5)
+    assert len(at.current.token_ids) == 5
+    assert {each.kind for each in propose_edits(at)} == {"replace", "delete"}
 
 
 def test_the_last_token_is_not_deleted() -> None:
-    objective, state, settings = searching("count")
-    assert {each.kind for each in edits_of(objective, state, settings)} == {"replace", "insert"}
+    at = searching("count")
+    assert {each.kind for each in propose_edits(at)} == {"replace", "insert"}
 
 
 def test_behind_the_last_token_of_an_open_sentence_tokens_are_put_there_and_nothing_else() -> None:
-    objective, state, settings = searching("count them now", position=3)
-    state = replace(state, position=len(state.current.token_ids))
-    found = edits_of(objective, state, settings)
+    at = searching("count them now", position=3)
+    at = moved(at, position=len(at.current.token_ids))
+    found = propose_edits(at)
     assert {each.kind for each in found} == {"insert"}
     assert all(each.instruction.text.startswith("count them now") for each in found)
-    assert all(len(each.instruction.token_ids) == len(state.current.token_ids) + 1 for each in found)
+    assert all(len(each.instruction.token_ids) == len(at.current.token_ids) + 1 for each in found)
 
 
 def test_a_fixed_text_stays_to_the_byte() -> None:
     fixed = "Please count.\n\n(1) look, read.\n(2) say."
-    objective, state, settings = searching(fixed, fixed=fixed, max_instruction_tokens=3)
-    assert len(state.current.token_ids) > 3  # what is fixed does not count
-    assert state.appends()
+    at = searching(fixed, fixed=fixed, max_instruction_tokens=3)
+    assert len(at.current.token_ids) > 3  # what is fixed does not count
+    assert at.state.appends()
     for _ in range(3):
-        found = edits_of(objective, state, settings)
+        found = propose_edits(at)
         assert found and all(each.instruction.text.startswith(fixed) for each in found)
         chosen = found[0].instruction
-        [evaluated] = objective.evaluate([chosen])
-        state = replace(state, current=evaluated, position=len(chosen.token_ids) - 1)
+        [evaluated] = at.evaluator.evaluate([chosen])
+        at = moved(at, current=evaluated, position=len(chosen.token_ids) - 1)
     assert {"replace", "insert"} <= {each.kind for each in found}
-    while len(objective.layout.positions(state.current.token_ids)) < 3:
-        state = replace(state, position=len(state.current.token_ids))
-        [evaluated] = objective.evaluate([edits_of(objective, state, settings)[0].instruction])
-        state = replace(state, current=evaluated)
-    assert edits_of(objective, replace(state, position=len(state.current.token_ids)), settings) == ()
+    while len(at.evaluator.layout.positions(at.current.token_ids)) < 3:
+        at = moved(at, position=len(at.current.token_ids))
+        [evaluated] = at.evaluator.evaluate([propose_edits(at)[0].instruction])
+        at = moved(at, current=evaluated)
+    assert propose_edits(moved(at, position=len(at.current.token_ids))) == ()
 
 
 def test_a_line_break_is_no_position() -> None:
-    objective, state, settings = searching("Look\nhere now.")
-    breaks = set(range(len(state.current.token_ids))) - set(objective.layout.positions(state.current.token_ids))
+    at = searching("Look\nhere now.")
+    breaks = set(range(len(at.current.token_ids))) - set(at.evaluator.layout.positions(at.current.token_ids))
     assert breaks
-    assert edits_of(objective, replace(state, position=min(breaks)), settings) == ()
+    assert propose_edits(moved(at, position=min(breaks))) == ()
 
 
 def test_the_same_step_of_the_same_run_proposes_the_same() -> None:
     settings = {"proposal_rows": 1, "proposal_draws": 1}
-    assert repr(edits_of(*searching(**settings))) == repr(edits_of(*searching(**settings)))
+    assert repr(propose_edits(searching(**settings))) == repr(propose_edits(searching(**settings)))
 
 
 def test_without_a_call_of_the_predictor_nothing_is_proposed() -> None:
@@ -202,4 +196,4 @@ def test_without_a_call_of_the_predictor_nothing_is_proposed() -> None:
         def forward(self, question: str) -> Any:
             return dspy.Prediction(answer="yes")
 
-    assert edits_of(*searching(program=Idle())) == ()
+    assert propose_edits(searching(program=Idle())) == ()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import enum
 import math
 import random
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import dspy
 import pydantic
@@ -28,87 +27,88 @@ from scripted_text import text_lm
 from dspy_greater import local_lm
 from dspy_greater.errors import ProgramError
 from dspy_greater.metric import RowMetric
-from dspy_greater.model.teacher_forcing import teacher_forced_losses
+from dspy_greater.model.plain import PlainModel
 from dspy_greater.objective.evaluator import Evaluator, Instruction
+from dspy_greater.objective.loss import losses
+from dspy_greater.objective.score import DEFAULT_CRITERION, PAPER_CRITERION, Criterion
 from dspy_greater.objective.sequences import headers, openings, partition, split_completion
 from dspy_greater.objective.types import Evaluation
 from dspy_greater.program.predictors import predictors_of
-from dspy_greater.program.rollout import Rollout, plain
+from dspy_greater.program.rollout import plain
 from dspy_greater.prompt.layout import Layout
-from dspy_greater.search.select import evaluation, select
-from dspy_greater.search.state import advance, begin
 from dspy_greater.settings import Settings
 
 ROWS = planted_rows(4)
-EvaluatorT = TypeVar("EvaluatorT", bound=Evaluator)
 
 
-def objective_of(
+def evaluator_of(
     program: Any,
     rows: Any = ROWS,
     *,
     metric: Any = exact_match,
     field: str | None = "answer",
+    engine: Any = None,
     settings: Settings | None = None,
+    criterion: Criterion = DEFAULT_CRITERION,
     extractor: str | None = None,
-    kind: type[EvaluatorT] = Evaluator,
-) -> EvaluatorT:
+) -> Evaluator:
     [site] = predictors_of(program)
-    return kind(
+    return Evaluator(
         program=program,
         site=site,
         field=field,
         rows=rows,
         metric=RowMetric(metric),
-        engine=site.lm.engine.engine,
+        engine=engine or site.lm.engine.engine,
         settings=settings or Settings(),
+        criterion=criterion,
         extractor=extractor,
     )
 
 
-def instruction(objective: Evaluator, text: str) -> Instruction:
-    return Instruction(objective.layout.instruction_ids(text), text)
+def instruction(evaluator: Evaluator, text: str) -> Instruction:
+    return Instruction(evaluator.layout.instruction_ids(text), text)
 
 
-def seed_of(objective: Evaluator) -> Evaluation:
-    [found] = objective.evaluate([objective.seed()])
+def seed_of(evaluator: Evaluator) -> Evaluation:
+    [found] = evaluator.evaluate([evaluator.seed()])
     return found
 
 
 def test_an_evaluation_is_the_metric_and_the_exact_loss_of_the_models_own_reasoning() -> None:
-    objective = objective_of(program_on(planted_engine()))
-    found = seed_of(objective)
+    evaluator = evaluator_of(program_on(planted_engine()))
+    found = seed_of(evaluator)
     assert (found.instruction, found.score) == (SEED, 0.0)
     assert [row.row for row in found.rows] == [0, 1, 2, 3]
     assert [row.inputs for row in found.rows] == [dict(row.inputs()) for row in ROWS]
     assert {row.written["reasoning"] for row in found.rows} == {"read it quickly"}
-    losses = teacher_forced_losses(objective.engine, objective.supervised(found), answer_temperature=0.2)
-    assert [row.cross_entropy for row in found.rows] == pytest.approx(losses.cross_entropy)
-    assert found.cross_entropy == pytest.approx(sum(losses.cross_entropy) / 4)
-    assert found.fluency_nll == pytest.approx(sum(losses.fluency_nll) / 4)
-    doubt = sum(1.0 - math.exp(-loss) for loss in losses.cross_entropy) / 4
-    assert found.objective == pytest.approx((1.0 + 0.3 * doubt + 0.02 * found.fluency_nll, found.cross_entropy))
-    paper = objective_of(program_on(planted_engine()), settings=Settings(variant="paper"))
+    plainly = losses(PlainModel(evaluator.engine), evaluator.supervised(found), answer_temperature=0.2)
+    assert [row.cross_entropy for row in found.rows] == pytest.approx(plainly.cross_entropy)
+    assert found.cross_entropy == pytest.approx(sum(plainly.cross_entropy) / 4)
+    assert found.fluency_nll == pytest.approx(sum(plainly.fluency_nll) / 4)
+    uncertainty = sum(1.0 - math.exp(-loss) for loss in plainly.cross_entropy) / 4
+    assert found.objective == pytest.approx((1.0 + 0.3 * uncertainty + 0.02 * found.fluency_nll, found.cross_entropy))
+    paper = evaluator_of(program_on(planted_engine()), criterion=PAPER_CRITERION)
     assert seed_of(paper).objective == pytest.approx((1.0 + 0.02 * found.fluency_nll, found.cross_entropy))
 
 
 def test_new_instructions_are_generated_in_one_batch_and_known_ones_not_again() -> None:
     engine = ScriptedEngine(obedient_script)
-    objective = objective_of(program_on(engine))
-    texts = [instruction(objective, text) for text in ("Say it.", "Please count.", "Say it.")]
-    first = objective.evaluate(texts)
+    evaluator = evaluator_of(program_on(engine))
+    texts = [instruction(evaluator, text) for text in ("Say it.", "Please count.", "Say it.")]
+    first = evaluator.evaluate(texts)
     assert engine.batches == [8]
     assert first[0] is first[2] and [each.score for each in first] == [0.0, 1.0, 0.0]
     spent = engine.counters
-    assert objective.evaluate(texts[:2]) == first[:2]
+    assert evaluator.evaluate(texts[:2]) == first[:2]
     assert engine.counters == spent
-    assert objective.evaluate([]) == []
+    assert evaluator.evaluate([]) == []
 
 
 def test_what_an_interrupted_run_had_evaluated_is_not_evaluated_again() -> None:
     engine = ScriptedEngine(obedient_script)
-    first = seed_of(objective_of(program_on(engine)))
-    again = objective_of(program_on(engine))
+    first = seed_of(evaluator_of(program_on(engine)))
+    again = evaluator_of(program_on(engine))
     again.recall([first])
     assert seed_of(again) is first
     assert engine.batches == [4]
@@ -116,38 +116,40 @@ def test_what_an_interrupted_run_had_evaluated_is_not_evaluated_again() -> None:
 
 def test_the_same_instruction_gets_the_same_numbers_alone_and_among_others() -> None:
     texts = ["Say it.", "Please count.", "Read it now."]
-    together = objective_of(program_on(planted_engine()))
+    together = evaluator_of(program_on(planted_engine()))
     for text, found in zip(texts, together.evaluate([instruction(together, each) for each in texts]), strict=True):
-        alone = objective_of(program_on(planted_engine()))
+        alone = evaluator_of(program_on(planted_engine()))
         [single] = alone.evaluate([instruction(alone, text)])
         assert single.score == found.score
         assert single.objective == pytest.approx(found.objective, rel=1e-5)
 
 
 def test_a_row_that_did_not_parse_keeps_what_was_written_as_its_reasoning() -> None:
-    objective = objective_of(program_on(ScriptedEngine(lambda prompt: "It must be yes.")))
-    found = seed_of(objective)
+    evaluator = evaluator_of(program_on(ScriptedEngine(lambda prompt: "It must be yes.")))
+    found = seed_of(evaluator)
     assert all(row.written == {"reasoning": "It must be yes."} for row in found.rows)
     assert all(row.error and row.error.startswith("AdapterParseError") for row in found.rows)
     assert found.score == 0.0 and all(math.isfinite(row.cross_entropy) for row in found.rows)
 
 
-@pytest.mark.parametrize("variant", ["whole", "paper"])
-def test_where_no_answer_was_found_the_loss_is_of_its_header_too_but_not_in_the_papers_variant(variant: Any) -> None:
+@pytest.mark.parametrize("criterion", [DEFAULT_CRITERION, PAPER_CRITERION])
+def test_where_no_answer_was_found_the_loss_is_of_its_header_too_but_not_in_the_papers_variant(
+    criterion: Criterion,
+) -> None:
     wordless = ROWS[0].question
 
     def script(prompt: str) -> str:
         return "It must be yes." if value_in(prompt) == wordless else chat_answer(reasoning="I look.", answer="yes")
 
-    objective = objective_of(program_on(ScriptedEngine(script)), settings=Settings(variant=variant))
-    found = seed_of(objective)
+    evaluator = evaluator_of(program_on(ScriptedEngine(script)), criterion=criterion)
+    found = seed_of(evaluator)
     assert [row.unparsed for row in found.rows] == [True, False, False, False]
-    rows = objective.supervised(found)
+    rows = evaluator.supervised(found)
     gold = [found.answer.stop - found.answer.start for found in rows]
-    assert (gold[0] > gold[1] + 5) == (variant == "whole") and gold[1] == gold[2]
-    losses = teacher_forced_losses(objective.engine, rows)
-    assert [row.cross_entropy for row in found.rows] == pytest.approx(losses.cross_entropy, rel=1e-4)
-    replayed = {each.example: each.sequences[0].answer for each in objective.replay(found, random.Random(0), 24)}
+    assert (gold[0] > gold[1] + 5) == (criterion == DEFAULT_CRITERION) and gold[1] == gold[2]
+    plainly = losses(PlainModel(evaluator.engine), rows)
+    assert [row.cross_entropy for row in found.rows] == pytest.approx(plainly.cross_entropy, rel=1e-4)
+    replayed = {each.example: each.sequences[0].answer for each in evaluator.replay(found, random.Random(0), 24)}
     assert replayed == dict(enumerate(each.answer for each in rows))
 
 
@@ -162,12 +164,12 @@ def test_where_no_answer_was_found_the_loss_is_of_its_header_too_but_not_in_the_
 def test_an_answer_that_was_found_but_cannot_be_used_is_a_mistake_and_no_more(fields: str, completion: str) -> None:
     program = dspy.Predict(dspy.Signature(fields, SEED))
     program.set_lm(local_lm(ScriptedEngine(lambda prompt: completion), cache=False))
-    objective = objective_of(program)
-    found = seed_of(objective)
+    evaluator = evaluator_of(program)
+    found = seed_of(evaluator)
     assert all(row.error and "AdapterParseError" in row.error for row in found.rows)
     assert not any(row.unparsed for row in found.rows)
     assert {row.written["reasoning"] for row in found.rows} == {"I look."}
-    assert {each.answer.stop - each.answer.start for each in objective.supervised(found)} == {1}
+    assert {each.answer.stop - each.answer.start for each in evaluator.supervised(found)} == {1}
 
 
 @pytest.mark.parametrize("adapter", [dspy.ChatAdapter(), dspy.JSONAdapter(), dspy.XMLAdapter()])
@@ -184,25 +186,23 @@ def test_the_header_of_a_field_is_found_in_what_the_adapter_writes(adapter: Any,
     assert partition("The answer is yes.", headers(site, "answer")) == ("The answer is yes.", "", "")
 
 
-def test_where_losses_decide_or_nobody_knows_the_answer_no_header_counts() -> None:
+def test_where_nobody_knows_the_answer_none_is_missing() -> None:
     program = program_on(ScriptedEngine(lambda prompt: "It must be yes."))
-    by_loss = objective_of(program, settings=Settings(acceptance="loss"))
-    assert {each.answer.stop - each.answer.start for each in by_loss.supervised(seed_of(by_loss))} == {1}
-    without_gold = objective_of(program, field=None)
+    without_gold = evaluator_of(program, field=None)
     assert not any(row.unparsed for row in seed_of(without_gold).rows)
 
 
 def test_an_extractor_asks_for_the_answer_alone() -> None:
     program = program_on(ScriptedEngine(lambda prompt: "It must be yes."))
-    objective = objective_of(program, extractor=" So the answer is ")
-    found = seed_of(objective)
+    evaluator = evaluator_of(program, extractor=" So the answer is ")
+    found = seed_of(evaluator)
     assert all(row.unparsed for row in found.rows)
-    assert {each.answer.stop - each.answer.start for each in objective.supervised(found)} == {1}
+    assert {each.answer.stop - each.answer.start for each in evaluator.supervised(found)} == {1}
 
 
 def test_empty_reasoning_still_has_a_loss() -> None:
-    objective = objective_of(program_on(ScriptedEngine(lambda prompt: chat_answer(reasoning="", answer="yes"))))
-    found = seed_of(objective)
+    evaluator = evaluator_of(program_on(ScriptedEngine(lambda prompt: chat_answer(reasoning="", answer="yes"))))
+    found = seed_of(evaluator)
     assert found.rows[0].written == {"reasoning": ""}
     assert math.isfinite(found.cross_entropy)
 
@@ -216,11 +216,11 @@ def test_a_row_on_which_the_predictor_was_not_called_counts_as_a_mistake_without
         def forward(self, question: str) -> Any:
             return self.step(question=question) if "one" in question else dspy.Prediction(answer="yes")
 
-    objective = objective_of(Choosy())
-    found = seed_of(objective)
+    evaluator = evaluator_of(Choosy())
+    found = seed_of(evaluator)
     assert [row.error for row in found.rows] == [None, None, *["predictor `step.predict` was not called"] * 2]
     assert [math.isnan(row.cross_entropy) for row in found.rows] == [False, False, True, True]
-    assert len(objective.supervised(found)) == len(objective.proposal_contexts(found, 0)) == 2
+    assert len(evaluator.supervised(found)) == len(evaluator.proposal_contexts(found, 0)) == 2
     assert math.isfinite(found.objective[0])
 
 
@@ -234,16 +234,16 @@ def test_of_several_calls_of_a_predictor_the_last_one_counts() -> None:
             self.step(question="first")
             return self.step(question="second " + question)
 
-    found = seed_of(objective_of(Twice()))
+    found = seed_of(evaluator_of(Twice()))
     assert [row.inputs["question"] for row in found.rows] == ["second " + row.question for row in ROWS]
 
 
 def test_a_proposal_context_is_the_input_and_then_the_instruction_up_to_the_position() -> None:
-    objective = objective_of(program_on(planted_engine()))
-    found = seed_of(objective)
-    contexts = objective.proposal_contexts(found, 2)
+    evaluator = evaluator_of(program_on(planted_engine()))
+    found = seed_of(evaluator)
+    contexts = evaluator.proposal_contexts(found, 2)
     assert {context[-2:] for context in contexts} == {found.token_ids[:2]}
-    texts = [objective.engine.tokenizer.decode(context) for context in contexts]
+    texts = [evaluator.engine.tokenizer.decode(context) for context in contexts]
     assert all(text.endswith("Please say") for text in texts)
     assert all(row.question in text for row, text in zip(ROWS, texts, strict=True))
 
@@ -303,10 +303,10 @@ def test_gold_values_of_any_type_are_scored_and_matched(kind: Any, gold: Any, sa
     program = dspy.ChainOfThought(dspy.Signature(fields, SEED))
     program.set_lm(local_lm(engine, cache=False))
     rows = [dspy.Example(question="one", answer=gold).with_inputs("question")]
-    objective = objective_of(program, rows)
-    found = seed_of(objective)
+    evaluator = evaluator_of(program, rows)
+    found = seed_of(evaluator)
     assert (found.score, found.rows[0].error) == (1.0, None)
-    [supervised] = objective.supervised(found)
+    [supervised] = evaluator.supervised(found)
     answer = supervised.token_ids[supervised.answer.start : supervised.answer.stop]
     assert engine.tokenizer.decode(answer).strip() == says
 
@@ -335,10 +335,10 @@ def test_a_native_thinking_block_is_told_from_the_fields_after_it(adapter: Any, 
 def test_a_native_thinking_block_is_part_of_the_reasoning_that_is_differentiated_through() -> None:
     thought = "<think>count them twice</think>\n"
     engine = ScriptedEngine(lambda prompt: thought + chat_answer(reasoning="Because.", answer="four"))
-    objective = objective_of(program_on(engine))
-    found = seed_of(objective)
+    evaluator = evaluator_of(program_on(engine))
+    found = seed_of(evaluator)
     assert {row.preamble for row in found.rows} == {thought}
-    for row in objective.supervised(found):
+    for row in evaluator.supervised(found):
         text = engine.tokenizer.decode(list(row.token_ids[row.reasoning.start : row.reasoning.stop]))
         assert text.startswith("<think>count them twice</think>") and "Because." in text
 
@@ -347,9 +347,9 @@ def test_a_reasoning_that_fills_the_context_is_cut_and_still_scored() -> None:
     engine = ScriptedEngine(lambda prompt: chat_answer(reasoning="and so on " * 2000, answer="four"))
     limit = engine.context_length
     assert limit is not None
-    objective = objective_of(program_on(engine))
-    found = seed_of(objective)
-    supervised = objective.supervised(found)
+    evaluator = evaluator_of(program_on(engine))
+    found = seed_of(evaluator)
+    supervised = evaluator.supervised(found)
     assert len(supervised) == len(found.rows)
     assert all(limit - 200 < len(row.token_ids) <= limit for row in supervised)
     assert all(math.isfinite(row.cross_entropy) for row in found.rows)
@@ -357,227 +357,41 @@ def test_a_reasoning_that_fills_the_context_is_cut_and_still_scored() -> None:
 
 def test_an_unparsed_answer_is_reasoning_without_the_header_it_began_with() -> None:
     engine = ScriptedEngine(lambda prompt: "[[ ## reasoning ## ]]\nI was cut off")
-    objective = objective_of(program_on(engine))
-    found = seed_of(objective)
+    evaluator = evaluator_of(program_on(engine))
+    found = seed_of(evaluator)
     assert {row.written["reasoning"] for row in found.rows} == {"I was cut off"}
     assert all(row.error is not None for row in found.rows)
 
 
-# --- giving up ---
+# --- what it costs ---
 
 
-class SmallBatches(ScriptedEngine):
-    """Decodes few rows at a time, so that there are waves."""
-
-    max_batch_rows = 24
-
-
-MANY = planted_rows(24)
-GOOD, HALF, BAD = "Please count.", "Please add.", "Say it."  # mistakes: none, half of all, all
-
-
-def racing(metric: Any = exact_match, engine: Any = None, **settings: Any) -> tuple[Evaluator, Any]:
-    engine = engine or SmallBatches(obedient_script)
-    return objective_of(program_on(engine), MANY, metric=metric, settings=Settings(**settings)), engine
+def test_every_run_and_every_token_of_the_engine_is_counted() -> None:
+    engine = ScriptedEngine(obedient_script)
+    evaluator = evaluator_of(program_on(engine))
+    before = evaluator.spent()
+    evaluator.evaluate([instruction(evaluator, text) for text in ("Say it.", "Please count.")])
+    spent = evaluator.spent(before)
+    assert spent["runs"] == 8 and spent["generated_tokens"] == engine.counters.generated_tokens > 0
 
 
-def tried(objective: Evaluator, *texts: str, beat: float | None) -> list[Evaluation]:
-    return objective.evaluate([instruction(objective, text) for text in texts], beat=beat)
-
-
-def test_an_instruction_is_given_up_after_the_wave_that_leaves_it_no_chance() -> None:
-    objective, engine = racing()
-    good, half, bad = tried(objective, GOOD, HALF, BAD, beat=0.4)
-    assert [len(each.rows) for each in (good, half, bad)] == [24, 24, 16]
-    assert [each.complete for each in (good, half, bad)] == [True, True, False]
-    assert engine.batches == [24, 24, 16]  # 8 rows of each, 8 of each, and 8 of those that are left
-    assert [row.row for row in bad.rows] == list(range(16))
-    assert all(math.isnan(row.cross_entropy) for row in bad.rows)
-    assert bad.objective == (math.inf, math.inf) and bad.score == 0.0
-    assert objective.spent()["runs"] == 24 + 24 + 16
-
-
-def test_a_survivor_gets_the_same_numbers_as_without_waves() -> None:
-    with_waves = tried(racing()[0], GOOD, HALF, BAD, beat=0.4)
-    at_once = tried(racing()[0], GOOD, HALF, BAD, beat=None)
-    assert all(each.complete for each in at_once)
-    for one, other in zip(with_waves[:2], at_once[:2], strict=True):
-        assert (one.score, one.token_ids) == (other.score, other.token_ids)
-        assert one.objective == pytest.approx(other.objective, rel=1e-5)
-        assert [row.written for row in one.rows] == [row.written for row in other.rows]
-
-
-def test_what_was_given_up_is_not_run_again_and_goes_on_with_the_missing_rows_when_it_gets_a_chance() -> None:
-    objective, engine = racing()
-    [good, early] = tried(objective, GOOD, BAD, beat=0.3)
-    assert (len(good.rows), len(early.rows), engine.batches) == (24, 12, [24, 12])  # 12 of each, and 12 of one
-    assert tried(objective, BAD, beat=0.3) == tried(objective, BAD, beat=0.1) == [early]
-    assert engine.batches == [24, 12]
-    [whole] = tried(objective, BAD, beat=None)
-    assert engine.batches == [24, 12, 12] and len(set(engine.prompts)) == 48
-    assert whole.complete and [row.row for row in whole.rows] == list(range(24))
-    [alone] = tried(racing()[0], BAD, beat=None)
-    assert whole.objective == pytest.approx(alone.objective, rel=1e-5)
-    assert tried(objective, BAD, beat=0.1) == [whole]
-
-
-def test_an_interrupted_run_goes_on_with_the_rows_that_were_run() -> None:
-    [_, early] = tried(racing()[0], GOOD, BAD, beat=0.3)
-    objective, engine = racing()
-    objective.recall([early])
-    assert tried(objective, BAD, beat=0.3) == [early] and engine.batches == []
-    [whole] = tried(objective, BAD, beat=2.0)
-    assert whole.complete and engine.batches == [12]
-
-
-def test_an_instruction_that_fits_into_one_batch_is_run_at_once() -> None:
-    objective, engine = racing()
-    [bad] = tried(objective, BAD, beat=0.0)
-    assert bad.complete and engine.batches == [24]  # giving it up half way would save no batch
-
-
-def test_a_metric_that_gives_more_than_was_said_ends_the_giving_up() -> None:
-    def generous(example: Any, prediction: Any, trace: Any = None) -> float:
-        late = [row.question for row in MANY].index(example.question) >= 8
-        return 3.0 * late if prediction.answer == example.answer else 0.0
-
-    objective, engine = racing(generous)
-    good, bad = tried(objective, GOOD, BAD, beat=0.2)
-    assert good.complete and bad.complete and good.score == 2.0
-    assert sum(engine.batches) == 48
-    assert tried(objective, HALF, beat=-1.0)[0].complete  # nor is anything given up later
-    declared, engine = racing(generous, best_score=3.0)
-    assert [each.complete for each in tried(declared, GOOD, BAD, beat=-1.0)] == [True, False]
-
-
-def test_a_dead_language_model_is_reported_even_if_all_candidates_are_given_up() -> None:
-    long = [dspy.Example(question="maybe " * 2000, answer="yes").with_inputs("question")] * 24
-    objective = objective_of(program_on(SmallBatches(obedient_script)), long)
-    with pytest.raises(ProgramError, match="could not be called on any of the 24 rows"):
-        tried(objective, BAD, beat=0.1)
-
-
-def test_a_server_is_asked_in_waves_of_two_runs_for_each_thread() -> None:
+def test_what_a_server_wrote_counts_as_the_tokenizer_of_the_weights_splits_it() -> None:
     answer = chat_answer(reasoning="I look.", answer="never")
     program = dspy.ChainOfThought(dspy.Signature("question -> answer", SEED))
     program.set_lm(text_lm(lambda asked: answer))
-    [site] = predictors_of(program)
     engine = ScriptedEngine(obedient_script)
-    objective = Evaluator(
-        program=program,
-        site=site,
-        field="answer",
-        rows=MANY,
-        metric=RowMetric(exact_match),
-        engine=engine,
-        settings=Settings(threads=6),
-    )
-    [early] = tried(objective, BAD, beat=0.3)
-    assert len(early.rows) == len(program.predictors()[0].lm.engine.asked) == 12
+    evaluator = evaluator_of(program, engine=engine, settings=Settings(threads=6))
+    seed_of(evaluator)
     written = engine.tokenizer.encode(answer, add_special_tokens=False)
-    assert objective.spent()["generated_tokens"] == 12 * len(written)
-    assert engine.counters.generated_tokens == 0
+    assert evaluator.spent()["generated_tokens"] == 4 * len(written)
+    assert engine.counters.generated_tokens == 0 and evaluator.spent()["runs"] == 4
 
 
-def test_an_instruction_whose_fluency_alone_rules_it_out_is_not_run_at_all() -> None:
-    objective, engine = racing()
-    [seed] = objective.evaluate([objective.seed()])
-    runs = sum(engine.batches)
-    [good] = tried(objective, GOOD, beat=0.1)
-    assert (good.complete, good.rows, sum(engine.batches)) == (False, (), runs)
-    assert 0.02 * 0.99 * good.fluency_nll > 0.1 and math.isnan(good.score)
-    assert tried(objective, GOOD, beat=0.1) == [good]
-    [whole] = tried(objective, GOOD, beat=1.0)
-    assert whole.complete and whole.fluency_nll == pytest.approx(good.fluency_nll, rel=1e-5)
-    [alone] = tried(racing()[0], GOOD, beat=None)
-    assert whole.objective == pytest.approx(alone.objective, rel=1e-5)
-    careless, _ = racing(score_fluency_weight=0.0)
-    careless.recall([seed])
-    assert tried(careless, GOOD, beat=0.0)[0].complete
+# --- candidates that bring nothing ---
 
 
-def test_no_fluency_is_taken_for_granted_where_the_inputs_come_before_the_instruction() -> None:
-    class InputsFirst(dspy.ChatAdapter):
-        def format(self, signature: Any, demos: Any, inputs: Any) -> Any:
-            system, *others = super().format(signature, demos, inputs)
-            return [{**system, "content": f"About {inputs['question']}. {system['content']}"}, *others]
-
-    engine = SmallBatches(obedient_script)
-    with dspy.context(adapter=InputsFirst()):
-        objective = objective_of(program_on(engine), MANY)
-        objective.evaluate([objective.seed()])
-        [good] = tried(objective, GOOD, beat=0.1)
-    assert good.complete
-
-
-class Table(Evaluator):
-    """An objective whose fluency and cross-entropy are read from a table."""
-
-    table: dict[str, tuple[list[float], float, float]]
-
-    def _fluency(self, instructions: Any) -> dict[str, float]:
-        return {each.text: self.table[each.text][1] for each in instructions}
-
-    def _score(self, instructions: Any, drafts: Any) -> None:
-        for each, rows in zip(instructions, drafts, strict=True):
-            _, fluency, loss = self.table[each.text]
-            rows = [dataclasses.replace(row, cross_entropy=loss) for row in rows]
-            self._known[each.text] = evaluation(each.token_ids, each.text, rows, fluency, score_fluency_weight=0.02)
-
-
-def searched(table: Any, steps: Any, *, giving_up: bool) -> tuple[list[Any], int]:
-    """What a search over instructions of a table decides, step by step, and how many runs it takes."""
-    settings = Settings(finalists=2)
-    objective = objective_of(program_on(SmallBatches(obedient_script)), MANY, settings=settings, kind=Table)
-    objective.table = table
-    known = {text: Instruction((index,), text) for index, text in enumerate(table)}
-    [seed] = objective.evaluate([known["0."]])
-    state, decided = begin(seed, settings), []
-    for longer, candidates in steps:
-        current = state.current
-        if longer is not None:  # a step that appends goes on from another instruction, even a worse one
-            [current] = objective.evaluate([known[longer]])
-        edits = [known[text] for text in candidates if text != current.instruction]
-        evaluated = objective.evaluate(edits, beat=state.to_beat(current, settings) if giving_up else None)
-        chosen = select(current, evaluated).chosen
-        state = advance(state, chosen, [current, *evaluated], settings)
-        decided.append((chosen, state.best))
-    return decided, objective.spent()["runs"]
-
-
-TEXTS = [f"{index}." for index in range(30)]
-
-
-def random_table(rng: random.Random) -> dict[str, tuple[list[float], float, float]]:
-    """Scores of good and bad instructions, some with all their mistakes first or last; ties are common."""
-    table = {}
-    for text in TEXTS:
-        skill, order = rng.random(), rng.choice([0, 0, 1, -1])
-        scores = [rng.choice([1.0, 1.0, 0.5]) if rng.random() < skill else 0.0 for _ in MANY]
-        table[text] = (sorted(scores, reverse=order < 0) if order else scores, rng.choice([0.0, 1.0, 4.0]), 0.5)
-    return table
-
-
-def random_walk(rng: random.Random) -> list[tuple[str | None, list[str]]]:
-    """Each step: the instruction that it goes on from instead of the current one, if any, and its candidates."""
-    return [(rng.choice([None, rng.choice(TEXTS)]), rng.sample(TEXTS, 3)) for _ in range(6)]
-
-
-@pytest.mark.parametrize("salt", range(30))
-def test_giving_up_decides_as_the_twin_that_runs_every_row(salt: int) -> None:
-    rng = random.Random(salt)
-    table, steps = random_table(rng), random_walk(rng)
-    by_question = {row.question: index for index, row in enumerate(MANY)}
-
-    def run(pairs: Any, metric: Any, **options: Any) -> list[Rollout]:
-        return [
-            Rollout({}, table[program.predictors()[0].signature.instructions][0][by_question[row.question]])
-            for program, row in pairs
-        ]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dspy_greater.objective.evaluator.run_pairs", run)
-        decided, runs = searched(table, steps, giving_up=True)
-        twin, more_runs = searched(table, steps, giving_up=False)
-    assert decided == twin
-    assert runs <= more_runs
+def test_a_language_model_that_cannot_be_called_for_any_row_is_reported() -> None:
+    long = [dspy.Example(question="maybe " * 2000, answer="yes").with_inputs("question")] * 4
+    evaluator = evaluator_of(program_on(ScriptedEngine(obedient_script)), long)
+    with pytest.raises(ProgramError, match="could not be called on any of the 4 rows"):
+        evaluator.evaluate([instruction(evaluator, "Say it.")])

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import settings as quickly
 from hypothesis import strategies as st
 
+from dspy_greater.objective.score import evaluation
 from dspy_greater.objective.types import Evaluation, RowOutcome
-from dspy_greater.search.select import evaluation, given_up, has_no_chance, outdoes, realised_change, select
+from dspy_greater.search.select import realised_change, select
 
 NAN, INF = math.nan, math.inf
 quick = quickly(max_examples=60, deadline=None, derandomize=True)
@@ -38,7 +39,7 @@ def test_a_graded_metric_counts_as_graded_mistakes() -> None:
 
 def test_an_answer_that_was_not_found_is_worse_than_any_wrong_one() -> None:
     def objective(*rows: RowOutcome) -> float:
-        return evaluation((1,), "Add.", rows, 0.0, score_fluency_weight=0.0, doubt_weight=0.3).objective[0]
+        return evaluation((1,), "Add.", rows, 0.0, score_fluency_weight=0.0, uncertainty_weight=0.3).objective[0]
 
     lost = replace(row(0.0, 0.0), unparsed=True)
     assert objective(row(0.0, 99.0)) == pytest.approx(1.3)
@@ -132,63 +133,7 @@ def test_what_is_chosen_is_never_worse_and_never_not_a_number(
     assert chosen.objective == min(each.objective for each in [first, *rest])
 
 
-# --- candidates that are given up early ---
-
-
-def test_an_instruction_has_no_chance_once_its_mistakes_alone_are_more_than_there_may_be() -> None:
-    wrong, right = row(0.0), row(1.0)
-    assert not has_no_chance([], 4, 0.0, best_score=1.0)
-    assert has_no_chance([], 4, 0.1, best_score=1.0, fluency=0.11)
-    assert not has_no_chance([wrong], 4, 0.5, best_score=1.0, fluency=0.25)
-    assert not has_no_chance([wrong, wrong, right], 10, 0.2, best_score=1.0)  # 0.2 at best, which may be a tie
-    assert has_no_chance([wrong, wrong, right], 10, 0.199, best_score=1.0)
-    assert not has_no_chance([wrong] * 9, 10, 0.9, best_score=1.0)
-
-
-def test_a_metric_that_gives_more_than_one_leaves_more_chances() -> None:
-    wrong = [row(0.0)] * 9
-    assert has_no_chance(wrong, 10, 0.5, best_score=1.0)
-    assert not has_no_chance(wrong, 10, 0.5, best_score=5.0)
-    assert not has_no_chance([row(-1.0)], 2, 1.5, best_score=0.0)  # a metric of losses: 0 is its best
-    assert has_no_chance([row(-1.1)], 2, 1.5, best_score=0.0)
-
-
-scores = st.lists(st.sampled_from([0.0, 0.1, 0.25, 1 / 3, 0.5, 0.7, 1.0]), min_size=1, max_size=40)
-
-
-@given(scores, st.integers(0, 39), st.floats(0, 3))
-@quick
-def test_whoever_could_still_equal_the_objective_is_never_given_up(
-    values: list[float], run: int, fluency: float
-) -> None:
-    rows = [row(value) for value in values]
-    objective = evaluated(*rows, fluency=fluency).objective[0]
-    assert not has_no_chance(rows[:run], len(rows), objective, best_score=1.0)
-
-
-def test_a_given_up_instruction_keeps_its_rows_and_can_never_be_chosen() -> None:
-    rows = [row(1.0, NAN), row(0.0, NAN)]
-    found = given_up((1, 2), "Guess.", rows, 3.0)
-    assert (found.complete, found.score, found.objective, found.rows) == (False, 0.5, (INF, INF), tuple(rows))
-    assert math.isnan(found.cross_entropy) and found.fluency_nll == 3.0
-    assert math.isnan(given_up((1, 2), "Guess.", [], 3.0).score)
-    worst = evaluated(row(0.0, 9.0), fluency=9.0, text="Worst.")
-    assert select(worst, [found]).chosen is worst
-
-
-def test_the_reason_says_who_was_given_up_early() -> None:
-    current, early, bad = evaluated(row()), given_up((1,), "Guess.", [row(0.0)], 3.0), evaluated(row(1.0, NAN))
-    assert (
-        select(current, [early, early]).reason
-        == "kept the token: all 2 were given up early, for they could not lower the objective"
-    )
-    worse = evaluated(row(0.0), text="Worse.")
-    found = select(current, [worse, early])
-    assert found.reason == "kept the token: the best of 1 did not lower the objective; 1 more given up early"
-    assert select(current, [bad, early]).reason == "kept the token: no candidate had a finite loss; 1 given up early"
-
-
-# --- the answer's doubt, and noise ---
+# --- how uncertain the gold answer is ---
 
 
 def scored(*scores: float, text: str = "Add.", losses: tuple[float, ...] | None = None, **how: float) -> Evaluation:
@@ -198,81 +143,14 @@ def scored(*scores: float, text: str = "Add.", losses: tuple[float, ...] | None 
     return evaluation((1, 2), text, rows, 0.0, score_fluency_weight=0.0, **how)
 
 
-def test_doubt_is_the_chance_of_another_answer_and_at_most_its_weight() -> None:
-    found = scored(1, 0, losses=(math.log(2), math.log(4)), doubt_weight=0.4)
+def test_uncertainty_is_the_chance_of_another_answer_and_at_most_its_weight() -> None:
+    found = scored(1, 0, losses=(math.log(2), math.log(4)), uncertainty_weight=0.4)
     assert found.objective == pytest.approx((0.5 + 0.4 * (0.5 + 0.75) / 2, math.log(8) / 2))
-    assert scored(1, 1, losses=(900.0, 900.0), doubt_weight=0.3).objective[0] == pytest.approx(0.3)
+    assert scored(1, 1, losses=(900.0, 900.0), uncertainty_weight=0.3).objective[0] == pytest.approx(0.3)
 
 
-def test_a_row_without_a_finite_loss_has_no_part_in_the_doubt() -> None:
-    assert scored(1, 1, losses=(math.log(2), NAN), doubt_weight=0.4).objective[0] == pytest.approx(0.2)
-
-
-# By hand: over 4 rows, one better and none worse is a difference of (1, 0, 0, 0), of mean 1/4 and standard error
-# 0.5 / 2 = 1/4; two better and one worse is (1, 1, -1, 0), of mean 1/4 and standard error 0.957 / 2 = 0.479.
-ONE_BETTER, TWO_BETTER_ONE_WORSE = scored(1, 0, 0, 1), scored(1, 1, 0, 0)
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "noise", "clear"),
-    [
-        (scored(0, 0, 0, 1), ONE_BETTER, 0.0, True),
-        (scored(0, 0, 0, 1), ONE_BETTER, 0.99, True),
-        (scored(0, 0, 0, 1), ONE_BETTER, 1.01, False),
-        (scored(0, 0, 1, 0), TWO_BETTER_ONE_WORSE, 0.52, True),
-        (scored(0, 0, 1, 0), TWO_BETTER_ONE_WORSE, 0.53, False),
-    ],
-)
-def test_an_improvement_counts_from_so_many_standard_errors(
-    before: Evaluation, after: Evaluation, noise: float, clear: bool
-) -> None:
-    assert outdoes(after, before, noise=noise) is clear
-    chosen = select(before, [after], noise=noise).chosen
-    assert chosen is (after if clear else before)
-
-
-def test_an_improvement_of_every_row_alike_is_beyond_all_noise() -> None:
-    assert outdoes(scored(0.75, 0.5), scored(0.5, 0.25), noise=1e9)
-    assert outdoes(scored(1), scored(0), noise=1e9)  # of one row nothing is known
-
-
-def test_what_is_not_lower_never_counts() -> None:
-    assert not outdoes(scored(0, 1), scored(1, 0), noise=0.0)
-    assert not outdoes(scored(0, 0), scored(1, 0), noise=0.0)
-
-
-def test_with_equal_mistakes_the_cross_entropy_decides_if_no_row_went_the_other_way() -> None:
-    before, after = scored(1, 0, losses=(0.5, 0.5)), scored(1, 0, losses=(0.4, 0.4))
-    assert outdoes(after, before, noise=0.5)
-    swapped = scored(0, 1, losses=(0.4, 0.4))
-    assert outdoes(swapped, before) and not outdoes(swapped, before, noise=0.5)
-
-
-def test_anything_finite_outdoes_what_is_not_a_number() -> None:
-    assert outdoes(scored(0), evaluated(row(1.0, NAN)), noise=1e9)
-
-
-def test_the_reason_says_that_a_gain_was_within_the_noise() -> None:
-    found = select(scored(0, 0, 1, 0), [TWO_BETTER_ONE_WORSE, scored(0, 0, 0, 0)], noise=2.0)
-    assert found.reason == "kept the token: 1 of 2 were better, but within the noise"
-
-
-def test_noise_takes_the_best_of_those_that_are_clear() -> None:
-    before = scored(0, 0, 0, 0, 1, 1)
-    noisy, clear = scored(1, 1, 1, 1, 0, 0, text="Noisy."), scored(1, 0, 0, 0, 1, 1, text="Clear.")
-    assert select(before, [noisy, clear]).chosen is noisy
-    assert select(before, [noisy, clear], noise=0.99).chosen is clear
-
-
-def test_with_the_loss_first_mistakes_only_break_ties() -> None:
-    before = scored(1, 1, losses=(1.0, 2.0), loss_first=1)
-    surer, wronger = scored(0, 0, losses=(0.5, 1.5), loss_first=1), scored(0, 1, losses=(1.0, 2.0), loss_first=1)
-    assert before.objective == (1.5, 0.0) and surer.objective == (1.0, 1.0)
-    assert outdoes(surer, before, noise=1e9, loss_first=True)
-    assert not outdoes(wronger, before, loss_first=True)
-    uneven = scored(1, 1, losses=(0.0, 2.5), loss_first=1)  # differences 1 and -0.5: mean 1/4, standard error 3/4
-    assert outdoes(uneven, before, noise=0.33, loss_first=True)
-    assert not outdoes(uneven, before, noise=0.34, loss_first=True)
+def test_a_row_without_a_finite_loss_has_no_part_in_the_uncertainty() -> None:
+    assert scored(1, 1, losses=(math.log(2), NAN), uncertainty_weight=0.4).objective[0] == pytest.approx(0.2)
 
 
 # --- what came of a candidate ---
@@ -282,7 +160,6 @@ def test_the_realised_change_is_taken_over_the_rows_that_both_were_run_on() -> N
     before = scored(0, 1, 1, 0, losses=(2.0, 1.0, NAN, 3.0))
     after = scored(1, 1, 0, 0, losses=(1.0, 1.5, 1.0, 3.0))
     assert realised_change(before, after) == pytest.approx((0.0, (-1.0 + 0.5 + 0.0) / 3))
-    early = given_up((1,), "Guess.", [RowOutcome(n, 0.0, {"question": "x"}, {}, NAN) for n in (0, 1)], 3.0)
-    mistakes, loss = realised_change(before, early)
+    mistakes, loss = realised_change(before, scored(0, 0, losses=(NAN, NAN)))
     assert mistakes == 0.5 and math.isnan(loss)
-    assert all(map(math.isnan, realised_change(before, given_up((1,), "Guess.", [], 3.0))))
+    assert all(map(math.isnan, realised_change(before, scored())))

@@ -14,6 +14,7 @@ from typing import Any
 
 import dspy
 import pytest
+import torch
 from scripted_engine import (
     SEED,
     PlantedModel,
@@ -199,7 +200,7 @@ def halting(prompt: str) -> str:
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("variant", [PAPER, DEFAULT])
 def test_on_the_pocket_model_the_search_is_the_reference(variant: str, seed: int) -> None:
-    engine = Engine.from_pretrained("pocket")
+    engine = Engine.from_pretrained("pocket", dtype=torch.float64)  # so that rounding hides nothing
     program = program_on(engine, instruction="Answer the question.", max_tokens=120)
     rows = pocket_rows("web_of_lies", 3, seed)
     fewer = {"selections": 2} if variant == PAPER else {"positions_ahead": 2, "forecasts": 3}

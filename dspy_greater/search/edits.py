@@ -45,7 +45,8 @@ def propose_edits(at: StepContext) -> tuple[Edit, ...]:
     A token that only leads to instructions that were tried does not count as a candidate, so the proposals widen
     until there is something new.
     """
-    return _distinct([*_proposed(at, {"replace", "insert"}, new=True), *_deletion(at)])
+    called = any(row.inputs for row in at.current.rows)  # otherwise what it says makes no difference
+    return _distinct([*_proposed(at, {"replace", "insert"}, new=True), *_deletion(at)]) if called else ()
 
 
 def _proposed(at: StepContext, kinds: Collection[Kind], *, new: bool) -> tuple[Edit, ...]:

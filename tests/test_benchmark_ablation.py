@@ -11,13 +11,19 @@ import dspy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scripted_engine import optimizer, planted_engine, planted_rows, program_on
 
 from benchmarks.ablation import along, command, reasonings
 from benchmarks.ablation.command import main
 from benchmarks.ablation.reasonings import Answered, is_right, through_reasoning
 from benchmarks.ablation.table import table
 from benchmarks.ablation.variants import FROM, STARTS, SWEEPS, VARIANTS
+from benchmarks.steps import CHANCE, PAPER_CHANCE, WITHOUT_REASONING
+from dspy_greater.objective.types import Candidate
 from dspy_greater.pocket.tasks import generate, work_out
+from dspy_greater.run.events import StepTaken
+from dspy_greater.search.paper_step import PaperStep
+from dspy_greater.search.step import Step
 from dspy_greater.settings import Settings
 
 
@@ -75,6 +81,43 @@ def test_the_table_is_of_the_cells_that_were_asked_for(tmp_path: Path, capsys: p
     assert main(["--data-dir", str(tmp_path), "--out", str(tmp_path), *asked]) == 0
     (line,) = capsys.readouterr().out.splitlines()[2:]
     assert line.startswith("| whole | 80.0 (80.0 to 80.0) | 80.0 |")
+
+
+# ---- the steps that only benchmarks know
+
+
+def steps_taken(step: Step, seed: int = 0, **settings: Any) -> tuple[StepTaken, ...]:
+    searching = optimizer(variant=step, steps=3, seed=seed, explore_every=0, **settings)
+    rows = planted_rows(8)
+    return searching.compile(program_on(planted_engine()), rows[:4], valset=rows[4:]).detailed_results.steps
+
+
+def tried(step: StepTaken) -> list[Candidate]:
+    return [each for each in step.candidates if each.evaluation is not None and each.realised is not None]
+
+
+@pytest.mark.parametrize("step", [CHANCE, PAPER_CHANCE], ids=lambda step: step.name)
+def test_chance_asks_neither_gradient_nor_forecast_and_differs_with_the_seed(step: Step) -> None:
+    taken = steps_taken(step)
+    for each in taken:
+        assert all(candidate.gradient is None and candidate.forecast is None for candidate in each.candidates)
+        assert each.spent["backward_tokens"] == 0 and len(each.candidates) > 3
+    assert [tried(each) for each in steps_taken(step)] == [tried(each) for each in taken]
+    others = [[tried(each) for each in steps_taken(step, seed)] for seed in (1, 2)]
+    assert any(other != [tried(each) for each in taken] for other in others)
+
+
+def test_chance_tries_as_many_as_the_step_in_whose_place_it_stands() -> None:
+    assert {len(tried(each)) for each in steps_taken(CHANCE)} == {1}
+    assert {len(tried(each)) for each in steps_taken(CHANCE, selections=2)} == {2}
+    assert {len(tried(each)) for each in steps_taken(PAPER_CHANCE)} <= {2, 3}  # what stands there may be among the 3
+
+
+def test_the_gradient_without_reasoning_ranks_the_same_candidates_by_other_slopes() -> None:
+    (answer, *_), (paper, *_) = steps_taken(WITHOUT_REASONING), steps_taken(PaperStep())
+    assert [each.token for each in answer.candidates] == [each.token for each in paper.candidates]
+    slopes = [[each.gradient for each in step.candidates if each.gradient is not None] for step in (answer, paper)]
+    assert len(slopes[0]) == len(slopes[1]) > 3 and slopes[0] != pytest.approx(slopes[1], rel=1e-3)
 
 
 # ---- along the way

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import __main__ as benchmarks
 from benchmarks.speed import machine, timing
-from benchmarks.speed.command import main
+from benchmarks.speed.command import main, parse
 from benchmarks.speed.floor import Nodes, floor_seconds, model_flops
 from benchmarks.speed.gate import differences, run_gate
 from benchmarks.speed.machine import measure
@@ -145,6 +145,10 @@ def test_options_that_cannot_work_are_refused_with_a_reason(capsys: pytest.Captu
     assert "there is no arm theirs" in capsys.readouterr().err
     with pytest.raises(SettingsError, match="There is no shape 'gpt-5'. The shapes are pocket, llama-3-8b"):
         build("gpt-5", device=CPU, dtype=torch.float32)
+
+
+def test_without_a_number_as_many_candidates_reason_as_in_the_search_that_is_measured() -> None:
+    assert (parse([]).mu, parse(["--overhead"]).mu, parse(["--overhead", "--mu", "3"]).mu) == (3, 1, 3)
 
 
 def test_an_unknown_benchmark_is_answered_with_those_that_exist(capsys: pytest.CaptureFixture[str]) -> None:

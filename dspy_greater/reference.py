@@ -165,7 +165,7 @@ def edits_with(task: Task, state: State, i: int, token: int) -> dict[str, tuple[
     """What a token can make of p that can be deployed, and by default was not tried: token ids and text."""
     p, layout = state.current.token_ids, task.layout
     room = task.settings.max_instruction_tokens - len(layout.positions(p) if layout.fixed else p)
-    edits = {"replace": layout.replace(p, i, token)}
+    edits = {"replace": layout.replace(p, i, token)} if i < len(p) else {}
     if i == len(p) or (room > 0 and not task.paper):  # behind the end, or by default in front of p_i
         edits["insert"] = layout.insert(p, i, token)
     return {edit: made for edit, made in edits.items() if made and (task.paper or made[1] not in state.tried)}

@@ -711,7 +711,7 @@ def test_the_identity_tells_what_changed(engine: Any, where: str, change: Any) -
 
 def test_settings_of_the_machine_do_not_change_the_identity(engine: Any) -> None:
     settings = {"train_rows": 4, "validation_rows": 4}
-    other = Settings.of(None, **settings, threads=3)
+    other = Settings.of(None, **settings, num_threads=3)
     assert posed(program_on(engine), settings=other).identity() == posed(program_on(engine)).identity()
 
 

@@ -83,7 +83,7 @@ def assert_is_the_reference(run: Searched) -> set[str]:
     for taken, (step, state) in zip(run.predictor.steps, followed, strict=True):
         where = f"step {taken.step} of {run.predictor.name}"
         assert taken.position == step.position, where
-        assert said(taken) == pytest.approx(said_by_reference(step, p, paper=task.paper), **CLOSE), where
+        assert said(taken) == pytest.approx(said_by_reference(step, p), **CLOSE), where
         assert_evaluation(taken.chosen, step.chosen, where)
         for candidate, plain in zip(taken.candidates, step.candidates, strict=True):
             if plain.text in step.outcomes:
@@ -113,12 +113,12 @@ def said(step: Any) -> list[tuple[str, int, list[float]]]:
     )
 
 
-def said_by_reference(step: reference.Step, p: Sequence[int], *, paper: bool) -> list[tuple[str, int, list[float]]]:
+def said_by_reference(step: reference.Step, p: Sequence[int]) -> list[tuple[str, int, list[float]]]:
     at = step.position
     return flat(
         [
             (
-                "replace" if paper else each.edit,
+                each.edit,
                 p[at] if each.edit == "delete" else each.token_ids[at],
                 [each.log_probability, step.slopes.get(each.text), *step.forecasts.get(each.text, (None, None))],
             )

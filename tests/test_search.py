@@ -16,6 +16,7 @@ from dspy_greater.objective.types import Candidate, Evaluation
 from dspy_greater.run.events import StepTaken
 from dspy_greater.search.state import (
     SearchState,
+    Usage,
     advance,
     begin,
     ends_sentence,
@@ -176,13 +177,13 @@ def test_a_steps_randomness_depends_on_seed_predictor_and_step_and_on_nothing_el
 
 def test_the_search_is_over_after_the_step_that_reaches_the_budget() -> None:
     kept, limited = evaluated("Add up."), Settings.of(None, steps=12, max_generated_tokens=100)
-    state = begin(kept, limited, generated_tokens=40)
+    state = begin(kept, limited, usage=Usage(40))
     assert not state.finished(limited)
     state = after(state, kept, settings=limited, spent=59)
-    assert (state.generated_tokens, state.finished(limited), state.out_of_budget(limited)) == (99, False, False)
+    assert (state.usage.generated_tokens, state.finished(limited), state.usage.exhausted(limited)) == (99, False, None)
     state = after(state, kept, settings=limited, spent=1)
-    assert state.finished(limited) and state.out_of_budget(limited)
-    assert not state.finished(SETTINGS) and not state.out_of_budget(SETTINGS)
+    assert state.finished(limited) and "max_generated_tokens=100 was reached" in (state.usage.exhausted(limited) or "")
+    assert not state.finished(SETTINGS) and state.usage.exhausted(SETTINGS) is None
 
 
 @given(instructions, histories)

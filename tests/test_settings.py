@@ -84,7 +84,7 @@ def test_a_count_has_to_be_a_whole_number_in_range(value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["train_rows", "top_k", "selections", "finalists", "threads", "proposal_draws", "replayed"]
+    "name", ["train_rows", "top_k", "selections", "finalists", "num_threads", "proposal_draws", "replayed"]
 )
 def test_what_cannot_be_zero_is_refused_by_name(name: str) -> None:
     with pytest.raises(SettingsError, match=f"{name}=0: give a whole number of at least 1"):

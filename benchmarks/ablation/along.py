@@ -12,13 +12,13 @@ from typing import Any
 from benchmarks.fidelity.table import interval
 from dspy_greater.program.validation import winner
 from dspy_greater.report.result import PredictorResult
-from dspy_greater.search.state import advance, begin
+from dspy_greater.search.state import UNUSED, advance, begin
 from dspy_greater.settings import Settings
 
 
 def contestants(found: PredictorResult, settings: Settings) -> list[str]:
     """The seed instruction and the finalists of the search that ends with `settings.max_generated_tokens`."""
-    state = begin(found.seed, settings, generated_tokens=found.seed_spent.get("generated_tokens", 0))
+    state = begin(found.seed, settings, usage=UNUSED.after(found.seed_spent))
     for step in found.steps:
         if state.finished(settings):
             break

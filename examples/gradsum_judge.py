@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 sample_size=options.sample_size,
                 subset_size=options.subset_size,
                 seed=options.seed,
-                threads=4,
+                num_threads=4,
             )
             better = optimizer.compile(program, trainset=train, valset=validation)
             before, after = accuracy(program, test), accuracy(better, test)

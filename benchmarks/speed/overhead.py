@@ -183,7 +183,11 @@ def _wrapped(profile: Profile) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
         ("adapter: parse", dspy.ChatAdapter, ["parse"]),
         ("tokens of prompts", PromptEncoder, ["chat_ids"]),
         ("layout: sequences to score", Layout, ["supervised"]),
-        ("layout: proposals and edits", Layout, ["replace", "append", "positions", "proposal_prefix"]),
+        (
+            "layout: proposals and edits",
+            Layout,
+            ["replace", "insert", "append", "delete", "positions", "proposal_prefix"],
+        ),
         ("calling and tracing the program", rollout, ["trace_calls"]),
         ("copying programs", evaluator, ["searching_copy"]),
         ("intersecting proposals", edits, ["propose"]),

@@ -175,15 +175,25 @@ def test_a_large_matrix_is_sampled_in_every_row() -> None:
 # ---- every kind of tensor
 
 
-class Wrapped(Tensor):
-    """In the manner of torchao: two plain tensors behind a tensor that is none, and few operations."""
+class Sealed(Tensor):
+    """A tensor that is none, with two plain ones behind it, few operations, and nothing that tells of its inside."""
 
     @staticmethod
-    def __new__(cls, codes: Tensor, scale: Tensor, mode: str = "weight only") -> Wrapped:
+    def __new__(cls, codes: Tensor, scale: Tensor, mode: str = "weight only") -> Sealed:
         return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype, device=codes.device)
 
     def __init__(self, codes: Tensor, scale: Tensor, mode: str = "weight only") -> None:
         self.codes, self.scale, self.mode = codes, scale, mode
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scale, args[0].mode)
+        raise NotImplementedError(f"{function} is not for {cls.__name__}")  # what torchao's tensors raise
+
+
+class Wrapped(Sealed):
+    """In the manner of torchao: it says which plain tensors are behind it."""
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         return ["codes", "scale"], {"mode": self.mode}
@@ -192,11 +202,12 @@ class Wrapped(Tensor):
     def __tensor_unflatten__(cls, inner: Any, settings: Any, size: Any, stride: Any) -> Wrapped:
         return cls(inner["codes"], inner["scale"], settings["mode"])
 
-    @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.aten.detach.default:
-            return cls(args[0].codes, args[0].scale, args[0].mode)
-        raise NotImplementedError(f"{function} is not for {cls.__name__}")
+
+class Failing(Wrapped):
+    """Would say it, and cannot."""
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        raise RuntimeError("the scales are on another device")
 
 
 class Packed(Tensor):
@@ -207,13 +218,7 @@ class Packed(Tensor):
         name = getattr(function, "__name__", "")
         if name in ("__get__", "__set__", "detach", "untyped_storage", "requires_grad_", "__repr__", "numel", "size"):
             return super().__torch_function__(function, types, args, kwargs or {})
-        raise NotImplementedError(f"{name} is not for packed weights")
-
-
-class Sealed(Wrapped):
-    """Says nothing about itself."""
-
-    __tensor_flatten__ = None  # type: ignore[assignment]
+        raise NotImplementedError(f"{name} is not for packed weights")  # what such tensors raise
 
 
 def linear_with(weight: Tensor) -> torch.nn.Linear:
@@ -222,7 +227,7 @@ def linear_with(weight: Tensor) -> torch.nn.Linear:
     return layer
 
 
-def wrapped(seed: int, mode: str = "weight only", kind: type[Wrapped] = Wrapped) -> Wrapped:
+def wrapped(seed: int, mode: str = "weight only", kind: type[Sealed] = Wrapped) -> Sealed:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(-8, 8, (4, 8), generator=generator, dtype=torch.int8)
     return kind(codes, torch.ones(4, 1), mode)
@@ -278,8 +283,9 @@ def test_quantised_buffers_are_weights_and_temporary_ones_are_not() -> None:
     assert digest.label() != before
 
 
-def test_weights_that_cannot_be_read_are_loaded_under_a_name_that_never_comes_again() -> None:
-    layer = linear_with(wrapped(0, kind=Sealed))
+@pytest.mark.parametrize("kind", [Sealed, Failing])
+def test_weights_that_cannot_be_read_are_loaded_under_a_name_that_never_comes_again(kind: type[Sealed]) -> None:
+    layer = linear_with(wrapped(0, kind=kind))
     with pytest.warns(RuntimeWarning, match=r"weights of Linear cannot be read .*new name each time.*DSPy's cache"):
         digest = digest_of(layer)
     with warnings.catch_warnings():
@@ -289,9 +295,10 @@ def test_weights_that_cannot_be_read_are_loaded_under_a_name_that_never_comes_ag
 
 
 @pytest.mark.filterwarnings("ignore:The weights of .* cannot be read:RuntimeWarning")
-def test_an_identity_that_cannot_be_told_stops_neither_a_load_nor_a_search() -> None:
+@pytest.mark.parametrize("kind", [Sealed, Failing])
+def test_an_identity_that_cannot_be_told_stops_neither_a_load_nor_a_search(kind: type[Sealed]) -> None:
     engine = ScriptedEngine(obedient_script)
-    engine.model.model.layers[0].register_parameter("spare", Parameter(wrapped(0, kind=Sealed), requires_grad=False))
+    engine.model.model.layers[0].register_parameter("spare", Parameter(wrapped(0, kind=kind), requires_grad=False))
     sealed = ScriptedEngine(obedient_script, model=engine.model)
     program = program_on(sealed)
     lm = program.predictors()[0].lm

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import Buffer, Module, Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from dspy_greater.errors import WeightsError
 from dspy_greater.notices import warn_caller
 
 _MOST_ROWS = 1 << 18  # of a matrix, and numbers of bare memory, that are sampled
@@ -163,6 +164,8 @@ def _plain(name: str, tensor: Tensor) -> Iterator[Named]:
 def _memory(tensor: Tensor) -> Tensor:
     """The bytes that a subclass keeps, whatever it makes of them."""
     storage = tensor.untyped_storage()
+    if not tensor.is_meta and storage.nbytes() and not storage.data_ptr():  # reading on would end the process
+        raise WeightsError(f"{type(tensor).__name__} keeps its numbers in other tensors and does not say in which")
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 

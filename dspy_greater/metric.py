@@ -38,18 +38,22 @@ class RowMetric:
     may count points, or take some away.
 
     Raises:
-        MetricError: the metric is not callable.
+        MetricError: there is no metric, or it is not callable.
 
     Example:
         >>> RowMetric(lambda example, prediction, trace=None: example == prediction)(1, 1)
         Score(value=1.0, error=None, feedback=None)
     """
 
-    def __init__(self, metric: Metric) -> None:
+    def __init__(self, metric: Metric | None) -> None:
+        if metric is None:
+            raise MetricError(
+                "There is no metric. Pass one as GReaTer(metric=...) or compile(student, trainset, metric)."
+            )
         if not callable(metric):
             raise MetricError(
                 f"metric={metric!r} cannot be called. Pass a function metric(example, prediction, trace=None) -> "
-                "number, to GReaTerTeleprompter(metric=...) or to compile(..., metric=...)."
+                "number, to GReaTer(metric=...) or to compile(..., metric=...)."
             )
         self.function = metric
         self._extra = _extra_arguments(metric)

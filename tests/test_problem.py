@@ -6,6 +6,7 @@ import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import dspy
@@ -38,8 +39,9 @@ from dspy_greater.errors import (
     WeightsError,
 )
 from dspy_greater.program.dataset import split
+from dspy_greater.search.default_step import DefaultStep, by_score_gradient
 from dspy_greater.search.problem import Problem, pose
-from dspy_greater.search.variants import step_of
+from dspy_greater.search.variants import described_step, step_of
 from dspy_greater.settings import Settings
 
 ROWS = planted_rows(8)
@@ -137,7 +139,7 @@ def test_rows_may_come_from_generators(engine: Any) -> None:
 
 
 def test_no_metric_is_refused_with_both_ways_to_pass_one(engine: Any) -> None:
-    text = r"There is no metric. Pass one as GReaTerTeleprompter\(metric=...\) or compile\(student, trainset, metric\)"
+    text = r"There is no metric. Pass one as GReaTer\(metric=...\) or compile\(student, trainset, metric\)"
     refused(MetricError, text, engine, metric=None)
 
 
@@ -707,6 +709,19 @@ def test_the_identity_is_the_same_for_the_same_inputs(engine: Any) -> None:
 def test_the_identity_tells_what_changed(engine: Any, where: str, change: Any) -> None:
     before, now = posed(program_on(engine)).identity(), change(engine).identity()
     assert where in {name for name in before if before[name] != now[name]}
+
+
+def test_the_identity_of_a_step_of_ones_own_holds_no_address_in_memory() -> None:
+    class Ranking:
+        def __call__(self, *arguments: Any) -> Any:
+            """Never called."""
+
+    def by(scale: float, ranking: Any) -> Any:
+        return DefaultStep(rank=partial(by_score_gradient, scale=scale, ranking=ranking), forecast=ranking)
+
+    told = described_step(by(0.5, Ranking()))
+    assert told == described_step(by(0.5, Ranking())) != described_step(by(0.25, Ranking()))
+    assert " at 0x" not in str(told) and "by_score_gradient(scale=0.5" in told["rank"]
 
 
 def test_settings_of_the_machine_do_not_change_the_identity(engine: Any) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from dspy_greater.errors import DataError, GreaterError, MetricError, ProgramError, SettingsError, WeightsError
+from dspy_greater.errors import DataError, GreaterError, ProgramError, SettingsError, WeightsError
 from dspy_greater.lm.local import weights_behind
 from dspy_greater.metric import Metric, RowMetric
 from dspy_greater.model.engine import Engine
@@ -172,10 +172,6 @@ def pose(
     check_examples(rows)
     if held_out:
         check_examples(held_out, name="valset")
-    if metric is None:
-        raise MetricError(
-            "There is no metric. Pass one as GReaTerTeleprompter(metric=...) or compile(student, trainset, metric)."
-        )
     row_metric = RowMetric(metric)
     sites = predictors_of(student)
     refuse_unusable(sites)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any, Literal
 
 from dspy_greater.errors import SettingsError
@@ -39,5 +40,14 @@ def described_step(step: Step) -> dict[str, str]:
     parts: dict[str, Any] = {}
     if is_dataclass(step):
         parts = {field.name: getattr(step, field.name) for field in fields(step)}
-    told = {name: getattr(part, "__qualname__", repr(part)) for name, part in parts.items()}
-    return {"class": type(step).__qualname__, **told}
+    return {"class": type(step).__qualname__, **{name: _told(part) for name, part in parts.items()}}
+
+
+def _told(part: Any) -> str:
+    """The same in every process: no address in memory."""
+    if isinstance(part, partial):
+        given = [*map(_told, part.args), *(f"{name}={_told(value)}" for name, value in part.keywords.items())]
+        return f"{_told(part.func)}({', '.join(given)})"
+    if type(part).__repr__ is object.__repr__:
+        return type(part).__qualname__
+    return getattr(part, "__qualname__", None) or repr(part)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dspy_greater.estimators.paper_gradient import paper_gradient
 from dspy_greater.objective.types import Evaluation
 from dspy_greater.search.default_step import DefaultStep
-from dspy_greater.search.paper_step import PaperStep, Ranked
+from dspy_greater.search.paper_step import PaperStep, Ranked, by_gradient_through
 from dspy_greater.search.step import StepContext
 
 
@@ -19,19 +18,7 @@ def by_chance(at: StepContext, current: Evaluation, stands: int, candidates: Seq
 
 def by_answer_gradient(at: StepContext, current: Evaluation, stands: int, candidates: Sequence[int]) -> Ranked:
     """The paper's gradient with an empty reasoning before the answer: the ablation of its figure 3."""
-    examples = at.evaluator.supervised(current, reasoned=False)
-    if not candidates or not examples:
-        return Ranked((), {})
-    gradient = paper_gradient(
-        at.model,
-        examples,
-        position=at.state.position,
-        candidates=candidates,
-        answer_temperature=at.settings.answer_temperature,
-        fluency_weight=at.settings.fluency_weight,
-    )
-    slopes = dict(zip(gradient.candidates, gradient.predicted_change, strict=True))
-    return Ranked(gradient.most_negative(len(candidates) + 1), slopes)
+    return by_gradient_through(at, at.evaluator.supervised(current, reasoned=False), candidates)
 
 
 CHANCE = DefaultStep(rank=None, forecast=None, name="chance", needs_gradient=False)

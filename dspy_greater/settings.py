@@ -150,7 +150,7 @@ def spelled_out(knobs: type) -> Callable[[Function], Function]:
         named += [
             inspect.Parameter(name, keyword, default=None, annotation=_text_of(each)) for name, each in annotations
         ]
-        function.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+        vars(function)["__signature__"] = signature.replace(parameters=named)
         return function
 
     return decorate

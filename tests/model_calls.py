@@ -13,6 +13,7 @@ from dspy_greater.model.counters import Counters
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.interface import Generation, GenerationRequest, Model
 from dspy_greater.model.sampling import row_seed
+from dspy_greater.prompt.spans import Span, Supervised
 
 
 def generated(
@@ -68,3 +69,28 @@ def memory_runs_out(engine: Engine, when: Callable[[Tensor], bool]) -> Iterator[
         yield failed
     finally:
         del engine.model.forward
+
+
+_VOCABULARY = 512  # of the tiny models
+
+
+def example(token_ids: Sequence[int], instruction: Span, answer: Span) -> Supervised:
+    """A sequence with nothing generated in it."""
+    return Supervised(tuple(token_ids), instruction, Span(instruction.stop, instruction.stop), answer)
+
+
+def ragged_rows(count: int = 4, seed: int = 0) -> list[Supervised]:
+    """Examples with the same instruction of 4 tokens, and inputs, reasonings and answers of many lengths."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def some(length: int) -> list[int]:
+        return torch.randint(5, _VOCABULARY, (length,), generator=generator).tolist()
+
+    instruction = some(4)
+    found = []
+    for index in range(count):
+        before, after, answer = [1, *some(index % 3)], some(3 + 5 * (3 * index % 4)), some(1 + index % 3)
+        prompt_end = len(before) + len(instruction)
+        ids = before + instruction + after + answer
+        found.append(example(ids, Span(len(before), prompt_end), Span(len(ids) - len(answer), len(ids))))
+    return found

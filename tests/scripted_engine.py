@@ -331,3 +331,30 @@ def optimizer(**settings: Any) -> GReaTerTeleprompter:
 
 def instruction_of(program: Any) -> str:
     return program.predictors()[0].signature.instructions
+
+
+class Checked(dspy.Module):
+    """An answer and a verdict on it, each of them a predictor's; `checked_rows` have gold values for both."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__()
+        self.first = program_on(engine)
+        self.second = program_on(engine, signature="question -> verdict")
+
+    def forward(self, question: str) -> Any:
+        return dspy.Prediction(answer=self.first(question=question).answer, verdict=self.second(question=question))
+
+
+def checked_engine(model: Any) -> ScriptedEngine:
+    """Obeys under both of the program's fields."""
+
+    def write(prompt: str) -> str:
+        field = "verdict" if "`verdict`" in prompt else "answer"
+        return obedient_script(prompt).replace("## answer ##", f"## {field} ##")
+
+    return ScriptedEngine(write, model=model)
+
+
+def checked_rows(rows: Sequence[Any]) -> list[Any]:
+    """The rows with a gold verdict each."""
+    return [dspy.Example(**row.toDict(), verdict=row.answer).with_inputs("question") for row in rows]

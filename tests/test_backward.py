@@ -57,7 +57,7 @@ class Kernel(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> Any:
-        raise NotImplementedError("no backward kernel for 4-bit weights")
+        raise NotImplementedError("no backward kernel for 4-bit weights")  # as such kernels do
 
 
 class Unfinished(NoBackward):

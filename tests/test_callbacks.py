@@ -12,10 +12,11 @@ from any_event import bits
 from dspy.utils.callback import BaseCallback
 from scripted_engine import (
     SEED,
-    ScriptedEngine,
+    Checked,
+    checked_engine,
+    checked_rows,
     exact_match,
     instruction_of,
-    obedient_script,
     optimizer,
     planted_engine,
     planted_rows,
@@ -178,22 +179,8 @@ def test_a_callback_that_stops_at_the_same_step_again_does_not_stop_what_is_repl
 
 
 def two_predictors(**options: Any) -> Any:
-    def write(prompt: str) -> str:
-        field = "verdict" if "`verdict`" in prompt else "answer"
-        return obedient_script(prompt).replace("## answer ##", f"## {field} ##")
-
-    class Checked(dspy.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = program_on(engine)
-            self.second = program_on(engine, signature="question -> verdict")
-
-        def forward(self, question: str) -> Any:
-            return dspy.Prediction(answer=self.first(question=question).answer, verdict=self.second(question=question))
-
-    engine = ScriptedEngine(write, model=planted_engine().model)
-    rows = [dspy.Example(**row.toDict(), verdict=row.answer).with_inputs("question") for row in [*TRAIN, *VALIDATION]]
-    return optimizer(steps=2, **options).compile(Checked(), rows)
+    program = Checked(checked_engine(planted_engine().model))
+    return optimizer(steps=2, **options).compile(program, checked_rows([*TRAIN, *VALIDATION]))
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ class Forgetful(torch.nn.Module):
             self.steps = getattr(self, "steps", 0) + 1 if use_cache and input_ids.shape[1] == 1 else 0
             position_ids = None if position_ids is None else position_ids + self.steps // 3
         if self.fault == "raises" and use_cache:
-            raise NotImplementedError("no cache here")
+            raise RuntimeError("no cache here")
         options = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": use_cache}
         return self.inner(input_ids=input_ids, past_key_values=past_key_values, **options)
 

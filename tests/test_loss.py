@@ -14,7 +14,8 @@ from dspy_greater.errors import LayoutError, SettingsError
 from dspy_greater.model.engine import Engine
 from dspy_greater.objective.loss import Losses, losses
 from dspy_greater.prompt.spans import Span, Supervised
-from tests.model_calls import spent_on
+from tests.model_calls import example, spent_on
+from tests.model_calls import ragged_rows as rows
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 KINDS = ["llama", "qwen2", "gemma2"]
@@ -23,27 +24,6 @@ VOCABULARY = 512
 
 def engine_for(model: Any, **options: Any) -> Engine:
     return Engine(model, tiny_tokenizer(), name="tiny", **options)
-
-
-def example(token_ids: Sequence[int], instruction: Span, answer: Span) -> Supervised:
-    return Supervised(tuple(token_ids), instruction, Span(instruction.stop, instruction.stop), answer)
-
-
-def rows(count: int = 4, seed: int = 0) -> list[Supervised]:
-    """Examples with the same instruction of 4 tokens, and inputs, reasonings and answers of many lengths."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def some(length: int) -> list[int]:
-        return torch.randint(5, VOCABULARY, (length,), generator=generator).tolist()
-
-    instruction = some(4)
-    found = []
-    for index in range(count):
-        before, after, answer = [1, *some(index % 3)], some(3 + 5 * (3 * index % 4)), some(1 + index % 3)
-        prompt_end = len(before) + len(instruction)
-        ids = before + instruction + after + answer
-        found.append(example(ids, Span(len(before), prompt_end), Span(len(ids) - len(answer), len(ids))))
-    return found
 
 
 def full_logits(model: Any, token_ids: Sequence[int]) -> torch.Tensor:

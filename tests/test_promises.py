@@ -25,9 +25,12 @@ from hypothesis import strategies as st
 from scripted_engine import (
     GOLD,
     SEED,
+    Checked,
     PlantedModel,
     ScriptedEngine,
     chat_answer,
+    checked_engine,
+    checked_rows,
     exact_match,
     instruction_in,
     instruction_of,
@@ -323,36 +326,19 @@ def test_a_torn_last_line_costs_that_step_only(tmp_path: Path, cut: int) -> None
 
 
 def test_a_program_of_several_predictors_goes_on_where_it_was_killed(tmp_path: Path) -> None:
-    def write(prompt: str) -> str:
-        field = "verdict" if "`verdict`" in prompt else "answer"
-        return obedient_script(prompt).replace("## answer ##", f"## {field} ##")
-
-    class Checked(dspy.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = program_on(engine)
-            self.second = program_on(engine, signature="question -> verdict")
-
-        def forward(self, question: str) -> Any:
-            return dspy.Prediction(answer=self.first(question=question).answer, verdict=self.second(question=question))
+    model = planted_engine().model
 
     def run(**options: Any) -> Any:
-        rows = [
-            dspy.Example(**row.toDict(), verdict=row.answer).with_inputs("question") for row in [*TRAIN, *VALIDATION]
-        ]
-        return optimizer(selections=30, **options).compile(Checked(), rows)
+        rows = checked_rows([*TRAIN, *VALIDATION])
+        return optimizer(selections=30, **options).compile(Checked(checked_engine(model)), rows)
 
     def die_in_the_second(event: Any) -> None:
         if isinstance(event, StepTaken) and event.predictor == "second.predict" and event.step == 0:
             raise Killed
 
-    model = planted_engine().model
-    engine = ScriptedEngine(write, model=model)
     whole = run()
-    engine = ScriptedEngine(write, model=model)
     with pytest.raises(Killed):
         run(log_dir=tmp_path, listeners=[die_in_the_second])
-    engine = ScriptedEngine(write, model=model)
     assert record(run(log_dir=tmp_path)) == record(whole)
 
 

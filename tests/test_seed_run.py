@@ -381,8 +381,8 @@ def test_prompts_that_leave_no_room_for_the_gold_value_are_refused_before_the_fi
     )
     with pytest.raises(ContextLengthError, match=text) as found:
         optimizer().compile(program_on(engine), ROWS)
-    needed = int(re.search(text, str(found.value))[1])  # type: ignore[index]
-    assert needed > engine.limit and "dtype" not in str(found.value)
+    [needed] = re.findall(text, str(found.value))
+    assert int(needed) > engine.limit and "dtype" not in str(found.value)
     assert engine.batches == []
 
 

@@ -90,7 +90,7 @@ def _fault(model: Any, rows: Tensor) -> str | None:
         signs = 1 - 2 * (torch.arange(last.shape[-1], device=last.device) % 2)
         asked = (last.masked_fill(~(last.abs() < 1e30), 0) * signs).sum()
         (gradient,) = torch.autograd.grad(asked, leaf, allow_unused=True)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:  # kernels without a backward pass raise what they like
         said = str(error).strip().splitlines() or [type(error).__name__]
         return f"The backward pass fails: {said[0]}"
     finally:

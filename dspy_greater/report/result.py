@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,8 +92,27 @@ class WarmStart:
         return not self.score > self.student_score  # a comparison that was interrupted has no scores
 
 
+class _Validated(ABC):
+    """What any result tells of the programs that met the validation rows."""
+
+    @property
+    @abstractmethod
+    def candidates(self) -> tuple[ValidatedProgram, ...]:
+        """Whole programs, in the order in which they were validated; the student comes first."""
+
+    @property
+    def val_aggregate_scores(self) -> tuple[float, ...]:
+        """The score of each of `candidates`: nan where the validation did not come about."""
+        return tuple(each.score for each in self.candidates)
+
+    @property
+    def val_subscores(self) -> tuple[tuple[float, ...], ...]:
+        """For each of `candidates` the score of each validation row."""
+        return tuple(each.subscores for each in self.candidates)
+
+
 @dataclass(frozen=True)
-class CompileResult:
+class CompileResult(_Validated):
     """`program.detailed_results`; printed, it is a short trajectory of the search.
 
     Scores are means of the metric, on the metric's own scale: 0.75 is what DSPy's `Evaluate` shows as 75.0 %.
@@ -166,16 +186,6 @@ class CompileResult:
         returned = {each.name: each.instruction for each in self.predictors}
         return [each.instructions for each in self.candidates].index(returned)
 
-    @property
-    def val_aggregate_scores(self) -> tuple[float, ...]:
-        """The score of each of `candidates`: nan where the validation did not come about."""
-        return tuple(each.score for each in self.candidates)
-
-    @property
-    def val_subscores(self) -> tuple[tuple[float, ...], ...]:
-        """For each of `candidates` the metric on each validation row."""
-        return tuple(each.subscores for each in self.candidates)
-
     def to_dict(self) -> dict[str, Any]:
         """The record as plain values for `json.dumps`: without reasoning texts, and None for what is no finite number.
 
@@ -204,7 +214,7 @@ class CompileResult:
 
 
 @dataclass(frozen=True)
-class GradSumResult:
+class GradSumResult(_Validated):
     """`program.detailed_results` of GRAD-SUM.
 
     Prompts map predictor names to instructions. A score has the metric's mean, then the judge's, as far as there
@@ -242,16 +252,6 @@ class GradSumResult:
     def best_idx(self) -> int:
         """Which of `candidates` was returned."""
         return self.winner
-
-    @property
-    def val_aggregate_scores(self) -> tuple[float, ...]:
-        """The score of each of `candidates`: nan where the validation did not come about."""
-        return tuple(each.score for each in self.candidates)
-
-    @property
-    def val_subscores(self) -> tuple[tuple[float, ...], ...]:
-        """For each of `candidates` the score of each validation row."""
-        return tuple(each.subscores for each in self.candidates)
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain values for `json.dumps`, with None for what is no finite number."""

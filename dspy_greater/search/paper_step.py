@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from dspy_greater.estimators.paper_gradient import paper_gradient
 from dspy_greater.objective.score import PAPER_CRITERION, Criterion
 from dspy_greater.objective.types import Candidate, Evaluation
+from dspy_greater.prompt.spans import Supervised
 from dspy_greater.run.events import StepTaken
 from dspy_greater.search.edits import Edit, propose_replacements
 from dspy_greater.search.select import realised_change, select
@@ -33,7 +34,11 @@ PaperRanking = Callable[[StepContext, Evaluation, int, Sequence[int]], Ranked]
 
 def by_paper_gradient(at: StepContext, current: Evaluation, stands: int, candidates: Sequence[int]) -> Ranked:
     """Equations 5 to 7 on the rows' own reasoning; nothing where there is nothing to differentiate."""
-    examples = at.evaluator.supervised(current)
+    return by_gradient_through(at, at.evaluator.supervised(current), candidates)
+
+
+def by_gradient_through(at: StepContext, examples: Sequence[Supervised], candidates: Sequence[int]) -> Ranked:
+    """The order of line 14, from equation 7 on these sequences."""
     if not candidates or not examples:
         return Ranked((), {})
     gradient = paper_gradient(

@@ -56,7 +56,7 @@ class Session:
 
     @contextmanager
     def session(self, expected: Iterable[tuple[Tokens, Tokens]] = ()) -> Iterator[Session]:
-        """This session itself: what it keeps serves the calls inside as well."""
+        """Itself: what it keeps serves the calls inside as well."""
         yield self
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
@@ -138,7 +138,7 @@ class Session:
 
     @torch.no_grad()
     def token_logprobs(self, sequences: Sequence[Tokens], queries: Sequence[TokenQuery]) -> Tensor:
-        """See `interface.Model`. Rows that were generated in this session go on from where their states end.
+        """See `interface.Model`. Rows that were generated here go on from where their states end.
 
         What is asked about the tokens that several sequences begin with is read once for all of them.
         """

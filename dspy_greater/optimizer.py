@@ -25,11 +25,22 @@ from dspy_greater.run.journal import Journal
 from dspy_greater.run.log import StepLog
 from dspy_greater.run.progress import Listeners, ProgressBar, checked_callbacks
 from dspy_greater.search.coordinate_descent import CoordinateDescent, Found
-from dspy_greater.search.problem import Modes, Problem, pose
+from dspy_greater.search.problem import Modes, Options, Problem, pose
 from dspy_greater.search.step import Step
 from dspy_greater.search.variants import Variant, step_of
 from dspy_greater.search.warm_start import compile_warm
 from dspy_greater.settings import Auto, Knobs, Settings, checked_log_dir, checked_seed, spelled_out
+
+
+class Keywords(Knobs, total=False):
+    """The arguments of `GReaTer` that most people leave alone, beside the search's knobs."""
+
+    extractor: str | None
+    predictors: Iterable[str] | None
+    mode: Modes
+    warm_start: Teleprompter | None
+    listeners: Sequence[Listener]
+    progress: bool | None
 
 
 class GReaTer(Teleprompter):
@@ -64,7 +75,7 @@ class GReaTer(Teleprompter):
             from there. One that raises is warned of once and not called again.
         listeners: the same, under an older name.
         progress: show a progress bar; None shows it on a terminal only.
-        **settings: any field of `Settings`, which explains them and what they cost.
+        **keywords: besides those above, any field of `Settings`, which explains them and what they cost.
 
     Raises:
         SettingsError: an unknown or impossible setting.
@@ -76,7 +87,7 @@ class GReaTer(Teleprompter):
     ```
     """
 
-    @spelled_out(Knobs)
+    @spelled_out(Keywords)
     def __init__(
         self,
         metric: Metric | None = None,
@@ -86,29 +97,26 @@ class GReaTer(Teleprompter):
         seed: int = 0,
         log_dir: str | Path | None = None,
         weights: Any = None,
-        extractor: str | None = None,
-        predictors: Iterable[str] | None = None,
-        mode: Modes = None,
-        warm_start: Teleprompter | None = None,
         callbacks: Sequence[Listener] = (),
-        listeners: Sequence[Listener] = (),
-        progress: bool | None = None,
-        **settings: Unpack[Knobs],
+        **keywords: Unpack[Keywords],
     ) -> None:
         super().__init__()
+        knobs: dict[str, Any] = dict(keywords)
+        predictors = knobs.pop("predictors", None)
         self.metric = metric
-        self.settings = Settings.of(auto, **settings)
         self.step = step_of(variant)
         self.seed = checked_seed(seed)
         self.log_dir = checked_log_dir(log_dir)
         self.weights = weights
-        self.extractor = extractor
+        self.extractor: str | None = knobs.pop("extractor", None)
         self.predictors = tuple(predictors) if isinstance(predictors, Iterator) else predictors
-        self.mode: Modes = mode
-        self.warm_start = warm_start
+        self.mode: Modes = knobs.pop("mode", None)
+        self.warm_start: Teleprompter | None = knobs.pop("warm_start", None)
         # Not under the name `callbacks`, where DSPy looks for its own.
-        self.listeners = (*checked_callbacks(listeners, "listeners"), *checked_callbacks(callbacks))
-        self.progress = progress
+        listeners = checked_callbacks(knobs.pop("listeners", ()), "listeners")
+        self.listeners = (*listeners, *checked_callbacks(callbacks))
+        self.progress: bool | None = knobs.pop("progress", None)
+        self.settings = Settings.of(auto, **knobs)
 
     def compile(
         self,
@@ -148,13 +156,15 @@ class GReaTer(Teleprompter):
             trainset,
             self.metric if metric is None else metric,
             valset,
-            settings=self.settings,
-            step=self.step,
-            seed=self.seed,
-            weights=self.weights,
-            extractor=self.extractor,
-            predictors=self.predictors,
-            mode=self.mode,
+            Options(
+                settings=self.settings,
+                step=self.step,
+                seed=self.seed,
+                weights=self.weights,
+                extractor=self.extractor,
+                predictors=self.predictors,
+                mode=self.mode,
+            ),
         )
         if self.warm_start is not None:
             return compile_warm(self, student, problem, trainset, valset)

@@ -101,7 +101,7 @@ def search(task: Task) -> Iterator[tuple[Step, State]]:
     """Every step, and the state after it; `best[0]` of the last is p*.
 
     ```python
-    problem = pose(program, trainset, metric, valset, settings=Settings(), step=PaperStep(), seed=0)
+    problem = pose(program, trainset, metric, valset, Options(Settings(), PaperStep()))
     steps = list(search(Task(problem, problem.targets[0])))
     ```
     """

@@ -32,9 +32,9 @@ from dspy_greater.estimators.paper_gradient import paper_gradient
 from dspy_greater.estimators.score_gradient import score_gradient
 from dspy_greater.metric import RowMetric
 from dspy_greater.model.plain import PlainModel
-from dspy_greater.objective.evaluator import Evaluator, Instruction
+from dspy_greater.objective.evaluator import Evaluator, Instruction, Objective
 from dspy_greater.objective.loss import losses
-from dspy_greater.objective.replay import advantages
+from dspy_greater.objective.replay import Replay, advantages
 from dspy_greater.objective.types import Evaluation, RowOutcome
 from dspy_greater.program.predictors import predictors_of
 from dspy_greater.settings import Settings
@@ -57,11 +57,7 @@ def evaluator_on(engine: Any, rows: Any, settings: Settings | None = None) -> Ev
     program = program_on(engine)
     [site] = predictors_of(program)
     return Evaluator(
-        program=program,
-        site=site,
-        field="answer",
-        rows=rows,
-        metric=RowMetric(any_match),
+        Objective(program=program, site=site, field="answer", rows=rows, metric=RowMetric(any_match)),
         engine=engine,
         settings=settings or Settings(),
     )
@@ -150,7 +146,7 @@ def test_gradient_and_forecast_take_the_answer_that_counts_under_the_instruction
         weighed, words = advantages(replayed, baseline_scale=0.5), [" count", " add", " hurry"]
         candidates = [word_id(evaluator.engine.tokenizer, each) for each in words]
         slopes = score_gradient(
-            evaluator.engine, replayed, weighed, position=1, candidates=candidates, answer_weight=1.0
+            evaluator.engine, Replay(replayed, weighed), position=1, candidates=candidates, answer_weight=1.0
         )
         assert all(map(math.isfinite, slopes)) and any(slopes)
         told = losses(evaluator.engine, evaluator.supervised(found))

@@ -19,9 +19,9 @@ from benchmarks.fidelity.rankings import RANKINGS
 from benchmarks.fidelity.table import LINEARISES, correlation, interval, linearisation_table, share_of_best_gain, table
 from benchmarks.steps import by_answer_gradient
 from dspy_greater import local_lm
-from dspy_greater.objective.replay import advantages
+from dspy_greater.objective.replay import Replay, advantages
 from dspy_greater.pocket.tasks import generate, work_out
-from dspy_greater.search.default_step import Replay, by_score_gradient, forecast_off_policy
+from dspy_greater.search.default_step import by_score_gradient, forecast_off_policy
 from dspy_greater.search.paper_step import by_paper_gradient
 from dspy_greater.settings import Settings
 

@@ -28,7 +28,7 @@ from scripted_engine import (
 )
 
 from dspy_greater.metric import RowMetric
-from dspy_greater.objective.evaluator import Evaluator
+from dspy_greater.objective.evaluator import Evaluator, Objective
 from dspy_greater.objective.replay import Reasoning
 from dspy_greater.objective.types import Candidate, Evaluation, RowOutcome
 from dspy_greater.program.predictors import predictors_of
@@ -41,7 +41,7 @@ from dspy_greater.search.exploration import baseline_scale
 from dspy_greater.search.loop import minimise
 from dspy_greater.search.select import realised_change
 from dspy_greater.search.state import SearchState, begin
-from dspy_greater.search.step import StepContext, step_random
+from dspy_greater.search.step import Search, StepContext, step_random
 from dspy_greater.settings import Settings
 
 ROWS = planted_rows(24)
@@ -62,11 +62,7 @@ def searching(
     [site] = predictors_of(program)
     settings = Settings(**{"selections": 3, **knobs})
     objective = Evaluator(
-        program=program,
-        site=site,
-        field=field,
-        rows=rows,
-        metric=RowMetric(metric),
+        Objective(program=program, site=site, field=field, rows=rows, metric=RowMetric(metric)),
         engine=site.lm.engine.engine,
         settings=settings,
     )
@@ -214,7 +210,7 @@ def test_the_search_goes_on_behind_the_position_that_was_taken(monkeypatch: pyte
     monkeypatch.setattr(default_step._Look, "promise", promise)
     objective, state, settings = searching(positions_ahead=3, selections=1, steps=1)
     assert len(objective.layout.positions(state.current.token_ids)) > 3
-    [(after, step, _)] = minimise(objective, state.seed, settings, DefaultStep(), predictor="predict", random_seed=0)
+    [(after, step, _)] = minimise(Search(objective, settings, DefaultStep(), "predict", 0), state.seed)
     assert (state.position, step.position, after.position) == (0, 2, 3)
 
 
@@ -379,7 +375,7 @@ class Counting:
             def counted(
                 model: Any, reasonings: Any, *more: Any, _original: Any = original, _sizes: Any = sizes, **options: Any
             ) -> Any:
-                _sizes.append(len(reasonings))
+                _sizes.append(len(getattr(reasonings, "reasonings", reasonings)))
                 return _original(model, reasonings, *more, **options)
 
             monkeypatch.setattr(default_step, name, counted)
@@ -475,9 +471,7 @@ def test_fidelity_is_the_rank_correlation_of_the_record() -> None:
 
 
 def recorded(objective: Evaluator, state: SearchState, settings: Settings, steps: Sequence[StepTaken] = ()) -> Any:
-    return list(
-        minimise(objective, state.seed, settings, DefaultStep(), predictor="predict", random_seed=0, recorded=steps)
-    )
+    return list(minimise(Search(objective, settings, DefaultStep(), "predict", 0), state.seed, recorded=steps))
 
 
 def same(one: Sequence[Reasoning], other: Sequence[Reasoning]) -> bool:

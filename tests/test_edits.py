@@ -11,7 +11,7 @@ import pytest
 from scripted_engine import SEED, exact_match, planted_engine, planted_rows, program_on, word_id
 
 from dspy_greater.metric import RowMetric
-from dspy_greater.objective.evaluator import Evaluator
+from dspy_greater.objective.evaluator import Evaluator, Objective
 from dspy_greater.objective.types import Evaluation
 from dspy_greater.program.predictors import predictors_of
 from dspy_greater.search.edits import Edit, propose_edits
@@ -31,14 +31,9 @@ def searching(
     [site] = predictors_of(program)
     settings = Settings(**knobs)
     evaluator = Evaluator(
-        program=program,
-        site=site,
-        field="answer",
-        rows=ROWS,
-        metric=RowMetric(exact_match),
+        Objective(program=program, site=site, field="answer", rows=ROWS, metric=RowMetric(exact_match), fixed=fixed),
         engine=site.lm.engine.engine,
         settings=settings,
-        fixed=fixed,
     )
     [seed] = evaluator.evaluate([evaluator.seed()])
     state = begin(seed, settings, editable=evaluator.layout.positions(seed.token_ids), fixed=fixed)

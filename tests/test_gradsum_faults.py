@@ -37,7 +37,7 @@ from dspy_greater.gradsum.ask import Asker
 from dspy_greater.gradsum.evaluate import Evaluator
 from dspy_greater.gradsum.loop import Loop
 from dspy_greater.gradsum.meter import Meter
-from dspy_greater.gradsum.task import Task, pose
+from dspy_greater.gradsum.task import Options, Task, pose
 from dspy_greater.program.fingerprint import described_lm
 from dspy_greater.run.events import IterationTaken, Warned
 
@@ -255,11 +255,13 @@ def posed_task(student: Any, **options: Any) -> Task:
         ROWS,
         exact_match,
         None,
-        description="Put an a before the question.",
-        criteria=None,
-        lms=(text_lm(judge_script), None, None),
-        settings=GradSumSettings.of(None, **options),
-        seed=0,
+        Options(
+            description="Put an a before the question.",
+            criteria=None,
+            lms=(text_lm(judge_script), None, None),
+            settings=GradSumSettings.of(None, **options),
+            seed=0,
+        ),
     )
 
 

@@ -28,7 +28,7 @@ from dspy_greater import local_lm
 from dspy_greater.errors import ProgramError
 from dspy_greater.metric import RowMetric
 from dspy_greater.model.plain import PlainModel
-from dspy_greater.objective.evaluator import Evaluator, Instruction
+from dspy_greater.objective.evaluator import Evaluator, Instruction, Objective
 from dspy_greater.objective.loss import losses
 from dspy_greater.objective.score import DEFAULT_CRITERION, PAPER_CRITERION, Criterion
 from dspy_greater.objective.sequences import headers, openings, partition, split_completion
@@ -54,15 +54,10 @@ def evaluator_of(
 ) -> Evaluator:
     [site] = predictors_of(program)
     return Evaluator(
-        program=program,
-        site=site,
-        field=field,
-        rows=rows,
-        metric=RowMetric(metric),
+        Objective(program=program, site=site, field=field, rows=rows, metric=RowMetric(metric), extractor=extractor),
         engine=engine or site.lm.engine.engine,
         settings=settings or Settings(),
         criterion=criterion,
-        extractor=extractor,
     )
 
 

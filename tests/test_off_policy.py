@@ -13,7 +13,7 @@ from dspy_greater.errors import LayoutError, SettingsError
 from dspy_greater.estimators.off_policy import Forecast, Likelihood, forecast, likelihoods
 from dspy_greater.estimators.score_gradient import score_gradient
 from dspy_greater.model.engine import Engine
-from dspy_greater.objective.replay import ReasonedSequence, Reasoning, advantages
+from dspy_greater.objective.replay import ReasonedSequence, Reasoning, Replay, advantages
 from dspy_greater.prompt.spans import Span
 from tests.test_score_gradient import KINDS, POSITION, engine_for, reasonings
 from tests.tiny_models import InDouble, tiny_model
@@ -124,8 +124,7 @@ def test_for_a_small_change_of_the_embedding_the_forecast_is_the_score_gradient(
     with InDouble():
         slopes = score_gradient(
             engine,
-            alike,
-            against,
+            Replay(alike, against),
             position=POSITION,
             candidates=[near, current],
             answer_weight=answer_weight,

@@ -11,7 +11,7 @@ import torch
 
 from dspy_greater.errors import LayoutError, SettingsError
 from dspy_greater.model.engine import Engine
-from dspy_greater.search.proposals import Proposal, intersection, propose
+from dspy_greater.search.proposals import Proposal, ProposalSizes, intersection, propose
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 VOCABULARY = 512
@@ -40,7 +40,7 @@ def anything(token: int) -> str:
 
 def proposed(engine: Engine, seed: int = 0, canonical: Any = anything, **settings: Any) -> Proposal[Any]:
     of = settings.pop("contexts", contexts())
-    return propose(engine, of, generator=random.Random(seed), canonical=canonical, **settings)
+    return propose(engine, of, ProposalSizes(**settings), generator=random.Random(seed), canonical=canonical)
 
 
 def obvious_log_probabilities(model: Any, context: Sequence[int]) -> torch.Tensor:

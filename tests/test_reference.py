@@ -34,7 +34,7 @@ from dspy_greater import GReaTerTeleprompter, local_lm, reference
 from dspy_greater.model.engine import Engine
 from dspy_greater.pocket.tasks import generate, work_out
 from dspy_greater.program.predictors import with_instructions
-from dspy_greater.search.problem import Problem, pose
+from dspy_greater.search.problem import Options, Problem, pose
 from dspy_greater.stats import spearman
 
 DOCUMENTATION = Path(__file__).resolve().parent.parent / "docs" / "algorithm.md"
@@ -63,7 +63,11 @@ def searched(program: Any, rows: Sequence[Any], *, metric: Any = exact_match, se
     optimizer = GReaTerTeleprompter(metric=metric, auto=None, seed=seed, progress=False, **posing, **knobs)
     details = optimizer.compile(program, rows[:-1], valset=rows[-1:]).detailed_results
     problem = pose(
-        program, rows[:-1], metric, rows[-1:], settings=optimizer.settings, step=optimizer.step, seed=seed, **posing
+        program,
+        rows[:-1],
+        metric,
+        rows[-1:],
+        Options(settings=optimizer.settings, step=optimizer.step, seed=seed, **posing),
     )
     found = {each.name: each for each in details.predictors}
     program, result = problem.program, list[Searched]()

@@ -16,7 +16,7 @@ from dspy_greater.errors import LayoutError, SettingsError
 from dspy_greater.estimators.score_gradient import score_gradient
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.interface import Model
-from dspy_greater.objective.replay import ReasonedSequence, Reasoning, advantages
+from dspy_greater.objective.replay import ReasonedSequence, Reasoning, Replay, advantages
 from dspy_greater.prompt.spans import Span
 from tests.tiny_models import InDouble, tiny_model, tokenizer_for
 
@@ -47,8 +47,7 @@ def slopes(
     against = [0.0] * len(runs) if term == "pathwise" else advantages(runs)
     return score_gradient(
         model,
-        runs,
-        against,
+        Replay(runs, against),
         position=position,
         candidates=candidates,
         answer_weight=0.0 if term == "score" else 1.0,
@@ -278,7 +277,9 @@ def test_a_sequence_without_a_finite_gradient_takes_no_part(behind: int) -> None
     def found(runs: Sequence[Reasoning], against: Sequence[float]) -> list[float]:
         """What the runs add to the sum, whatever their shares are shares of."""
         total = math.fsum(run.share for run in runs)
-        each = score_gradient(engine, runs, against, position=POSITION, candidates=CANDIDATES, answer_weight=1.0)
+        each = score_gradient(
+            engine, Replay(runs, against), position=POSITION, candidates=CANDIDATES, answer_weight=1.0
+        )
         return [total * slope for slope in each]
 
     assert all(map(math.isfinite, found(others, against[1:])))
@@ -290,7 +291,7 @@ def test_a_sequence_without_a_finite_gradient_takes_no_part(behind: int) -> None
 def test_what_cannot_work_is_refused_with_a_remedy() -> None:
     engine = engine_for(tiny_model())
     with pytest.raises(LayoutError, match="no reasoning to take the gradient over; give at least one"):
-        score_gradient(engine, [], [], position=0, candidates=[1])
+        score_gradient(engine, Replay([], []), position=0, candidates=[1])
     with pytest.raises(LayoutError, match=r"Position 4 is not in the instruction \[1, 5\).*one instruction"):
         slopes(engine, reasonings(), position=4, candidates=[1])
     with pytest.raises(SettingsError, match="no candidate to take the slope for"):

@@ -32,13 +32,13 @@ from scripted_engine import (
 from dspy_greater import local_lm
 from dspy_greater.errors import CallMismatchError, LayoutError, ProgramError
 from dspy_greater.model.engine import Generation
-from dspy_greater.objective.evaluator import Evaluator, Instruction
+from dspy_greater.objective.evaluator import Evaluator, Instruction, Objective
 from dspy_greater.objective.types import Evaluation
 from dspy_greater.program.predictors import trace_calls
 from dspy_greater.run.events import SearchStarted, StepTaken
 from dspy_greater.run.serialise import to_json
 from dspy_greater.search.default_step import DefaultStep
-from dspy_greater.search.problem import pose
+from dspy_greater.search.problem import Options, pose
 from dspy_greater.settings import Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:dspy", "ignore:.*validation rows are also")
@@ -88,17 +88,21 @@ def objectives(program: Any, engine: Any, rows: Sequence[Any] = ROWS, **options:
     """One for each predictor of the program that can be optimised; its LM is the engine."""
     if all(predictor.lm is None for predictor in program.predictors()):
         program.set_lm(local_lm(engine, cache=False, max_tokens=64))
-    problem = pose(program, rows, exact_match, rows, settings=Settings.of(None), step=DefaultStep(), seed=0, **options)
+    problem = pose(
+        program, rows, exact_match, rows, Options(settings=Settings.of(None), step=DefaultStep(), seed=0, **options)
+    )
     for target in problem.targets:
         yield Evaluator(
-            program=problem.program,
-            site=target.site,
-            field=target.field,
-            rows=problem.train,
-            metric=problem.metric,
+            Objective(
+                program=problem.program,
+                site=target.site,
+                field=target.field,
+                rows=problem.train,
+                metric=problem.metric,
+                fixed=target.fixed,
+            ),
             engine=target.engine,
             settings=problem.settings,
-            fixed=target.fixed,
         )
 
 

@@ -12,15 +12,15 @@ import pytest
 
 from dspy_greater.estimators.paper_gradient import paper_gradient
 from dspy_greater.metric import RowMetric
-from dspy_greater.objective.evaluator import Evaluator
+from dspy_greater.objective.evaluator import Evaluator, Objective
 from dspy_greater.objective.score import PAPER_CRITERION
 from dspy_greater.program.predictors import predictors_of
 from dspy_greater.run.events import SearchStarted, StepTaken
 from dspy_greater.search.loop import minimise
 from dspy_greater.search.paper_step import PaperStep
-from dspy_greater.search.proposals import propose
+from dspy_greater.search.proposals import ProposalSizes, propose
 from dspy_greater.search.state import begin
-from dspy_greater.search.step import StepContext
+from dspy_greater.search.step import Search, StepContext
 from dspy_greater.settings import Settings
 from tests.model_calls import spent_on
 from tests.scripted_engine import (
@@ -70,11 +70,13 @@ def searching(engine: Any, instruction: str = SEED, **settings: Any) -> tuple[Ev
     [site] = predictors_of(program_on(engine, instruction=instruction))
     chosen = Settings(**settings)
     objective = Evaluator(
-        program=program_on(engine, instruction=instruction),
-        site=site,
-        field="answer",
-        rows=ROWS,
-        metric=RowMetric(exact_match),
+        Objective(
+            program=program_on(engine, instruction=instruction),
+            site=site,
+            field="answer",
+            rows=ROWS,
+            metric=RowMetric(exact_match),
+        ),
         engine=engine,
         settings=chosen,
         criterion=PAPER_CRITERION,
@@ -117,7 +119,7 @@ def test_a_step_runs_each_candidate_on_each_row_at_most_once_and_the_current_ins
 def test_a_step_that_appends_runs_one_more_instruction_which_it_improves_on() -> None:
     objective, state, settings = searching(planted_engine(), instruction="count")
     costs = []
-    steps = minimise(objective, state.seed, settings, PaperStep(), predictor="predict", random_seed=0)
+    steps = minimise(Search(objective, settings, PaperStep(), "predict", 0), state.seed)
     for _, step, _ in itertools.islice(steps, 2):
         costs.append((step.position == 1, step.spent["runs"]))
     # "count" is itself one of the three best at its place; the token that is appended first is not
@@ -163,10 +165,7 @@ def test_more_candidates_cost_no_further_forward_pass() -> None:
         proposal = propose(
             engine,
             contexts,
-            top_k=count,
-            sample_size=5,
-            draws=4,
-            minimum=1,
+            ProposalSizes(top_k=count, sample_size=5, draws=4, minimum=1),
             generator=random.Random(0),
             canonical=lambda token: token,
         )

@@ -20,7 +20,7 @@ from dspy_greater.model.interface import GenerationRequest
 from dspy_greater.model.registry import shared_engine
 from dspy_greater.model.weights_digest import WeightsDigest
 from dspy_greater.search.default_step import DefaultStep
-from dspy_greater.search.problem import pose
+from dspy_greater.search.problem import Options, pose
 from dspy_greater.settings import Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:dspy")
@@ -379,7 +379,11 @@ def posed(program: Any, rows: Any) -> Any:
         return True
 
     return pose(
-        program, rows, metric, rows[:0] or planted_rows(8)[4:], settings=Settings.of(None), step=DefaultStep(), seed=0
+        program,
+        rows,
+        metric,
+        rows[:0] or planted_rows(8)[4:],
+        Options(settings=Settings.of(None), step=DefaultStep(), seed=0),
     )
 
 
@@ -394,6 +398,7 @@ def test_a_run_that_was_interrupted_is_not_resumed_on_other_weights(tmp_path: An
 
 
 def test_gradsum_goes_by_the_weights_of_now_as_well() -> None:
+    from dspy_greater.gradsum.task import Options as GradSumOptions
     from dspy_greater.gradsum.task import pose as pose_gradsum
 
     engine = ScriptedEngine(obedient_script)
@@ -402,17 +407,8 @@ def test_gradsum_goes_by_the_weights_of_now_as_well() -> None:
 
     def task() -> Any:
         lms, settings = (program.predictors()[0].lm,) * 3, gradsum.settings
-        return pose_gradsum(
-            program,
-            planted_rows(4),
-            gradsum.metric,
-            planted_rows(8)[4:],
-            description="Answer.",
-            criteria=None,
-            lms=lms,
-            settings=settings,
-            seed=0,
-        ).identity()
+        options = GradSumOptions("Answer.", criteria=None, lms=lms, settings=settings, seed=0)
+        return pose_gradsum(program, planted_rows(4), gradsum.metric, planted_rows(8)[4:], options).identity()
 
     before = task()
     assert task() == before

@@ -13,7 +13,7 @@ from benchmarks.fidelity.rankings import RANKINGS, Position
 from dspy_greater.lm.local import weights_behind
 from dspy_greater.metric import RowMetric
 from dspy_greater.model.interface import Model
-from dspy_greater.objective.evaluator import Evaluator
+from dspy_greater.objective.evaluator import Evaluator, Objective
 from dspy_greater.objective.replay import Reasoning
 from dspy_greater.objective.types import Evaluation
 from dspy_greater.program.predictors import predictors_of, with_instruction
@@ -98,11 +98,7 @@ def _evaluator(plan: Plan, rows: Sequence[Any], metric: Any) -> Evaluator:
     pinned = pin_lms(program)
     (site,) = predictors_of(pinned)
     return Evaluator(
-        program=pinned,
-        site=site,
-        field="answer",
-        rows=rows,
-        metric=RowMetric(metric),
+        Objective(program=pinned, site=site, field="answer", rows=rows, metric=RowMetric(metric)),
         engine=weights_behind(site.lm, weights=None, predictor_name=site.name),
         settings=plan.settings,
     )

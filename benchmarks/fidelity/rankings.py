@@ -12,7 +12,7 @@ from torch import Tensor
 from dspy_greater.estimators.off_policy import Likelihood, forecast, likelihoods
 from dspy_greater.estimators.paper_gradient import paper_gradient
 from dspy_greater.estimators.score_gradient import score_gradient
-from dspy_greater.objective.replay import Reasoning, advantages
+from dspy_greater.objective.replay import Reasoning, Replay, advantages
 from dspy_greater.search.edits import Edit
 from dspy_greater.search.step import StepContext
 
@@ -77,8 +77,7 @@ def slope(term: Term, point: Point, scale: float | None = None) -> Ranking:
         settings = at.here.settings
         return score_gradient(
             at.here.model,
-            at.own,
-            [0.0] * len(at.own) if term == "pathwise" else _advantages(at, at.own, scale),
+            Replay(at.own, [0.0] * len(at.own) if term == "pathwise" else _advantages(at, at.own, scale)),
             position=at.here.state.position,
             candidates=at.tokens,
             answer_weight=0.0 if term == "score" else settings.answer_weight,

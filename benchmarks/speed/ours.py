@@ -14,7 +14,7 @@ from dspy_greater.estimators.paper_gradient import paper_gradient
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.interface import Model
 from dspy_greater.objective.loss import losses
-from dspy_greater.search.proposals import propose
+from dspy_greater.search.proposals import ProposalSizes, propose
 
 
 def step(engine: Engine, work: Work, clock: Clock) -> Step:
@@ -29,11 +29,13 @@ def _step(model: Model, work: Work, clock: Clock) -> Step:
         proposal = propose(
             model,
             work.proposal_contexts(),
-            top_k=work.top_k,
-            sample_size=work.sample_size,
-            draws=work.draws,
-            minimum=work.minimum,
-            max_widening=work.max_widening,
+            ProposalSizes(
+                top_k=work.top_k,
+                sample_size=work.sample_size,
+                draws=work.draws,
+                minimum=work.minimum,
+                max_widening=work.max_widening,
+            ),
             generator=work.generator(),
             canonical=work.allows,
         )

@@ -28,13 +28,12 @@ from torch import Tensor
 from dspy_greater.errors import LayoutError, SettingsError
 from dspy_greater.model.interface import Leaf, Model, TokenQuery, Tokens
 from dspy_greater.objective.loss import span_queries
-from dspy_greater.objective.replay import Reasoning
+from dspy_greater.objective.replay import Reasoning, Replay
 
 
 def score_gradient(
     model: Model,
-    reasonings: Sequence[Reasoning],
-    advantages: Sequence[float],
+    replay: Replay,
     *,
     position: int,
     candidates: Sequence[int],
@@ -49,8 +48,8 @@ def score_gradient(
 
     Args:
         model: the model.
-        reasonings: laid out under an instruction that has a token at the position, any token.
-        advantages: ℓ_m - b for each reasoning, [M]; see `replay.advantages`.
+        replay: reasonings laid out under an instruction that has a token at the position, any token, and ℓ_m - b for
+            each, [M]; see `replay.advantages`.
         position: index in the instruction.
         candidates: token ids, [C].
         answer_weight: α; 0 leaves the pathwise term out.
@@ -62,17 +61,17 @@ def score_gradient(
         SettingsError: a candidate outside the vocabulary, or none.
 
     >>> from dspy_greater.model.engine import Engine
-    >>> from dspy_greater.objective.replay import ReasonedSequence
+    >>> from dspy_greater.objective.replay import ReasonedSequence, Reasoning
     >>> from dspy_greater.prompt.spans import Span
     >>> sequence = ReasonedSequence((1, 5, 6, 7, 9), Span(1, 3), Span(3, 4), Span(4, 5))
     >>> runs = [Reasoning(0, 1.0, 1.0, (sequence,)), Reasoning(1, 0.0, 1.0, (sequence,))]
     >>> model = Engine.from_pretrained("pocket")
-    >>> len(score_gradient(model, runs, [0.5, -0.5], position=1, candidates=[2, 3, 4]))
+    >>> len(score_gradient(model, Replay(runs, [0.5, -0.5]), position=1, candidates=[2, 3, 4]))
     3
     """
-    _check(reasonings, position, candidates)
+    _check(replay.reasonings, position, candidates)
     E = model.embed(candidates)  # [C, d]
-    sequences, queries, places = _surrogate(reasonings, advantages, position, answer_weight, answer_temperature)
+    sequences, queries, places = _surrogate(replay, position, answer_weight, answer_temperature)
     if not queries:
         return (math.nan,) * len(candidates)
     leaf = Leaf(places, E.mean(0, keepdim=True) if value is None else value)
@@ -81,18 +80,17 @@ def score_gradient(
 
 
 def _surrogate(
-    reasonings: Sequence[Reasoning],
-    advantages: Sequence[float],
+    replay: Replay,
     position: int,
     answer_weight: float,
     answer_temperature: float,
 ) -> tuple[list[Tokens], list[TokenQuery], Tokens]:
     """S as sequences and weighted queries, and the leaf's places; sequences that no term asks for are left out."""
-    total = math.fsum(each.share for each in reasonings)
+    total = math.fsum(each.share for each in replay.reasonings)
     sequences: list[Tokens] = []
     queries: list[TokenQuery] = []
     places: list[int] = []
-    for each, advantage in zip(reasonings, advantages, strict=True):
+    for each, advantage in zip(replay.reasonings, replay.advantages, strict=True):
         share = each.share / total
         for sequence in each.sequences:
             row, span = len(sequences), sequence.generated

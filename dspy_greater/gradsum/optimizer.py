@@ -17,7 +17,7 @@ from dspy_greater.gradsum.evaluate import mean_score
 from dspy_greater.gradsum.loop import Loop
 from dspy_greater.gradsum.meter import Meter
 from dspy_greater.gradsum.settings import GradSumKnobs, GradSumSettings
-from dspy_greater.gradsum.task import Prompts, Task, pose
+from dspy_greater.gradsum.task import Options, Prompts, Task, pose
 from dspy_greater.metric import Metric
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.roundtrip import write_back
@@ -40,6 +40,16 @@ from dspy_greater.run.progress import Listeners, ProgressBar, checked_callbacks
 from dspy_greater.settings import Auto, checked_log_dir, checked_seed, spelled_out
 
 _LOG = logging.getLogger(__name__)
+
+
+class Keywords(GradSumKnobs, total=False):
+    """The arguments of `GradSum` that most people leave alone, beside the loop's knobs."""
+
+    gradient_lm: Any
+    editor_lm: Any
+    callbacks: Sequence[Listener]
+    listeners: Sequence[Listener]
+    progress: bool | None
 
 
 class GradSum(Teleprompter):
@@ -66,7 +76,7 @@ class GradSum(Teleprompter):
             on from there. One that raises is warned of once and not called again.
         listeners: the same, under an older name.
         progress: show a progress bar; None shows it on a terminal only.
-        **settings: any field of `GradSumSettings`, which explains them.
+        **keywords: besides those above, any field of `GradSumSettings`, which explains them.
 
     Raises:
         SettingsError: an unknown or impossible setting.
@@ -82,7 +92,7 @@ class GradSum(Teleprompter):
     ```
     """
 
-    @spelled_out(GradSumKnobs)
+    @spelled_out(Keywords)
     def __init__(
         self,
         task_description: str,
@@ -90,30 +100,28 @@ class GradSum(Teleprompter):
         metric: Metric | None = None,
         *,
         judge_lm: Any = None,
-        gradient_lm: Any = None,
-        editor_lm: Any = None,
         auto: Auto | None = None,
         seed: int = 0,
         log_dir: str | Path | None = None,
-        callbacks: Sequence[Listener] = (),
-        listeners: Sequence[Listener] = (),
-        progress: bool | None = None,
-        **settings: Unpack[GradSumKnobs],
+        **keywords: Unpack[Keywords],
     ) -> None:
         super().__init__()
         _check_text("task_description", task_description)
         if criteria is not None:
             _check_text("criteria", criteria)
+        knobs: dict[str, Any] = dict(keywords)
         self.task_description = task_description
         self.criteria = criteria
         self.metric = metric
-        self.judge_lm, self.gradient_lm, self.editor_lm = judge_lm, gradient_lm, editor_lm
-        self.settings = GradSumSettings.of(auto, **settings)
+        self.judge_lm = judge_lm
+        self.gradient_lm, self.editor_lm = knobs.pop("gradient_lm", None), knobs.pop("editor_lm", None)
         self.seed = checked_seed(seed)
         self.log_dir = checked_log_dir(log_dir)
         # Not under the name `callbacks`, where DSPy looks for its own.
-        self.listeners = (*checked_callbacks(listeners, "listeners"), *checked_callbacks(callbacks))
-        self.progress = progress
+        listeners = checked_callbacks(knobs.pop("listeners", ()), "listeners")
+        self.listeners = (*listeners, *checked_callbacks(knobs.pop("callbacks", ())))
+        self.progress: bool | None = knobs.pop("progress", None)
+        self.settings = GradSumSettings.of(auto, **knobs)
 
     def compile(
         self,
@@ -149,11 +157,13 @@ class GradSum(Teleprompter):
             trainset,
             self.metric if metric is None else metric,
             valset,
-            description=self.task_description,
-            criteria=self.criteria,
-            lms=(self.judge_lm, self.gradient_lm, self.editor_lm),
-            settings=self.settings,
-            seed=self.seed,
+            Options(
+                description=self.task_description,
+                criteria=self.criteria,
+                lms=(self.judge_lm, self.gradient_lm, self.editor_lm),
+                settings=self.settings,
+                seed=self.seed,
+            ),
         )
         with (
             Journal.open(self.log_dir, task.identity()) as journal,

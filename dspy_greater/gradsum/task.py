@@ -72,19 +72,25 @@ class Task:
         }
 
 
+@dataclass(frozen=True)
+class Options:
+    """How a program is to be optimised; `lms` are judge, gradient and editor LM, or None for the default."""
+
+    description: str
+    criteria: str | None
+    lms: tuple[Any, Any, Any]
+    settings: GradSumSettings
+    seed: int
+
+
 def pose(
     student: Any,
     trainset: Sequence[Any],
     metric: Metric | None,
     valset: Sequence[Any] | None,
-    *,
-    description: str,
-    criteria: str | None,
-    lms: tuple[Any, Any, Any],
-    settings: GradSumSettings,
-    seed: int,
+    options: Options,
 ) -> Task:
-    """Check everything and gather it; `lms` are judge, gradient and editor LM, or None for the default.
+    """Check everything and gather it.
 
     Raises:
         DataError: rows are missing or do not say which fields are inputs.
@@ -96,7 +102,7 @@ def pose(
     check_examples(trainset)
     if valset:
         check_examples(valset, name="valset")
-    if metric is None and criteria is None:
+    if metric is None and options.criteria is None:
         raise MetricError(
             "There is nothing to score outputs by. Pass GradSumTeleprompter(criteria=...) for a judge, a metric as "
             "GradSumTeleprompter(metric=...) or compile(student, trainset, metric), or both."
@@ -104,13 +110,13 @@ def pose(
     refuse_unusable(predictors_of(student))
     refuse_strange_inputs(student, trainset)
     refuse_strange_inputs(student, valset or (), name="valset")
-    train, validation = split(trainset, valset, settings=settings, seed=seed)
+    train, validation = split(trainset, valset, settings=options.settings, seed=options.seed)
     program = pin_lms(student)
     sites = predictors_of(program)
-    judge_lm, gradient_lm, editor_lm = map(renamed, _resolved(lms, sites))
+    judge_lm, gradient_lm, editor_lm = map(renamed, _resolved(options.lms, sites))
     task = Task(
-        description=description,
-        criteria=criteria,
+        description=options.description,
+        criteria=options.criteria,
         metric=None if metric is None else RowMetric(metric),
         program=program,
         sites=sites,
@@ -120,8 +126,8 @@ def pose(
         judge_lm=judge_lm,
         gradient_lm=gradient_lm,
         editor_lm=editor_lm,
-        settings=settings,
-        seed=seed,
+        settings=options.settings,
+        seed=options.seed,
         numbers=numbers_in(train, trainset),
     )
     _check_budget(task)

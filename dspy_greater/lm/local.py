@@ -49,7 +49,6 @@ def local_lm(
     revision: str | None = None,
     temperature: float = 0.0,
     max_tokens: int = DEFAULT_MAX_TOKENS,
-    trust_remote_code: bool = False,
     cache: bool = True,
     **kwargs: Any,
 ) -> dspy.LM:
@@ -77,9 +76,9 @@ def local_lm(
         revision: a hub branch, tag or commit. The version of a GGUF file is its SHA-256.
         temperature: 0 is greedy. Otherwise each call draws anew; pass `seed=` to draw the same again.
         max_tokens: the most tokens written per call.
-        trust_remote_code: run Python code that comes with the weights.
         cache: let DSPy remember answers.
-        kwargs: more arguments of `dspy.LM` (`num_retries`, `top_p`, `stop`, `seed`, ...).
+        kwargs: more arguments of `dspy.LM` (`num_retries`, `top_p`, `stop`, `seed`, ...), and `trust_remote_code=True`,
+            which runs Python code that comes with the weights.
 
     Raises:
         WeightsError: the weights cannot be loaded, the tokenizer has no chat template, or both are not a causal
@@ -91,6 +90,7 @@ def local_lm(
     """
     from dspy_greater.model.registry import as_engine, shared_engine
 
+    trust_remote_code = kwargs.pop("trust_remote_code", False)
     if isinstance(name_or_path, str) or hasattr(name_or_path, "__fspath__"):
         engine = shared_engine(
             name_or_path, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code

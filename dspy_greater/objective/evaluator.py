@@ -52,46 +52,53 @@ class Instruction:
     text: str
 
 
-class Evaluator:
-    """Evaluates instructions of one predictor; the same instruction never runs twice on the same row.
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: the loss of a program on rows, as a function of one predictor's instruction.
 
-    Args:
+    Attributes:
         program: the program, with the other predictors' instructions as they are now.
         site: the predictor that is optimised.
         field: its output field with gold values; None: the loss of a row is 1 - score.
         rows: the training rows; each has a gold value for `field`.
         metric: the user's metric on the whole program's prediction.
-        engine: the predictor's weights.
-        settings: the search's knobs.
-        criterion: by what instructions are compared.
         extractor: text between reasoning and answer.
         fixed: the leading text of the instruction that may not change.
     """
 
+    program: Any
+    site: PredictorSite
+    field: str | None
+    rows: Sequence[Any]
+    metric: RowMetric
+    extractor: str | None = None
+    fixed: str = ""
+
+
+class Evaluator:
+    """Evaluates instructions of one predictor; the same instruction never runs twice on the same row.
+
+    Args:
+        objective: what is minimised.
+        engine: the predictor's weights.
+        settings: the search's knobs.
+        criterion: by what instructions are compared.
+    """
+
     def __init__(
-        self,
-        *,
-        program: Any,
-        site: PredictorSite,
-        field: str | None,
-        rows: Sequence[Any],
-        metric: RowMetric,
-        engine: Engine,
-        settings: Settings,
-        criterion: Criterion = DEFAULT_CRITERION,
-        extractor: str | None = None,
-        fixed: str = "",
+        self, objective: Objective, *, engine: Engine, settings: Settings, criterion: Criterion = DEFAULT_CRITERION
     ) -> None:
         self.engine = engine
-        self._program, self._site, self._field = program, site, field
-        self._rows, self._metric, self._settings = tuple(rows), metric, settings
-        self._extractor, self._fixed = extractor, fixed
-        self._header_counts = criterion.counts_missing_header and extractor is None  # which asks for the answer itself
+        self._program, self._site, self._field = objective.program, objective.site, objective.field
+        self._rows, self._metric, self._settings = tuple(objective.rows), objective.metric, settings
+        self._extractor, self._fixed = objective.extractor, objective.fixed
+        # An extractor asks for the answer itself.
+        self._header_counts = criterion.counts_missing_header and objective.extractor is None
         self._uncertainty_weight = settings.uncertainty_weight if criterion.counts_uncertainty else 0.0
-        self._lay_out(CalledAs(site))
+        self._lay_out(CalledAs(objective.site))
         self._known: dict[str, Evaluation] = {}
         self._laid_out: dict[tuple[int, str], tuple[ReasonedSequence, ...]] = {}
-        self._engines = list({id(each): each for each in [engine, *engines_behind(program)]}.values())
+        self._engines = list({id(each): each for each in [engine, *engines_behind(objective.program)]}.values())
         self._first: Evaluation | None = None
         self._runs = self._served_tokens = 0
 

@@ -61,6 +61,18 @@ class Reasoning:
         return replace(self, sequences=tuple(each.under(instruction) for each in self.sequences))
 
 
+@dataclass(frozen=True)
+class Replay:
+    """Reasonings at hand, and by how much each turned out worse than what is assumed of others, [M] each."""
+
+    reasonings: Sequence[Reasoning]
+    advantages: Sequence[float]
+
+    def under(self, instruction: Sequence[int]) -> Replay:
+        """The same under another instruction."""
+        return replace(self, reasonings=tuple(each.under(instruction) for each in self.reasonings))
+
+
 def advantages(reasonings: Sequence[Reasoning], *, baseline_scale: float = 1.0) -> list[float]:
     """ℓ_m - b for each reasoning: how much worse it turned out than what is assumed of others; [M].
 

@@ -21,7 +21,7 @@ from random import Random
 
 from dspy_greater.estimators.off_policy import Forecast, Likelihood, forecast, likelihoods
 from dspy_greater.estimators.score_gradient import score_gradient
-from dspy_greater.objective.replay import Reasoning, advantages
+from dspy_greater.objective.replay import Reasoning, Replay, advantages
 from dspy_greater.objective.score import DEFAULT_CRITERION, Criterion
 from dspy_greater.objective.types import Candidate, Evaluation
 from dspy_greater.run.events import StepTaken
@@ -37,14 +37,6 @@ _KINDS = ("replace", "insert", "delete")
 
 Slopes = dict[str, float]  # by the candidate's text
 Forecasts = dict[str, Forecast]  # by the candidate's text
-
-
-@dataclass(frozen=True)
-class Replay:
-    """Reasonings at hand, and by how much each turned out worse than what is assumed of others."""
-
-    reasonings: tuple[Reasoning, ...]
-    advantages: tuple[float, ...]
 
 
 Ranking = Callable[[StepContext, Replay, Sequence[Edit]], Slopes]
@@ -64,8 +56,7 @@ def by_score_gradient(at: StepContext, replay: Replay, edits: Sequence[Edit]) ->
             ids = (*ids[:position], alike[0].token, *ids[position:])
         slopes = score_gradient(
             at.model,
-            [each.under(ids) for each in replay.reasonings],
-            replay.advantages,
+            Replay([each.under(ids) for each in replay.reasonings], replay.advantages),
             position=position,
             candidates=[each.token for each in alike],
             answer_weight=at.settings.answer_weight if _gold_has_to_tell(replay.reasonings) else 0.0,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dspy_greater.objective.evaluator import Instruction
-from dspy_greater.search.proposals import propose
+from dspy_greater.search.proposals import ProposalSizes, propose
 from dspy_greater.search.step import StepContext
 
 Kind = Literal["replace", "insert", "delete"]
@@ -57,10 +57,12 @@ def _proposed(at: StepContext, kinds: Collection[Kind], *, new: bool) -> tuple[E
     proposal = propose(
         at.model,
         contexts,
-        top_k=at.settings.top_k,
-        sample_size=at.settings.proposal_rows,
-        draws=at.settings.proposal_draws,
-        minimum=at.settings.minimum_candidates,
+        ProposalSizes(
+            top_k=at.settings.top_k,
+            sample_size=at.settings.proposal_rows,
+            draws=at.settings.proposal_draws,
+            minimum=at.settings.minimum_candidates,
+        ),
         generator=at.random(),
         canonical=_legal(at, kinds, new=new, editable=editable),
     )

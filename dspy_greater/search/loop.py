@@ -14,32 +14,20 @@ from dspy_greater.objective.evaluator import Evaluator
 from dspy_greater.objective.types import Evaluation
 from dspy_greater.run.events import StepTaken
 from dspy_greater.search.state import UNUSED, SearchState, Usage, advance, begin
-from dspy_greater.search.step import Step, StepContext
+from dspy_greater.search.step import Search, StepContext
 from dspy_greater.settings import Settings
 
 
 def minimise(
-    evaluator: Evaluator,
-    seed: Evaluation,
-    settings: Settings,
-    step: Step,
-    *,
-    predictor: str,
-    random_seed: int,
-    recorded: Iterable[StepTaken] = (),
-    usage: Usage = UNUSED,
+    search: Search, seed: Evaluation, *, recorded: Iterable[StepTaken] = (), usage: Usage = UNUSED
 ) -> Iterator[tuple[SearchState, StepTaken, bool]]:
     """Algorithm 1: T steps from the seed instruction, each yielded with the state after it.
 
     Fewer where `max_generated_tokens` or `max_metric_calls` is reached.
 
     Args:
-        evaluator: the task loss of the predictor's instruction.
+        search: the loss, the step and the settings.
         seed: p_init, evaluated.
-        settings: T, k, q, λ, μ and the rest.
-        step: lines 7 to 18.
-        predictor: the predictor's name, for events and the randomness of the steps.
-        random_seed: decides which rows propose at each step.
         recorded: steps of an interrupted run; they are replayed instead of taken.
         usage: what was spent of the budgets before, on the seed too.
 
@@ -50,32 +38,32 @@ def minimise(
         LossError: several steps in a row had no candidate with a finite loss.
         ProgramError: more than `max_errors` rows failed.
     """
+    evaluator, settings = search.evaluator, search.settings
     positions, fixed = evaluator.layout.positions, evaluator.layout.fixed
-    editable = positions(seed.token_ids)
-    state = begin(seed, settings, editable=editable, usage=usage, fixed=fixed)
+    state = begin(seed, settings, editable=positions(seed.token_ids), usage=usage, fixed=fixed)
     replay = iter(recorded)
     known_by_text = {seed.instruction: seed}
-    _refuse_many_errors(known_by_text.values(), settings, predictor)
+    _refuse_many_errors(known_by_text.values(), settings, search.predictor)
     while not state.finished(settings):
         known = next(replay, None)
-        taken = known or _take(evaluator, state, settings, step, predictor, random_seed)
+        taken = known or _take(search, state)
         evaluated = [each.evaluation for each in taken.candidates if each.evaluation is not None]
         evaluator.recall([*evaluated, taken.chosen])
         known_by_text.update({each.instruction: each for each in (*evaluated, taken.chosen)})
         failed = _failed(evaluator, taken, evaluated)
         state = advance(state, taken, evaluated, settings, positions, failed=failed)
-        state = step.move(state, settings, positions)
-        _give_up_if_failing(state, settings, predictor)
+        state = search.step.move(state, settings, positions)
+        _give_up_if_failing(state, settings, search.predictor)
         yield state, taken, known is None
-        _refuse_many_errors(known_by_text.values(), settings, predictor)
+        _refuse_many_errors(known_by_text.values(), settings, search.predictor)
 
 
-def _take(
-    evaluator: Evaluator, state: SearchState, settings: Settings, step: Step, predictor: str, random_seed: int
-) -> StepTaken:
+def _take(search: Search, state: SearchState) -> StepTaken:
     """One step, in a session of its own: nothing is kept between steps, so that a resumed run computes the same."""
+    evaluator = search.evaluator
     with evaluator.engine.session(evaluator.generated(state.current)) as model:
-        return step.take(StepContext(evaluator, model, state, settings, predictor, random_seed))
+        at = StepContext(evaluator, model, state, search.settings, search.predictor, search.random_seed)
+        return search.step.take(at)
 
 
 def _failed(evaluator: Evaluator, step: StepTaken, evaluated: list[Evaluation]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from dspy_greater.errors import LayoutError
 from dspy_greater.metric import refuse_useless_metric
 from dspy_greater.notices import warn_caller
-from dspy_greater.objective.evaluator import Evaluator
+from dspy_greater.objective.evaluator import Evaluator, Objective
 from dspy_greater.program.roundtrip import round_trip
 from dspy_greater.program.validation import validation_scores, winner
 from dspy_greater.report.result import PredictorResult
@@ -20,6 +20,7 @@ from dspy_greater.search.loop import minimise
 from dspy_greater.search.problem import Problem, Target
 from dspy_greater.search.seed_run import SeedRun, warn_if_all_failed
 from dspy_greater.search.state import Usage, begin
+from dspy_greater.search.step import Search
 from dspy_greater.stats import mean
 
 
@@ -54,16 +55,18 @@ class PredictorSearch:
         self._name = target.site.name
         self._recorded = [event for event in journal.recorded() if getattr(event, "predictor", None) == self._name]
         self._evaluator = Evaluator(
-            program=program,
-            site=target.site,
-            field=target.field,
-            rows=problem.train,
-            metric=problem.metric,
+            Objective(
+                program=program,
+                site=target.site,
+                field=target.field,
+                rows=problem.train,
+                metric=problem.metric,
+                extractor=problem.extractor,
+                fixed=target.fixed,
+            ),
             engine=target.engine,
             settings=problem.settings,
             criterion=problem.step.criterion,
-            extractor=problem.extractor,
-            fixed=target.fixed,
         )
         self._steps: list[StepTaken] = []
         self._used_before = usage
@@ -110,12 +113,8 @@ class PredictorSearch:
     def run(self) -> None:
         """Algorithm 1, from where a run stopped; Ctrl-C, callbacks or an error end it with what was found."""
         searching = minimise(
-            self._evaluator,
+            Search(self._evaluator, self._problem.settings, self._problem.step, self._name, self._problem.seed),
             self._started.seed,
-            self._problem.settings,
-            self._problem.step,
-            predictor=self._name,
-            random_seed=self._problem.seed,
             recorded=[event for event in self._recorded if isinstance(event, StepTaken)],
             usage=self._state.usage,
         )

@@ -129,27 +129,11 @@ class Problem:
         }
 
 
-def pose(
-    student: Any,
-    trainset: Iterable[Any],
-    metric: Metric | None,
-    valset: Iterable[Any] | None,
-    *,
-    settings: Settings,
-    step: Step,
-    seed: int,
-    weights: Any = None,
-    extractor: str | None = None,
-    predictors: Iterable[str] | None = None,
-    mode: Modes = None,
-) -> Problem:
-    """Check everything and gather it.
+@dataclass(frozen=True)
+class Options:
+    """How a program is to be optimised.
 
-    Args:
-        student: the program.
-        trainset: the rows to train on.
-        metric: the user's metric.
-        valset: the rows to validate on; without any, part of the trainset.
+    Attributes:
         settings: the search's knobs.
         step: the kind of step; with the paper's only predictors with gold values are optimised.
         seed: decides which rows are sampled.
@@ -158,6 +142,28 @@ def pose(
         predictors: names of those to optimise; by default all that can be.
         mode: "rewrite" or "append", for all or by predictor name; by default an instruction that lists its tools
             is only appended to, and every other rewritten.
+    """
+
+    settings: Settings
+    step: Step
+    seed: int = 0
+    weights: Any = None
+    extractor: str | None = None
+    predictors: Iterable[str] | None = None
+    mode: Modes = None
+
+
+def pose(
+    student: Any, trainset: Iterable[Any], metric: Metric | None, valset: Iterable[Any] | None, options: Options
+) -> Problem:
+    """Check everything and gather it.
+
+    Args:
+        student: the program.
+        trainset: the rows to train on.
+        metric: the user's metric.
+        valset: the rows to validate on; without any, part of the trainset.
+        options: how to optimise.
 
     Raises:
         DataError: rows are missing, lack gold values, have some that do not fit, or do not say which fields are
@@ -168,6 +174,7 @@ def pose(
         WeightsError: a predictor's LM has no open weights that are known.
         ContextLengthError: a row's prompt leaves no room in the model's context.
     """
+    step, settings = options.step, options.settings
     rows, held_out = as_list(trainset, name="trainset"), as_list(valset, name="valset")
     check_examples(rows)
     if held_out:
@@ -177,13 +184,13 @@ def pose(
     refuse_unusable(sites)
     refuse_strange_inputs(student, rows)
     refuse_strange_inputs(student, held_out, name="valset")
-    selected = _selected(sites, predictors)
-    targets, kept = _targets(selected, rows, weights, _modes(sites, selected, mode), step, named=predictors is not None)
+    selected, named = _selected(sites, options.predictors), options.predictors is not None
+    targets, kept = _targets(selected, rows, options, _modes(sites, selected, options.mode), named=named)
     _refuse_nothing_to_do(targets, kept, sites, rows, step)
     for target in targets:
         if target.field is not None:
             refuse_missing_gold(target.site, target.field, held_out, name="valset")
-    train, validation = split(rows, held_out, settings=settings, seed=seed)
+    train, validation = split(rows, held_out, settings=settings, seed=options.seed)
     _warn_of_the_rest(kept, step)
     for target in targets:
         if target.field is not None:
@@ -201,11 +208,11 @@ def pose(
         row_metric,
         settings,
         step,
-        seed,
-        extractor,
+        options.seed,
+        options.extractor,
         borrowed={site.name: site.lm for site in sites if not site.own_lm},
         numbers=numbers_in(train, rows),
-        named=predictors is not None,
+        named=named,
     )
     if len(sites) == 1:  # the inputs of later predictors are known only once the program runs
         _check_context(problem)
@@ -257,9 +264,8 @@ def _refuse_strangers(sites: Sequence[PredictorSite], names: Sequence[str], *, a
 def _targets(
     sites: Sequence[PredictorSite],
     trainset: Sequence[Any],
-    weights: Any,
+    options: Options,
     modes: Mapping[str, Mode | None],
-    step: Step,
     *,
     named: bool,
 ) -> tuple[tuple[Target, ...], dict[str, GreaterError]]:
@@ -269,6 +275,7 @@ def _targets(
     """
     targets: list[Target] = []
     kept: dict[str, GreaterError] = {}
+    step = options.step
     for site in sites:
         field = supervised_field(site, trainset)
         try:
@@ -277,7 +284,7 @@ def _targets(
                     f"Predictor `{site.name}` has no output field with gold values in the trainset, and "
                     "variant='paper' needs them."
                 )
-            target = _target(site, field, trainset, weights, modes[site.name])
+            target = _target(site, field, trainset, options.weights, modes[site.name])
             if step.needs_gradient:
                 _refuse_weights_without_gradient(target)
             targets.append(target)

@@ -9,7 +9,7 @@ Shapes: V vocabulary, D distinct contexts, C candidates.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from random import Random
 from typing import Generic, TypeVar
 
@@ -20,6 +20,22 @@ from dspy_greater.model.interface import Model
 from dspy_greater.stats import mean
 
 CandidateT = TypeVar("CandidateT")
+
+
+@dataclass(frozen=True)
+class ProposalSizes:
+    """How widely equations 3 and 4 look. Raises `SettingsError` for a number below 1."""
+
+    top_k: int = 10  # k of equation 3
+    sample_size: int = 5  # q of equation 4
+    draws: int = 4  # samples whose intersections are united
+    minimum: int = 6  # k doubles while fewer candidates are legal
+    max_widening: int = 16  # up to so many times `top_k`
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise SettingsError(f"{name} is {value}; give at least 1.")
 
 
 @dataclass(frozen=True)
@@ -40,27 +56,23 @@ class Proposal(Generic[CandidateT]):
 def propose(
     model: Model,
     contexts: Sequence[Sequence[int]],
+    sizes: ProposalSizes = ProposalSizes(),
     *,
-    top_k: int = 10,
-    sample_size: int = 5,
-    draws: int = 4,
-    minimum: int = 6,
-    max_widening: int = 16,
     generator: Random,
     canonical: Callable[[int], CandidateT | None],
 ) -> Proposal[CandidateT]:
     """Tokens among the model's top k after each one of a sample of contexts, for any of several samples.
 
-    `contexts[j]` are the token ids of x_j ⊙ p_<i. A draw samples q = `sample_size` of them and intersects
-    their top k (equations 3 and 4); the candidates are the union over `draws` draws. `canonical(token)`
-    returns None for a token that must not be used, and such tokens do not count. While fewer than `minimum`
-    are left, k doubles, up to `max_widening` times `top_k`; only then may fewer come back, or none. Every k
+    `contexts[j]` are the token ids of x_j ⊙ p_<i. A draw samples q = `sizes.sample_size` of them and intersects
+    their top k (equations 3 and 4); the candidates are the union over the draws. `canonical(token)`
+    returns None for a token that must not be used, and such tokens do not count. While fewer than `sizes.minimum`
+    are left, k doubles, up to `sizes.max_widening` times the first; only then may fewer come back, or none. Every k
     reads one and the same forward pass over the distinct sampled contexts.
 
     Order: mean log-probability over those contexts, then token id. A context whose probabilities are not
     numbers takes no part. All randomness comes from `generator`.
 
-    Raises `LayoutError` for no contexts or an empty one, `SettingsError` for a number below 1.
+    Raises `LayoutError` for no contexts or an empty one.
 
     >>> from dspy_greater.model.engine import Engine
     >>> engine = Engine.from_pretrained("pocket")
@@ -68,9 +80,9 @@ def propose(
     >>> set(found.candidates) <= {8, 9}
     True
     """
-    _check(contexts, top_k=top_k, sample_size=sample_size, draws=draws)
-    _check(contexts, minimum=minimum, max_widening=max_widening)
-    drawn = _draw([tuple(context) for context in contexts], sample_size, draws, generator)
+    _check(contexts)
+    widest = sizes.top_k * sizes.max_widening
+    drawn = _draw([tuple(context) for context in contexts], sizes, generator)
     distinct = tuple(dict.fromkeys(context for draw in drawn for context in draw))
 
     logprobs = model.next_token_logprobs(distinct)  # [D, V]
@@ -78,9 +90,9 @@ def propose(
     log_probabilities = {
         context: each for context, each, usable in zip(distinct, logprobs, numbers, strict=True) if usable
     }
-    ranked = {context: _ranking(each, top_k * max_widening) for context, each in log_probabilities.items()}
+    ranked = {context: _ranking(each, widest) for context, each in log_probabilities.items()}
     rankings = [[ranked[context] for context in draw if context in ranked] for draw in drawn]
-    k, legal = _widen_until_enough(rankings, top_k, top_k * max_widening, minimum, canonical)
+    k, legal = _widen_until_enough(rankings, sizes.top_k, widest, sizes.minimum, canonical)
 
     mean = {token: _mean_at(token, log_probabilities.values()) for token in legal}
     order = tuple(sorted(legal, key=lambda token: (-mean[token], token)))
@@ -103,11 +115,9 @@ def intersection(rankings: Iterable[Sequence[int]], k: int) -> set[int]:
     return set.intersection(*top_k) if top_k else set()
 
 
-def _draw(
-    contexts: Sequence[tuple[int, ...]], sample_size: int, draws: int, generator: Random
-) -> list[list[tuple[int, ...]]]:
-    """D_q of equation 4, `draws` times over."""
-    return [generator.sample(contexts, min(sample_size, len(contexts))) for _ in range(draws)]
+def _draw(contexts: Sequence[tuple[int, ...]], sizes: ProposalSizes, generator: Random) -> list[list[tuple[int, ...]]]:
+    """D_q of equation 4, several times over."""
+    return [generator.sample(contexts, min(sizes.sample_size, len(contexts))) for _ in range(sizes.draws)]
 
 
 def _widen_until_enough(
@@ -138,10 +148,7 @@ def _mean_at(token: int, log_probabilities: Iterable[Tensor]) -> float:
     return mean([float(each[token]) for each in log_probabilities])
 
 
-def _check(contexts: Sequence[Sequence[int]], **at_least_one: int) -> None:
-    for name, value in at_least_one.items():
-        if value < 1:
-            raise SettingsError(f"{name} is {value}; give at least 1.")
+def _check(contexts: Sequence[Sequence[int]]) -> None:
     if not contexts:
         raise LayoutError("There is no context to propose tokens for; give one per training example.")
     for row, context in enumerate(contexts):

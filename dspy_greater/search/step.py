@@ -78,3 +78,22 @@ def step_random(seed: int, predictor: str, step: int) -> random.Random:
     True
     """
     return random.Random(f"{seed}/{predictor}/{step}")
+
+
+@dataclass(frozen=True)
+class Search:
+    """What stays the same from the first step of a predictor's search to the last.
+
+    Attributes:
+        evaluator: the task loss of the predictor's instruction.
+        settings: T, k, q, λ, μ and the rest.
+        step: lines 7 to 18 of Algorithm 1.
+        predictor: the predictor's name, for events and the randomness of the steps.
+        random_seed: decides which rows propose at each step.
+    """
+
+    evaluator: Evaluator
+    settings: Settings
+    step: Step
+    predictor: str
+    random_seed: int

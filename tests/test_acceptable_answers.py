@@ -204,6 +204,7 @@ def test_a_search_with_acceptable_answers_finds_better_instructions_and_stays_fi
     assert {row.answer for row in better.detailed_results.predictors[0].seed.rows} <= {0, 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["default", "paper"])
 def test_a_search_on_lists_of_one_answer_takes_the_same_steps_bit_for_bit(variant: str) -> None:
     plain = planted_rows(8)
@@ -212,6 +213,7 @@ def test_a_search_on_lists_of_one_answer_takes_the_same_steps_bit_for_bit(varian
     assert bits(same.detailed_results.predictors) == bits(found.detailed_results.predictors)
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_with_acceptable_answers_goes_on_with_the_same_ones(tmp_path: Path) -> None:
     rows = [row.copy(answer=["no", "yes", "of it"]) for row in planted_rows(8)]
     whole = compiled(planted_engine(), rows, log_dir=tmp_path / "whole")
@@ -240,6 +242,7 @@ def test_every_adapter_writes_every_acceptable_answer(adapter: Any, write: Any) 
     assert [row.error for row in better.detailed_results.predictors[0].seed.rows] == [None] * 4
 
 
+@pytest.mark.slow
 def test_on_the_pocket_model_a_list_of_answers_is_searched() -> None:
     rows = [
         dspy.Example(question=f"not ( {a} ) and {b} is", answer=["Ann Lee", str(not a and b), "A. Lee"])

@@ -89,6 +89,7 @@ def without_current(at: StepContext, current: Evaluation, stands: int, candidate
     return replace(found, tokens=tuple(each for each in found.tokens if each != stands))
 
 
+@pytest.mark.slow
 def test_at_equal_budget_the_gradient_beats_random_choices_among_the_same_proposals() -> None:
     budget = {"steps": 3, "selections": 1, "train_rows": 4}
     guided = [compiled(seed, rank=without_current, **budget) for seed in SEEDS]

@@ -117,6 +117,7 @@ def test_nothing_that_overlaps_the_fixed_text_can_be_edited(kind: str, template:
     assert layout.delete(longer[0], len(ids)) == (ids, layout.fixed)
 
 
+@pytest.mark.slow
 @quick
 @given(
     family=st.sampled_from([*FAMILIES, ("pocket", "")]),

@@ -80,6 +80,7 @@ def test_a_gradient_is_held_against_the_exact_change_that_it_linearises() -> Non
     assert {exact: float(came.split()[0]) for _, exact, _, came in rows} == dict(zip(exact, (1, -1), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("instruction", ["Think your reasoning.", "Answer the question."])
 def test_the_rankings_are_those_by_which_the_searches_choose(instruction: str) -> None:
     random = Random(1)
@@ -109,6 +110,7 @@ def test_the_rankings_are_those_by_which_the_searches_choose(instruction: str) -
     assert seen == 2
 
 
+@pytest.mark.slow
 def test_it_measures_every_ranking_on_the_pocket_model_and_goes_on_where_it_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -71,6 +71,7 @@ def made_up_step() -> Step:
 # --- the command ---
 
 
+@pytest.mark.slow
 def test_one_command_writes_a_complete_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "deep" / "speed.json"
     assert main([*TINY, "--repeats", "2", "--out", str(out)]) == 0
@@ -110,6 +111,7 @@ def test_a_broken_arm_fails_the_gate_and_nothing_is_timed(
     assert result["gate"] == "failed" and result["differences"] and "arms" not in result
 
 
+@pytest.mark.slow
 def test_an_extrapolated_arm_says_so_in_the_table_and_in_the_result(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,11 +123,13 @@ def test_an_extrapolated_arm_says_so_in_the_table_and_in_the_result(
     assert f"extrapolated from 9 of {ROWS} rows" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_another_dtype_passes_the_gate_on_a_small_float32_model_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*TINY, "--repeats", "1", "--dtype", "bfloat16", "--arms", "plain,ours"]) == 0
     assert "a small float32 version of tiny" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_growth_of_the_cost_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "scale.json"
     command = [*TINY, "--scale", "mu", "--scale-from", "1", "--scale-to", "5", "--repeats", "1", "--out", str(out)]
@@ -159,6 +163,7 @@ def test_an_unknown_benchmark_is_answered_with_those_that_exist(capsys: pytest.C
     assert benchmarks.main(["--help"]) == 0
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_where_dspy_is_not_installed() -> None:
     code = f"""
 import sys
@@ -190,6 +195,7 @@ def test_the_arms_agree_on_every_architecture(shape: str) -> None:
     assert run_gate(engine, work.with_current_reasoning(engine), ARMS) == []
 
 
+@pytest.mark.slow
 def test_the_arms_agree_on_the_pocket_model_whose_prompt_is_the_deployed_one() -> None:
     engine = build("pocket", device=CPU, dtype=torch.float32)
     work = pocket_work(engine, rows=4, reasoning_tokens=12, selections=MU).with_current_reasoning(engine)
@@ -207,6 +213,7 @@ def test_every_row_writes_exactly_as_long_as_it_is_told(engine: Engine, work: Wo
         assert len(step.selected) == MU == len(step.losses)
 
 
+@pytest.mark.slow
 def test_the_released_schedule_does_the_work_that_is_described(spent: dict[str, dict[str, Counters]]) -> None:
     done = spent["released"]
     assert done["reasoning"].generated_tokens == (1 + MU) * ROWS * REASONING
@@ -281,6 +288,7 @@ def test_the_gate_sees_rows_that_stopped_early(engine: Engine, work: Work) -> No
 # --- clock and repeats ---
 
 
+@pytest.mark.slow
 def test_the_arms_take_turns_and_every_round_is_reported(engine: Engine, work: Work) -> None:
     order: list[str] = []
 
@@ -306,6 +314,7 @@ def test_the_arms_take_turns_and_every_round_is_reported(engine: Engine, work: W
     assert [run.scale for run in runs if run.arm == "released"] == [ROWS / 9, ROWS / 9]
 
 
+@pytest.mark.slow
 def test_the_time_limit_ends_the_repeats_but_never_the_first(engine: Engine, work: Work) -> None:
     arms = {"ours": lambda *_: made_up_step()}
     settings: dict[str, Any] = {"repeats": 5, "parts": {}, "after_repeat": lambda runs: None}
@@ -379,6 +388,7 @@ def test_the_floor_of_decoding_reads_the_weights_for_every_token(engine: Engine,
 # --- overhead ---
 
 
+@pytest.mark.slow
 def test_a_real_search_is_split_into_token_level_work_and_overhead() -> None:
     from benchmarks.speed.overhead import CALLBACKS, MODEL, search
 

@@ -151,6 +151,7 @@ def test_false_at_the_start_takes_no_step_and_returns_the_seed() -> None:
     assert (details.steps, details.stopped_by, instruction_of(better)) == ((), "callback", SEED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("callback", [stopping(StepTaken, 2), stopping(Validated)])
 def test_false_where_nothing_is_left_to_do_stops_nothing(callback: Any) -> None:
     better = compiled(steps=3, callbacks=[callback])
@@ -158,6 +159,7 @@ def test_false_where_nothing_is_left_to_do_stops_nothing(callback: Any) -> None:
     assert found(better) == found(compiled(steps=3))
 
 
+@pytest.mark.slow
 def test_a_search_that_a_callback_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     whole = compiled(steps=4)
     stopped = compiled(steps=4, log_dir=tmp_path, callbacks=[stopping(StepTaken, 1)])
@@ -169,6 +171,7 @@ def test_a_search_that_a_callback_stopped_goes_on_where_it_was(tmp_path: Path) -
     assert [event.step for event in heard if isinstance(event, StepTaken)] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_callback_that_stops_at_the_same_step_again_does_not_stop_what_is_replayed(tmp_path: Path) -> None:
     def every_other(event: Any) -> bool | None:
         return False if isinstance(event, SearchStarted) or getattr(event, "step", 0) % 2 == 1 else None
@@ -183,6 +186,7 @@ def two_predictors(**options: Any) -> Any:
     return optimizer(steps=2, **options).compile(program, checked_rows([*TRAIN, *VALIDATION]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("callback", "steps"), [(stopping(StepTaken, 0), 1), (stopping(StepTaken, 1), 2), (stopping(Validated), 2)]
 )

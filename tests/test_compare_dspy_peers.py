@@ -427,6 +427,7 @@ def on_weights(optimizer: Any, log_dir: Path, **settings: Any) -> tuple[Any, Any
     return arena, lambda: arena.optimise(optimizer, program(PLANTED_SEED), rows[:8], rows[8:])
 
 
+@pytest.mark.slow
 def test_ours_finds_a_better_instruction_also_when_it_is_stopped(ours: Any, tmp_path: Path) -> None:
     whole, optimise = on_weights(ours, tmp_path / "whole")
     found = optimise()

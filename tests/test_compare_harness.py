@@ -503,6 +503,7 @@ def test_a_worse_program_loses_to_the_seed(tmp_path: Path, enter: Any) -> None:
     assert cell.chosen == "seed" and cell.test == cell.seed_test and len(cell.contenders) == 2
 
 
+@pytest.mark.slow
 def test_an_optimizer_is_stopped_at_its_budget_and_judged_by_its_best_so_far(tmp_path: Path, enter: Any) -> None:
     def endless(student: Student, train: Rows, dev: Rows, context: Context) -> Student:
         context.budget.record(with_text(student, FITTING), 1.0, 40)

@@ -124,6 +124,7 @@ def test_a_model_that_proposes_other_words_is_made_to_obey_too(seed: int) -> Non
     assert (better.detailed_results.seed_score, better.score) == (0.0, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ahead", [1, 3])
 def test_at_equal_budget_it_beats_random_choices_among_the_same_edits(ahead: int) -> None:
     budget = {"steps": 2, "selections": 1, "positions_ahead": ahead}
@@ -286,6 +287,7 @@ def test_once_forecasts_have_proven_themselves_only_what_promises_something_is_t
         assert min(each.forecast for each in passed) in [each.forecast for each in tried(step)]
 
 
+@pytest.mark.slow
 def test_while_forecasts_do_not_come_true_some_steps_try_an_edit_by_chance() -> None:
     def by_chance(predictions: Any, step: int, **knobs: Any) -> bool:
         objective, state, settings = searching(selections=1, **knobs)
@@ -325,6 +327,7 @@ def test_chance_and_forecasts_do_not_take_turns_in_a_fixed_order() -> None:
     assert by_chance == forecasting == {0, 1, 2, 3}
 
 
+@pytest.mark.slow
 def test_chance_differs_from_step_to_step_and_with_the_seed() -> None:
     picked: list[str] = []
     for step, seed in itertools.product(range(8), (0, 1)):
@@ -478,6 +481,7 @@ def same(one: Sequence[Reasoning], other: Sequence[Reasoning]) -> bool:
     return bits(tuple(one)) == bits(tuple(other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("through_json", [False, True])
 def test_what_is_replayed_does_not_depend_on_whether_it_was_evaluated_or_recalled(through_json: bool) -> None:
     knobs = {"steps": 3, "finalists": 1, "rows": ROWS}
@@ -546,6 +550,7 @@ def test_a_search_that_walks_moves_to_what_it_tried_though_it_be_worse_and_retur
     assert details.predictors[0].finalists[0].objective == best.objective
 
 
+@pytest.mark.slow
 def test_a_walk_that_leads_nowhere_comes_back_again_and_again_however_it_grows() -> None:
     only_seed = ScriptedEngine(
         lambda prompt: chat_answer(

@@ -68,6 +68,7 @@ def test_replacement_insertion_and_deletion_are_proposed_and_change_one_position
         assert new[position + len(own) :] == after or each.kind == "delete"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", [0, 2])
 def test_every_edit_is_deployed_with_the_ids_that_it_has(position: int) -> None:
     for each in propose_edits(searching(position=position)):

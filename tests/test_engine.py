@@ -52,6 +52,7 @@ def slow_twin(model: Any, prompt: tuple[int, ...], stop: frozenset[int], most: i
     return tuple(ids[len(prompt) :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [0, 40])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_generates_what_one_row_at_a_time_would(kind: str, shared: int) -> None:

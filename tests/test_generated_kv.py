@@ -173,6 +173,7 @@ def test_a_window_that_holds_each_row_is_enough_for_rows_that_are_read_together(
     assert_same(found, engine, [early, late])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_that_are_read_in_parts_write_what_they_write_alone(kind: Any) -> None:
     engine, asked = build(kind), prompts(instructions=3, rows=40)

@@ -308,6 +308,7 @@ values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(kind=st.sampled_from(EVERY_TYPE), raw=values)
 def test_the_rule_gives_answers_that_stand_for_themselves_or_an_error(kind: Any, raw: Any) -> None:

@@ -304,6 +304,7 @@ def test_after_a_warm_start_the_floor_is_still_the_student() -> None:
     assert not {row.question for row in trained} & {row.question for row in validated}
 
 
+@pytest.mark.slow
 def test_both_optimizers_work_in_better_together() -> None:
     student = program_on(planted_engine())
     together = dspy.BetterTogether(

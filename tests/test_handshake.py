@@ -203,6 +203,7 @@ def copied_signature(function: Any, original: Any) -> Any:
     return function
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["Lfm2", "xLSTM", "Rwkv"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:dspy")
 def test_a_search_runs_on_gradients_of_any_of_them(architecture: str) -> None:

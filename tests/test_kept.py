@@ -452,6 +452,7 @@ def test_a_run_that_an_error_ended_goes_on_to_the_same_result(tmp_path: Path, mo
     assert resumed.detailed_results.stopped_by is None
 
 
+@pytest.mark.slow
 def test_a_finalist_that_would_not_be_deployed_as_it_was_scored_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     import dspy_greater.search.predictor_search as predictor_search
 
@@ -528,6 +529,7 @@ def compile_two(**settings: Any) -> Any:
     return quick.compile(Two(engine_that(two_script)), two_rows(TRAIN), valset=two_rows(VALIDATION))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["start", "step", "validation"])
 def test_an_error_in_the_second_predictor_keeps_what_the_first_one_gained(
     moment: str, monkeypatch: pytest.MonkeyPatch

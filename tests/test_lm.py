@@ -52,6 +52,7 @@ def ask(lm: Any, *content: Any, system: str | None = None, **config: Any) -> lm1
 # ---- the chat template
 
 
+@pytest.mark.slow
 def test_both_rendering_paths_give_the_same_text() -> None:
     tokenizer = tiny_tokenizer()
     messages = [{"role": "system", "content": " Be\n brief. "}, {"role": "user", "content": "Hi\n"}]
@@ -195,6 +196,7 @@ def test_a_program_streams_through_streamify(monkeypatch: Any) -> None:
     assert pieces[-1].answer == "four"
 
 
+@pytest.mark.slow
 def test_streamed_pieces_add_up_to_the_answer_and_closing_early_stops_the_engine() -> None:
     local = LocalEngine.over(Engine(*pair(), name="tiny"))
     request = lm15.Request(model="m", messages=(lm15.Message.user("Hi"),), config=lm15.Config(max_tokens=400))
@@ -408,6 +410,7 @@ print(repr(asyncio.run(lm.acall("Hi", cache=False))))
 """
 
 
+@pytest.mark.slow
 def test_a_saved_program_loads_its_weights_in_a_fresh_process(tmp_path: Path) -> None:
     path = save_tiny(tmp_path / "model")
     lm: Any = local_lm(path, max_tokens=12)

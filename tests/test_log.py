@@ -136,6 +136,7 @@ def test_grad_sum_has_a_line_an_iteration_too(caplog: pytest.LogCaptureFixture) 
 # --- in a run ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["default", "paper"])
 def test_a_search_logs_what_its_steps_did(caplog: pytest.LogCaptureFixture, variant: Any) -> None:
     caplog.set_level(logging.INFO, logger="dspy_greater")

@@ -301,6 +301,7 @@ def obedient() -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_the_gradient_finds_the_instruction_that_the_model_obeys_best(obedient: Any) -> None:
     engine = engine_for(obedient)
     mistakes = {}

@@ -164,6 +164,7 @@ def test_the_chat_template_writes_the_transcript_that_was_trained_on() -> None:
 # --------------------------------------------------------------------------- training
 
 
+@pytest.mark.slow
 def test_training_learns_and_a_resumed_run_ends_in_the_same_weights(tmp_path: Path) -> None:
     torch.manual_seed(123)
     state = torch.random.get_rng_state()
@@ -197,6 +198,7 @@ def test_the_loss_is_taken_on_what_the_model_writes_only() -> None:
 # --------------------------------------------------------------------------- the weights that ship
 
 
+@pytest.mark.slow
 def test_the_weights_are_small_and_their_tokenizer_is_the_one_that_is_learned() -> None:
     assert (pocket.path() / "model.safetensors").stat().st_size <= 12 * 2**20
     shipped = AutoTokenizer.from_pretrained(pocket.path())
@@ -204,6 +206,7 @@ def test_the_weights_are_small_and_their_tokenizer_is_the_one_that_is_learned() 
     assert shipped.get_vocab() == learned.get_vocab()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", tasks.TASKS)
 def test_the_pocket_model_answers_generated_rows_under_a_fitting_instruction_only(task: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(pocket.path())

@@ -89,6 +89,7 @@ def answer_with(question: str, hint: str) -> str:
     return chat_answer(reasoning="I look.", answer=right if hint == "carefully" else "never")
 
 
+@pytest.mark.slow
 def test_a_predictor_without_gold_values_improves_through_the_metric_alone() -> None:
     better = optimizer(**TRY_ALL).compile(TwoHops(obeying(hop_script)), planted_rows(8))
     hint, answer = better.detailed_results.predictors
@@ -98,6 +99,7 @@ def test_a_predictor_without_gold_values_improves_through_the_metric_alone() -> 
     assert (better.detailed_results.seed_score, better.score) == (0.0, 1.0)
 
 
+@pytest.mark.slow
 def test_a_program_without_any_gold_field_improves_through_the_metric_alone() -> None:
     better = optimizer(metric=answer_is_label, **TRY_ALL).compile(TwoHops(obeying(hop_script)), unlabelled())
     assert [each.field for each in better.detailed_results.predictors] == [None, None]
@@ -147,6 +149,7 @@ def agent_script(prompt: str) -> str:
     return chat_answer(next_thought="Now.", next_tool_name=name, next_tool_args=json.dumps(arguments))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The data contains the special tokens")
 def test_an_agent_keeps_its_list_of_tools_to_the_byte_and_gains_a_sentence() -> None:
     program = dspy.ReAct(dspy.Signature("question -> answer", "Answer."), tools=[look], max_iters=3)
@@ -207,6 +210,7 @@ class Nested(dspy.Module):
         return self.parts[0].answer(question=question, hint=hint)
 
 
+@pytest.mark.slow
 def test_nested_modules_and_shared_predictors_are_searched_once_each() -> None:
     better = optimizer(metric=answer_is_label, **TRY_ALL).compile(Nested(obeying(hop_script)), unlabelled())
     assert [each.name for each in better.detailed_results.predictors] == ["parts[0].hint", "parts[0].answer.predict"]
@@ -224,6 +228,7 @@ class InParallel(TwoHops):
         return self.answer(question=question, hint=first.hint)
 
 
+@pytest.mark.slow
 def test_calls_in_parallel_are_credited_with_their_run() -> None:
     better = optimizer(metric=answer_is_label, **TRY_ALL).compile(InParallel(obeying(hop_script)), unlabelled())
     seed = better.detailed_results.predictors[0].seed
@@ -238,6 +243,7 @@ def json_script(prompt: str) -> str:
     return json.dumps({"reasoning": "I look.", "answer": gold if worthy else "never"})
 
 
+@pytest.mark.slow
 def test_json_and_demonstrations_are_searched_without_gold_values_too() -> None:
     program = dspy.ChainOfThought(dspy.Signature("question -> answer", SEED))
     program.set_lm(local_lm(obeying(json_script), cache=False))
@@ -258,6 +264,7 @@ def test_better_together_runs_the_default_variant_without_gold_values() -> None:
     assert worth_of(instruction_of(found)) > 0
 
 
+@pytest.mark.slow
 def test_a_predictor_that_is_called_on_some_rows_only_learns_from_those() -> None:
     class Sometimes(TwoHops):
         def forward(self, question: str) -> Any:
@@ -281,6 +288,7 @@ def test_a_metric_that_gives_parts_of_a_point_is_climbed() -> None:
     assert better.score == pytest.approx(0.8)
 
 
+@pytest.mark.slow
 def test_exact_match_on_gold_values_gives_the_same_score_as_dspys_own_evaluation() -> None:
     better = optimizer(**TRY_ALL).compile(TwoHops(obeying(hop_script)), planted_rows(8), valset=planted_rows(24)[8:12])
     evaluate = dspy.Evaluate(devset=planted_rows(24)[8:12], metric=exact_match, num_threads=1, display_progress=False)

@@ -101,6 +101,7 @@ def test_no_steps_return_the_seed() -> None:
     assert instruction_of(better) == SEED and validated(better) == {SEED: 0.0}
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**20))
 @quickly(max_examples=5, deadline=None, derandomize=True)
 def test_whatever_the_model_answers_the_result_is_not_worse_than_the_seed(salt: int) -> None:
@@ -282,6 +283,7 @@ def record(program: Any) -> Any:
     return events, repr(rest), instruction_of(program)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "step"), [("default", 0), ("default", 1), ("default", 3), ("paper", 1)])
 def test_a_run_that_was_killed_goes_on_to_the_bit_identical_result(tmp_path: Path, variant: str, step: int) -> None:
     whole = compiled(steps=4, variant=variant)
@@ -325,6 +327,7 @@ def test_a_torn_last_line_costs_that_step_only(tmp_path: Path, cut: int) -> None
     assert journal.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_a_program_of_several_predictors_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     model = planted_engine().model
 
@@ -355,6 +358,7 @@ compiled(steps=3, log_dir=sys.argv[1], listeners=[listener])
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_was_killed_is_continued_by_another_one(tmp_path: Path) -> None:
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     killed = subprocess.run(
@@ -376,6 +380,7 @@ def budget_after(whole: Any, steps: int) -> int:
     return sum(each["generated_tokens"] for each in spent[:-1]) + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [0, 1])
 def test_a_run_with_a_budget_that_was_killed_stops_at_the_same_step(tmp_path: Path, step: int) -> None:
     budget = budget_after(compiled(steps=5), 3)
@@ -499,6 +504,7 @@ def test_the_signal_of_ctrl_c_returns_the_best_so_far() -> None:
     assert better.score == 1.0
 
 
+@pytest.mark.slow
 def test_an_interrupt_in_the_middle_of_generation_returns_the_best_so_far() -> None:
     engine = ScriptedEngine(obedient_script, model=planted_engine().model)
     asked: list[Any] = []

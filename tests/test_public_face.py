@@ -94,6 +94,7 @@ def test_a_row_that_fails_has_the_failure_score_in_training_and_validation() -> 
         assert sorted(score == -1.0 for score in subscores) == sorted(failed)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The metric failed on:RuntimeWarning")
 def test_more_failed_rows_than_allowed_end_the_search_with_what_was_found() -> None:
     metric = failing_on("apples")
@@ -104,6 +105,7 @@ def test_more_failed_rows_than_allowed_end_the_search_with_what_was_found() -> N
     assert len(compiled(metric=metric, max_errors=1000, steps=4).detailed_results.steps) == 4
 
 
+@pytest.mark.slow
 def test_metric_calls_are_a_budget_that_the_step_which_reaches_it_ends() -> None:
     free = compiled(steps=4).detailed_results
     seed, *steps = [free.predictors[0].seed_spent["runs"], *(step.spent["runs"] for step in free.steps)]
@@ -117,6 +119,7 @@ def test_metric_calls_are_a_budget_that_the_step_which_reaches_it_ends() -> None
 # ---- the result
 
 
+@pytest.mark.slow
 def test_a_result_says_which_programs_were_validated_and_how_each_row_went() -> None:
     better = compiled(steps=3)
     details = better.detailed_results
@@ -158,6 +161,7 @@ def both(example: Any, prediction: Any, trace: Any = None) -> float:
     return ((prediction.first == example.answer) + (prediction.answer == example.answer)) / 2
 
 
+@pytest.mark.slow
 def test_candidate_programs_are_whole_programs_from_best_to_worst() -> None:
     better = compiled(Two(planted_engine()), metric=both, steps=2)
     details, ranked = better.detailed_results, better.candidate_programs
@@ -186,6 +190,7 @@ def test_grad_sum_has_the_same_words_for_its_result() -> None:
 # ---- best.json
 
 
+@pytest.mark.slow
 def test_the_best_so_far_is_on_disk_after_every_new_best(tmp_path: Path) -> None:
     seen: list[tuple[float, Any]] = []
 

@@ -201,6 +201,7 @@ def halting(prompt: str) -> str:
 # --- what is compared
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("variant", [PAPER, DEFAULT])
 def test_on_the_pocket_model_the_search_is_the_reference(variant: str, seed: int) -> None:
@@ -212,6 +213,7 @@ def test_on_the_pocket_model_the_search_is_the_reference(variant: str, seed: int
     assert_is_the_reference(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("variant", [PAPER, DEFAULT])
 def test_on_the_planted_model_the_search_is_the_reference(variant: str, seed: int) -> None:
@@ -224,6 +226,7 @@ def test_an_open_instruction_grows_as_in_the_reference_and_starts_over_at_its_lo
     assert assert_is_the_reference(run) >= {"inserted", "another round", "worse"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "instruction", "seen"),
     [
@@ -240,6 +243,7 @@ def test_where_forecasts_fail_or_come_true_and_a_walk_returns_the_search_is_the_
     assert assert_is_the_reference(run) >= seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["rewrite", "append"])
 def test_without_gold_values_the_search_is_the_reference(mode: str) -> None:
     rows = unlabelled(4)
@@ -248,6 +252,7 @@ def test_without_gold_values_the_search_is_the_reference(mode: str) -> None:
     assert (run.problem.targets[0].field, run.predictor.steps[0].position > 0) == (None, mode == "append")
 
 
+@pytest.mark.slow
 def test_where_nothing_is_reasoned_the_search_is_the_reference() -> None:
     program = dspy.Predict(dspy.Signature("question -> answer", SEED))
     program.set_lm(local_lm(scripted(fickle), cache=False, max_tokens=64))
@@ -255,6 +260,7 @@ def test_where_nothing_is_reasoned_the_search_is_the_reference() -> None:
     assert_is_the_reference(run)
 
 
+@pytest.mark.slow
 def test_two_predictors_in_turn_are_searched_as_by_the_reference() -> None:
     runs = searched(TwoHops(scripted(hop_script)), planted_rows(4), steps=2, selections=3, **BRIEF)
     assert [run.predictor.name for run in runs] == ["hint", "answer.predict"]
@@ -270,6 +276,7 @@ NUMBERS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numbers", NUMBERS)
 def test_every_number_that_can_be_set_means_what_it_means_in_the_reference(numbers: dict[str, Any]) -> None:
     [run] = searched(program_on(scripted(fickle, 1)), ROWS[:4], **{"steps": 3, "selections": 2, **BRIEF, **numbers})

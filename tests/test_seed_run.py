@@ -446,6 +446,7 @@ def test_what_a_program_adds_to_the_rows_is_measured_in_the_students_run_and_for
         optimizer(steps=1).compile(single, ROWS)
 
 
+@pytest.mark.slow
 def test_candidates_that_no_longer_fit_do_not_end_a_search() -> None:
     from dspy_greater.program.predictors import predictors_of
     from dspy_greater.prompt.layout import Layout

@@ -93,6 +93,7 @@ def step_of(objective: Evaluator, state: Any, settings: Settings) -> StepTaken:
 # --- runs and tokens ---
 
 
+@pytest.mark.slow
 def test_a_step_runs_each_candidate_on_each_row_at_most_once_and_the_current_instruction_never() -> None:
     engine = Fickle()
     during: list[list[str]] = []
@@ -116,6 +117,7 @@ def test_a_step_runs_each_candidate_on_each_row_at_most_once_and_the_current_ins
     assert phases["validation"]["runs"] == 4 * len(details.predictors[0].validation)
 
 
+@pytest.mark.slow
 def test_a_step_that_appends_runs_one_more_instruction_which_it_improves_on() -> None:
     objective, state, settings = searching(planted_engine(), instruction="count")
     costs = []
@@ -182,6 +184,7 @@ def test_more_candidates_cost_no_further_forward_pass() -> None:
 # --- what is at hand is used ---
 
 
+@pytest.mark.slow
 def test_drafts_and_kept_states_save_passes_and_change_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = compiled(planted_engine()).detailed_results
     monkeypatch.setattr("dspy_greater.model.fast.speculative.Drafts.guess", lambda self, prompt: ())

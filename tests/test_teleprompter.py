@@ -137,6 +137,7 @@ def test_better_together_runs_it_among_its_optimizers(engine: Any, rows: int) ->
     assert strategies["g"](question=TRAIN[0].question).answer == TRAIN[0].answer
 
 
+@pytest.mark.slow
 def test_what_another_optimizer_compiled_is_optimised_further() -> None:
     program = program_on(ScriptedEngine(obedient_script, model=planted_engine().model))
     student = dspy.LabeledFewShot(k=1).compile(program, trainset=TRAIN)
@@ -290,6 +291,7 @@ def test_dspys_own_evaluation_agrees_with_the_score(engine: Any) -> None:
     assert evaluate(better).score == 100 * better.score
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_process_leave_nothing_behind(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Any]] = []
     for kind in (Evaluator, Layout):
@@ -307,6 +309,7 @@ def test_two_runs_in_one_process_leave_nothing_behind(engine: Any, monkeypatch: 
     assert instruction_of(results[0]) == instruction_of(results[1])
 
 
+@pytest.mark.slow
 def test_a_longer_run_holds_no_more_objects_than_its_record(engine: Any) -> None:
     compiled(engine)
     gc.collect()
@@ -455,6 +458,7 @@ def both_match(example: Any, prediction: Any, trace: Any = None) -> float:
     return ((prediction.answer == example.answer) + (prediction.verdict == example.verdict)) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("models", ["one", "two"])
 def test_two_predictors_with_gold_values_are_optimised_in_turn(models: str) -> None:
     model = planted_engine().model

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 
 from dspy_greater.errors import LayoutError, SettingsError
 from dspy_greater.model.interface import Model, TokenQuery
+from dspy_greater.model.tensors import floats
 from dspy_greater.objective.replay import ReasonedSequence, Reasoning
 
 
@@ -83,7 +84,7 @@ def likelihoods(model: Model, reasonings: Sequence[Reasoning], *, answer_tempera
         queries += [TokenQuery(row, at) for at in range(each.generated.start, each.generated.stop)]
         if each.answer is not None:
             queries += [TokenQuery(row, at, answer_temperature) for at in range(each.answer.start, each.answer.stop)]
-    taken = iter(model.token_logprobs([each.token_ids for each in sequences], queries).tolist())  # R numbers
+    taken = iter(floats(model.token_logprobs([each.token_ids for each in sequences], queries)))  # R numbers
     found = iter([_of_sequence([next(taken) for _ in range(_asked(each))], each) for each in sequences])
     return [Likelihood.together([next(found) for _ in each.sequences]) for each in reasonings]
 

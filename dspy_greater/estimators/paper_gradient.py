@@ -24,6 +24,7 @@ import torch
 
 from dspy_greater.errors import LayoutError, SettingsError
 from dspy_greater.model.interface import Leaf, Model, TokenQuery
+from dspy_greater.model.tensors import floats
 from dspy_greater.objective.loss import check_supervised, means, span_queries
 from dspy_greater.prompt.spans import Supervised
 
@@ -116,9 +117,9 @@ def paper_gradient(
     leaf = Leaf(places, E[-1:].expand(len(examples), -1))  # ε·E = E[p_i], one for each example
     gradient = model.logprob_gradient(sequences, queries, leaf)  # [N, d]  ∂L/∂(ε·E)
     unusable = ~gradient.isfinite().all(1, keepdim=True)  # [N, 1]
-    rows = (gradient @ E.to(gradient).T).masked_fill(unusable, math.nan).tolist()  # [N, C + 1]  ∂L/∂ε
+    rows = (gradient @ E.to(gradient).T).masked_fill(unusable, math.nan)  # [N, C + 1]  ∂L/∂ε
     return TokenGradient(
-        current, tuple(candidates), tuple(tuple(row[:-1]) for row in rows), tuple(row[-1] for row in rows)
+        current, tuple(candidates), tuple(tuple(floats(row)) for row in rows[:, :-1]), tuple(floats(rows[:, -1]))
     )
 
 
@@ -129,7 +130,7 @@ def _fluency_factors(model: Model, examples: Sequence[Supervised], fluency_weigh
     queries = [query for row, each in enumerate(examples) for query in span_queries(row, each.instruction, 1.0)]
     logprobs = model.token_logprobs([each.token_ids for each in examples], queries)  # [R]
     nll = -torch.tensor(means(logprobs, [each.instruction for each in examples]), dtype=torch.float64)
-    return (fluency_weight * nll.exp()).tolist()
+    return floats(fluency_weight * nll.exp())
 
 
 def _current_token(examples: Sequence[Supervised], position: int) -> int:

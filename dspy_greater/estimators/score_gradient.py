@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dspy_greater.errors import LayoutError, SettingsError
 from dspy_greater.model.interface import Leaf, Model, TokenQuery, Tokens
+from dspy_greater.model.tensors import floats
 from dspy_greater.objective.loss import span_queries
 from dspy_greater.objective.replay import Reasoning, Replay
 
@@ -76,7 +77,7 @@ def score_gradient(
         return (math.nan,) * len(candidates)
     leaf = Leaf(places, E.mean(0, keepdim=True) if value is None else value)
     gradient = model.logprob_gradient(sequences, queries, leaf)[0]  # [d]  ∂S/∂(ε·E)
-    return tuple((E.to(gradient) @ gradient).tolist())  # [C]  ∂S/∂ε
+    return tuple(floats(E.to(gradient) @ gradient))  # [C]  ∂S/∂ε
 
 
 def _surrogate(

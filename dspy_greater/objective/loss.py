@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import Tensor
 
@@ -89,7 +90,8 @@ def span_queries(row: int, span: Span, temperature: float, weight: float = 1.0) 
 
 def means(logprobs: Tensor, spans: Sequence[Span]) -> list[float]:
     """[R] log-probabilities, span after span -> the mean of each, [N]."""
-    return [part.mean().item() for part in logprobs.split([len(span) for span in spans])]
+    stops = accumulate(map(len, spans))
+    return [float(logprobs[stop - len(span) : stop].mean()) for span, stop in zip(spans, stops, strict=True)]
 
 
 def check_supervised(examples: Sequence[Supervised], answer_temperature: float) -> None:

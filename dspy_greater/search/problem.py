@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from dspy_greater.errors import DataError, GreaterError, ProgramError, SettingsError, WeightsError
 from dspy_greater.lm.local import weights_behind
@@ -222,11 +222,16 @@ def pose(
 def _selected(sites: Sequence[PredictorSite], predictors: Iterable[str] | None) -> list[PredictorSite]:
     if predictors is None:
         return list(sites)
-    names = list(predictors) if isinstance(predictors, Iterable) and not isinstance(predictors, str) else []
+    names = _names(predictors)
     if not names:
         raise SettingsError(f"predictors={predictors!r}: give a list of names, such as [{sites[0].name!r}].")
     _refuse_strangers(sites, names, argument="predictors")
     return [site for site in sites if site.name in names]
+
+
+def _names(predictors: object) -> list[str]:
+    listed = isinstance(predictors, Iterable) and not isinstance(predictors, str)
+    return list(cast("Iterable[str]", predictors)) if listed else []
 
 
 def _modes(sites: Sequence[PredictorSite], selected: Sequence[PredictorSite], mode: Modes) -> dict[str, Mode | None]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dspy_greater.errors import LayoutError, SettingsError
 from dspy_greater.model.interface import Model
+from dspy_greater.model.tensors import whole
 from dspy_greater.stats import mean
 
 CandidateT = TypeVar("CandidateT")
@@ -111,8 +112,8 @@ def intersection(rankings: Iterable[Sequence[int]], k: int) -> set[int]:
     >>> intersection([[4, 8, 6], [6, 4, 1]], k=2)
     {4}
     """
-    top_k = [set(ranking[:k]) for ranking in rankings]  # cand_ij of equation 3
-    return set.intersection(*top_k) if top_k else set()
+    first, *others = [set(ranking[:k]) for ranking in rankings] or [set[int]()]  # cand_ij of equation 3
+    return first.intersection(*others)
 
 
 def _draw(contexts: Sequence[tuple[int, ...]], sizes: ProposalSizes, generator: Random) -> list[list[tuple[int, ...]]]:
@@ -130,7 +131,7 @@ def _widen_until_enough(
     """The smallest of k, 2k, 4k ... `widest` that leaves `minimum` legal tokens, and these tokens."""
     verdicts: dict[int, CandidateT | None] = {}
     while True:
-        proposed = set().union(*(intersection(draw, k) for draw in rankings))
+        proposed = set[int]().union(*(intersection(draw, k) for draw in rankings))
         for token in sorted(proposed - verdicts.keys()):
             verdicts[token] = canonical(token)
         legal = {token: kept for token in sorted(proposed) if (kept := verdicts[token]) is not None}
@@ -141,7 +142,7 @@ def _widen_until_enough(
 
 def _ranking(log_probabilities: Tensor, length: int) -> list[int]:
     """Token ids, likeliest first; a stable sort, so of equally likely ones the smaller id comes first."""
-    return log_probabilities.sort(descending=True, stable=True).indices[:length].tolist()
+    return whole(log_probabilities.sort(descending=True, stable=True).indices[:length])
 
 
 def _mean_at(token: int, log_probabilities: Iterable[Tensor]) -> float:

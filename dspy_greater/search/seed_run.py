@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import dspy
-
 from dspy_greater.errors import DataError, ProgramError, UnusedPredictorError
 from dspy_greater.metric import refuse_useless_metric
 from dspy_greater.notices import warn_caller
+from dspy_greater.program.copies import modules_that_run_copies
 from dspy_greater.program.inputs import named, shortened
 from dspy_greater.program.predictors import PredictorSite, calls_of, name_rows
 
@@ -157,10 +156,7 @@ def _reason(run: SeedRun) -> str:
 
 def _hint(program: Any) -> str:
     """What hides a predictor, if something does."""
-    hiding = [type(module).__name__ for _, module in program.named_sub_modules() if isinstance(module, _COPYING)]
+    hiding = modules_that_run_copies(program)
     if hiding:
         return f"{hiding[0]} runs copies of a program: compile the inner program and wrap the result."
     return "Try program(**trainset[0].inputs()) and see which way it goes."
-
-
-_COPYING = (dspy.BestOfN, dspy.Refine)  # modules that run copies, whose predictors nobody sees

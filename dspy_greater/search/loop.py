@@ -50,7 +50,7 @@ def minimise(
         LossError: several steps in a row had no candidate with a finite loss.
         ProgramError: more than `max_errors` rows failed.
     """
-    positions, fixed = evaluator.layout.positions, evaluator.layout.fixed
+    positions, fixed = evaluator.layout.edits.positions, evaluator.layout.edits.fixed
     editable = positions(seed.token_ids)
     state = begin(seed, settings, editable=editable, usage=usage, fixed=fixed)
     replay = iter(recorded)

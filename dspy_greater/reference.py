@@ -105,7 +105,7 @@ def search(task: Task) -> Iterator[tuple[Step, State]]:
     steps = list(search(Task(problem, problem.targets[0])))
     ```
     """
-    seed = evaluate(task, task.layout.instruction_ids(task.site.instruction), task.site.instruction)
+    seed = evaluate(task, task.layout.edits.instruction_ids(task.site.instruction), task.site.instruction)
     state = State(seed, seed, [seed], next_position(task, seed, -1), tried=frozenset([seed.instruction]))
     while state.step < task.settings.steps:
         step = paper_step(task, state) if task.paper else default_step(task, state)
@@ -154,7 +154,7 @@ def propose(task: Task, state: State, i: int) -> list[Candidate]:
     likely = {token: mean([float(log_f[token]) for log_f in f.values()]) for token in legal}
     order = sorted(legal, key=lambda token: (-likely[token], token))
     found = [Candidate(edit, *made, likely[token]) for token in order for edit, made in legal[token].items()]
-    shorter = None if task.paper or not contexts else task.layout.delete(p, i)
+    shorter = None if task.paper or not contexts else task.layout.edits.delete(p, i)
     if shorter is not None and shorter[1] not in state.tried:
         found.append(Candidate("delete", *shorter, math.nan))
     texts = [each.text for each in found]
@@ -163,11 +163,11 @@ def propose(task: Task, state: State, i: int) -> list[Candidate]:
 
 def edits_with(task: Task, state: State, i: int, token: int) -> dict[str, tuple[tuple[int, ...], str]]:
     """What a token can make of p that can be deployed, and by default was not tried: token ids and text."""
-    p, layout = state.current.token_ids, task.layout
-    room = task.settings.max_instruction_tokens - len(layout.positions(p) if layout.fixed else p)
-    edits = {"replace": layout.replace(p, i, token)} if i < len(p) else {}
+    p, editing = state.current.token_ids, task.layout.edits
+    room = task.settings.max_instruction_tokens - len(editing.positions(p) if editing.fixed else p)
+    edits = {"replace": editing.replace(p, i, token)} if i < len(p) else {}
     if i == len(p) or (room > 0 and not task.paper):  # behind the end, or by default in front of p_i
-        edits["insert"] = layout.insert(p, i, token)
+        edits["insert"] = editing.insert(p, i, token)
     return {edit: made for edit, made in edits.items() if made and (task.paper or made[1] not in state.tried)}
 
 
@@ -351,7 +351,7 @@ def move_on(task: Task, state: State, step: Step) -> State:
     p, i, unchanged = step.chosen, step.position, state.unchanged + 1
     if best[0].instruction != state.best[0].instruction:
         unchanged = 0
-    elif not task.paper and unchanged > max(1, min(len(task.layout.positions(p.token_ids)), 20)):
+    elif not task.paper and unchanged > max(1, min(len(task.layout.edits.positions(p.token_ids)), 20)):
         p, i, unchanged = best[0], -1, 0
     predictions = (*state.predictions, *predictions_of(step, state.current))[-60:]
     tried, position = state.tried | set(step.outcomes), next_position(task, p, i)
@@ -360,8 +360,8 @@ def move_on(task: Task, state: State, step: Step) -> State:
 
 def next_position(task: Task, p: Evaluation, i: int) -> int:
     """Line 19: the next position that may be edited; after the last the end, while the sentence is open; the first."""
-    layout, length = task.layout, len(p.token_ids)
-    editable, fixed = sorted(layout.positions(p.token_ids)), layout.fixed
+    editing, length = task.layout.edits, len(p.token_ids)
+    editable, fixed = sorted(editing.positions(p.token_ids)), editing.fixed
     words = p.instruction[len(fixed) :]
     ends = words.rstrip().rstrip("\"')]").endswith((".", "!", "?", "。", "！", "？")) and any(map(str.isalnum, words))
     grows = not ends and len(editable if fixed else p.token_ids) < task.settings.max_instruction_tokens

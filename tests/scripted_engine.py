@@ -254,7 +254,7 @@ class ScriptedEngine(Engine):
         for token in tokens:
             if request.on_token is not None:
                 request.on_token(token)
-        self.tally(forwards=1, prefilled_tokens=len(request.prompt), generated_tokens=len(tokens))
+        self.tally.add(forwards=1, prefilled_tokens=len(request.prompt), generated_tokens=len(tokens))
         return Generation(tuple(tokens), "stop")
 
 

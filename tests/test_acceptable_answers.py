@@ -64,7 +64,7 @@ def evaluator_on(engine: Any, rows: Any, settings: Settings | None = None) -> Ev
 
 
 def evaluated(evaluator: Evaluator, *texts: str) -> list[Evaluation]:
-    return evaluator.evaluate([Instruction(evaluator.layout.instruction_ids(text), text) for text in texts])
+    return evaluator.evaluate([Instruction(evaluator.layout.edits.instruction_ids(text), text) for text in texts])
 
 
 def loss_of(evaluator: Evaluator, text: str, row: RowOutcome, answer: str) -> float:

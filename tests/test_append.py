@@ -60,16 +60,16 @@ def react_layout(kind: str = "byte-level", template: str = "llama3", adapter: st
 
 def appended_word_by_word(layout: Layout, text: str) -> tuple[tuple[int, ...], str]:
     """The instruction with `text` after its fixed part, built with `append` alone."""
-    ids, instruction = layout.instruction_ids(layout.fixed), layout.fixed
-    for token in layout.instruction_ids(layout.fixed + text)[len(ids) :]:
-        edit = layout.append(ids, token)
+    ids, instruction = layout.edits.instruction_ids(layout.edits.fixed), layout.edits.fixed
+    for token in layout.edits.instruction_ids(layout.edits.fixed + text)[len(ids) :]:
+        edit = layout.edits.append(ids, token)
         assert edit is not None
         ids, instruction = edit
     return ids, instruction
 
 
 def pieces(layout: Layout, ids: tuple[int, ...]) -> str:
-    return layout.tokenizer.decode([ids[i] for i in layout.positions(ids)], clean_up_tokenization_spaces=False)
+    return layout.tokenizer.decode([ids[i] for i in layout.edits.positions(ids)], clean_up_tokenization_spaces=False)
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:The data contains the special tokens")
@@ -80,11 +80,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:The data contains the special to
 def test_the_tool_list_survives_to_the_byte_from_the_first_edit_to_the_deployed_prompt(kind: str, adapter: str) -> None:
     layout, program = react_layout(kind, "llama3", adapter), agent()
     ids, text = appended_word_by_word(layout, " Think first. Then act.")
-    assert text == f"{layout.fixed} Think first. Then act."
-    position = layout.positions(ids)[0]
-    word = layout.instruction_ids(f"{layout.fixed} a")[-1]
-    edit = layout.replace(ids, position, word)
-    assert edit is not None and edit[1].startswith(f"{layout.fixed} a")
+    assert text == f"{layout.edits.fixed} Think first. Then act."
+    position = layout.edits.positions(ids)[0]
+    word = layout.edits.instruction_ids(f"{layout.edits.fixed} a")[-1]
+    edit = layout.edits.replace(ids, position, word)
+    assert edit is not None and edit[1].startswith(f"{layout.edits.fixed} a")
     round_trip(layout, *reversed(edit), inputs=ROW)
 
     better = write_back(program, {"react": edit[1]})
@@ -94,27 +94,29 @@ def test_the_tool_list_survives_to_the_byte_from_the_first_edit_to_the_deployed_
     assert system.startswith(old[: old.index(objective)] + objective)
     for tool in program.tools.values():
         assert str(tool) in system
-    assert before.instruction == layout.fixed
+    assert before.instruction == layout.edits.fixed
 
 
 @pytest.mark.parametrize("kind,template", [*FAMILIES, ("pocket", "")])
 def test_nothing_that_overlaps_the_fixed_text_can_be_edited(kind: str, template: str) -> None:
     layout = react_layout(kind, template)
-    ids = layout.instruction_ids(layout.fixed)
-    assert layout.positions(ids) == ()
+    ids = layout.edits.instruction_ids(layout.edits.fixed)
+    assert layout.edits.positions(ids) == ()
     # One token in this vocabulary, and more text of its own in others.
     word = next(
-        new[-1] for text in (" a", ".") if len(new := layout.instruction_ids(layout.fixed + text)) == len(ids) + 1
+        new[-1]
+        for text in (" a", ".")
+        if len(new := layout.edits.instruction_ids(layout.edits.fixed + text)) == len(ids) + 1
     )
     for position in random.Random(0).sample(range(len(ids)), 20):
-        assert layout.replace(ids, position, word) is None
-        assert layout.insert(ids, position, word) is None
-        assert layout.delete(ids, position) is None
-    longer = layout.append(ids, word)
+        assert layout.edits.replace(ids, position, word) is None
+        assert layout.edits.insert(ids, position, word) is None
+        assert layout.edits.delete(ids, position) is None
+    longer = layout.edits.append(ids, word)
     assert longer is not None
-    assert layout.positions(longer[0]) == (len(ids),)
+    assert layout.edits.positions(longer[0]) == (len(ids),)
     # Taking the last one away leads back to where it began.
-    assert layout.delete(longer[0], len(ids)) == (ids, layout.fixed)
+    assert layout.edits.delete(longer[0], len(ids)) == (ids, layout.edits.fixed)
 
 
 @pytest.mark.slow
@@ -130,22 +132,22 @@ def test_every_legal_edit_keeps_the_fixed_text_and_is_deployed_as_it_was_scored(
     family: tuple[str, str], adapter: str, added: str, where: float, data: st.DataObject
 ) -> None:
     layout = react_layout(*family, adapter)
-    ids = layout.instruction_ids(layout.fixed + added)
-    positions = layout.positions(ids)
+    ids = layout.edits.instruction_ids(layout.edits.fixed + added)
+    positions = layout.edits.positions(ids)
     assert pieces(layout, ids).strip() in added
     place = positions[int(where * len(positions))] if positions else len(ids)
     for token in data.draw(st.lists(st.integers(0, len(layout.tokenizer) - 1), min_size=4, max_size=4)):
         for edit in (
-            layout.append(ids, token),
-            layout.replace(ids, place, token),
-            layout.insert(ids, place, token),
-            layout.delete(ids, place),
+            layout.edits.append(ids, token),
+            layout.edits.replace(ids, place, token),
+            layout.edits.insert(ids, place, token),
+            layout.edits.delete(ids, place),
         ):
             if edit is None:
                 continue
             canonical, text = edit
-            assert text.startswith(layout.fixed)
-            assert "\n" not in text[len(layout.fixed) :]
+            assert text.startswith(layout.edits.fixed)
+            assert "\n" not in text[len(layout.edits.fixed) :]
             assert layout.signature.with_instructions(text).instructions == text
             prompt = layout.prompt(text, ROW)
             if "<|eot|>" not in layout.encoder.special_texts:  # else the twin would read the tools' text as markup
@@ -155,27 +157,27 @@ def test_every_legal_edit_keeps_the_fixed_text_and_is_deployed_as_it_was_scored(
 
 def test_the_last_fixed_word_does_not_grow() -> None:
     layout = react_layout("byte-level")
-    assert layout.fixed.endswith("JSON format")
-    ids = layout.instruction_ids(layout.fixed)
+    assert layout.edits.fixed.endswith("JSON format")
+    ids = layout.edits.instruction_ids(layout.edits.fixed)
     bare, blank = (layout.tokenizer.convert_tokens_to_ids(piece) for piece in ("s", "Ġthe"))
-    assert layout.append(ids, bare) is None
-    assert (layout.append(ids, blank) or ((), ""))[1] == f"{layout.fixed} the"
-    stop = layout.append(ids, layout.tokenizer.convert_tokens_to_ids("."))
-    assert stop is not None and stop[1] == f"{layout.fixed}."
+    assert layout.edits.append(ids, bare) is None
+    assert (layout.edits.append(ids, blank) or ((), ""))[1] == f"{layout.edits.fixed} the"
+    stop = layout.edits.append(ids, layout.tokenizer.convert_tokens_to_ids("."))
+    assert stop is not None and stop[1] == f"{layout.edits.fixed}."
     # Nor later, when what stands between is replaced or deleted.
     ids, _ = appended_word_by_word(layout, " as")
     assert [layout.tokenizer.decode([token]) for token in ids[-2:]] == [" a", "s"]
-    assert layout.delete(ids, len(ids) - 2) is None
+    assert layout.edits.delete(ids, len(ids) - 2) is None
 
 
 @pytest.mark.parametrize("kind", ["unigram", "unigram with a first blank"])
 def test_letters_that_the_tokenizer_does_not_have_stay_in_the_fixed_text(kind: str) -> None:
     fixed = "Sei gegr\u00fc\u00dft:\n\n(1) na\u00efve {x}"
     layout = Layout(family_tokenizer(kind), dspy.ChatAdapter(), dspy.Signature("question -> answer"), fixed=fixed)
-    ids = layout.instruction_ids(fixed)
+    ids = layout.edits.instruction_ids(fixed)
     assert layout.tokenizer.unk_token_id in ids
-    assert layout.positions(ids) == ()
-    edit = layout.append(ids, layout.tokenizer.convert_tokens_to_ids("."))
+    assert layout.edits.positions(ids) == ()
+    edit = layout.edits.append(ids, layout.tokenizer.convert_tokens_to_ids("."))
     assert edit is not None and edit[1] == f"{fixed}."
     round_trip(layout, edit[1], edit[0])
 
@@ -183,24 +185,24 @@ def test_letters_that_the_tokenizer_does_not_have_stay_in_the_fixed_text(kind: s
 def test_a_fixed_text_of_one_line_works_alike() -> None:
     signature = dspy.Signature("question -> answer")
     layout = Layout(family_tokenizer("byte-level"), dspy.ChatAdapter(), signature, fixed="Be kind.")
-    ids = layout.instruction_ids("Be kind.")
-    assert layout.positions(ids) == ()
-    edit = layout.append(ids, layout.tokenizer.convert_tokens_to_ids("Ġthe"))
+    ids = layout.edits.instruction_ids("Be kind.")
+    assert layout.edits.positions(ids) == ()
+    edit = layout.edits.append(ids, layout.tokenizer.convert_tokens_to_ids("Ġthe"))
     assert edit is not None and edit[1] == "Be kind. the"
 
 
 def test_without_a_fixed_text_everything_is_as_before() -> None:
     site = predictors_of(agent())[0]
     free = Layout(family_tokenizer("byte-level"), ADAPTERS["chat"], site.signature)
-    ids = free.instruction_ids(site.instruction)
-    assert free.fixed == "" and free.positions(ids)[:2] == (0, 1)
-    assert set(free.positions(ids)) < set(range(len(ids)))
+    ids = free.edits.instruction_ids(site.instruction)
+    assert free.edits.fixed == "" and free.edits.positions(ids)[:2] == (0, 1)
+    assert set(free.edits.positions(ids)) < set(range(len(ids)))
 
 
 def test_ids_of_an_instruction_without_the_fixed_text_are_refused() -> None:
     layout = react_layout()
     with pytest.raises(LayoutError, match=r"'Answer.' does not begin with the fixed text 'Answer the .*, which has to"):
-        layout.positions(layout.instruction_ids("Answer."))
+        layout.edits.positions(layout.edits.instruction_ids("Answer."))
 
 
 @pytest.mark.parametrize("fixed", [" Answer.", "\nAnswer.", "Answer.\n", "Answer:\n  - a\n  - b\n"])

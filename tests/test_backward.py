@@ -134,12 +134,12 @@ def test_the_quantisation_is_named_where_the_configuration_tells_it() -> None:
     model = replaced(tiny_model(vocab_size=512), NoBackward, *ALL)
     model.config.quantization_config = {"quant_method": "gptq"}
     engine = Engine(model, tiny_tokenizer(), name="tiny")
-    assert "The weights are quantised (gptq)." in engine.backward().explained("tiny", model)
+    assert "The weights are quantised (gptq)." in engine.checks.backward().explained("tiny", model)
     assert engine.identity.endswith(":float32+gptq")
 
 
 def test_a_model_that_does_not_look_back_is_not_blamed_for_a_gradient_of_zero() -> None:
-    assert planted_engine().backward().works
+    assert planted_engine().checks.backward().works
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2"])
@@ -152,12 +152,12 @@ def test_models_with_a_gradient_pass_and_are_tried_once(kind: Any, dtype: torch.
         times.append(1)
         return try_backward(*args)
 
-    monkeypatch.setattr("dspy_greater.model.engine.try_backward", counted)
+    monkeypatch.setattr("dspy_greater.model.checks.try_backward", counted)
     for _ in range(2):
-        assert engine.backward().works and engine.backward().blocked == ()
+        assert engine.checks.backward().works and engine.checks.backward().blocked == ()
     assert len(times) == 1
     replaced(engine.model, NoBackward, *ALL)
-    assert not engine.backward().works and len(times) == 2
+    assert not engine.checks.backward().works and len(times) == 2
 
 
 def test_weights_that_were_loaded_for_inference_alone_are_refused_and_not_found_out_later() -> None:

@@ -67,7 +67,7 @@ def searching(
         settings=settings,
     )
     [seed] = objective.evaluate([objective.seed()])
-    return objective, begin(seed, settings, editable=objective.layout.positions(seed.token_ids)), settings
+    return objective, begin(seed, settings, editable=objective.layout.edits.positions(seed.token_ids)), settings
 
 
 CHANCE = DefaultStep(rank=None, forecast=None)
@@ -191,7 +191,7 @@ def test_the_best_forecasts_are_tried() -> None:
 
 def test_of_the_next_positions_it_takes_the_one_that_promises_most() -> None:
     objective, state, settings = searching(positions_ahead=3)
-    here = sorted(objective.layout.positions(state.current.token_ids))[1:4]
+    here = sorted(objective.layout.edits.positions(state.current.token_ids))[1:4]
     state = replace(state, position=here[0])
     alone = {}
     for position in here:
@@ -210,7 +210,7 @@ def test_the_search_goes_on_behind_the_position_that_was_taken(monkeypatch: pyte
     promise = property(lambda look: -look.at.state.position)  # the last of the three
     monkeypatch.setattr(default_step._Look, "promise", promise)
     objective, state, settings = searching(positions_ahead=3, selections=1, steps=1)
-    assert len(objective.layout.positions(state.current.token_ids)) > 3
+    assert len(objective.layout.edits.positions(state.current.token_ids)) > 3
     [(after, step, _)] = minimise(Search(objective, settings, DefaultStep(), "predict", 0), state.seed)
     assert (state.position, step.position, after.position) == (0, 2, 3)
 
@@ -521,14 +521,14 @@ def test_reasonings_that_do_not_fit_the_context_are_shortened_alike_whatever_was
 def replayed_under(objective: Evaluator, text: str) -> list[Reasoning]:
     """The seed's runs, laid out under another instruction."""
     [seed] = objective.evaluate([objective.seed()])
-    moved = replace(seed, instruction=text, token_ids=objective.layout.instruction_ids(text))
+    moved = replace(seed, instruction=text, token_ids=objective.layout.edits.instruction_ids(text))
     return objective.replay(moved, random.Random(0), 100)
 
 
 def test_reasonings_are_laid_out_as_the_instruction_would_be_sent() -> None:
     objective, _, _ = searching()
     for text in ("Please count.", "Look here now, please."):
-        ids = objective.layout.instruction_ids(text)
+        ids = objective.layout.edits.instruction_ids(text)
         for run in replayed_under(objective, text):
             for each in run.sequences:
                 assert each.token_ids[each.instruction.start : each.instruction.stop] == ids

@@ -48,7 +48,7 @@ def test_a_directory_is_loaded_in_the_type_of_its_configuration_and_size(
     assert default_dtype(CPU, path, {}) == getattr(torch, expected)
     assert torch.equal(torch.get_rng_state(), state)
     lm = local_lm(path)
-    assert engine_of(lm).engine.dtype == getattr(torch, expected) and lm.model.endswith(f":{expected}")
+    assert engine_of(lm).engine.weights.dtype == getattr(torch, expected) and lm.model.endswith(f":{expected}")
     assert shared_engine(path, dtype="float64").identity.endswith(":float64")
 
 
@@ -66,7 +66,7 @@ def test_a_place_that_is_nowhere_is_our_own_error_all_the_same(monkeypatch: pyte
 
 def test_the_pocket_model_stays_in_float32_on_every_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     processor(monkeypatch, bfloat16=True)
-    assert engine_of(local_lm("pocket", device="cpu")).engine.dtype == torch.float32
+    assert engine_of(local_lm("pocket", device="cpu")).engine.weights.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16", "bf16", "sve_bf16"])

@@ -36,7 +36,7 @@ def searching(
         settings=settings,
     )
     [seed] = evaluator.evaluate([evaluator.seed()])
-    state = begin(seed, settings, editable=evaluator.layout.positions(seed.token_ids), fixed=fixed)
+    state = begin(seed, settings, editable=evaluator.layout.edits.positions(seed.token_ids), fixed=fixed)
     at = StepContext(evaluator, evaluator.engine, state, settings, "predict", 0)
     return moved(at, position=position) if position else at
 
@@ -72,7 +72,7 @@ def test_replacement_insertion_and_deletion_are_proposed_and_change_one_position
 @pytest.mark.parametrize("position", [0, 2])
 def test_every_edit_is_deployed_with_the_ids_that_it_has(position: int) -> None:
     for each in propose_edits(searching(position=position)):
-        assert searching().evaluator.layout.instruction_ids(each.instruction.text) == each.instruction.token_ids
+        assert searching().evaluator.layout.edits.instruction_ids(each.instruction.text) == each.instruction.token_ids
 
 
 @pytest.mark.parametrize("position", [0, 3, 4])
@@ -164,7 +164,7 @@ def test_a_fixed_text_stays_to_the_byte() -> None:
         [evaluated] = at.evaluator.evaluate([chosen])
         at = moved(at, current=evaluated, position=len(chosen.token_ids) - 1)
     assert {"replace", "insert"} <= {each.kind for each in found}
-    while len(at.evaluator.layout.positions(at.current.token_ids)) < 3:
+    while len(at.evaluator.layout.edits.positions(at.current.token_ids)) < 3:
         at = moved(at, position=len(at.current.token_ids))
         [evaluated] = at.evaluator.evaluate([propose_edits(at)[0].instruction])
         at = moved(at, current=evaluated)
@@ -173,7 +173,7 @@ def test_a_fixed_text_stays_to_the_byte() -> None:
 
 def test_a_line_break_is_no_position() -> None:
     at = searching("Look\nhere now.")
-    breaks = set(range(len(at.current.token_ids))) - set(at.evaluator.layout.positions(at.current.token_ids))
+    breaks = set(range(len(at.current.token_ids))) - set(at.evaluator.layout.edits.positions(at.current.token_ids))
     assert breaks
     assert propose_edits(moved(at, position=min(breaks))) == ()
 

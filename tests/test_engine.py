@@ -113,7 +113,7 @@ def test_counters_count_tokens_without_padding() -> None:
     engine = build()
     spent = spent_on(engine, lambda: generated(engine, [(5, 6, 7), (8,)], 4, stop_token_ids=()))
     assert spent == Counters(forwards=4, prefilled_tokens=4, generated_tokens=8, padded_tokens=2, lm_head_rows=8)
-    engine.tally(backward_tokens=3)
+    engine.tally.add(backward_tokens=3)
     assert engine.counters.backward_tokens == 3
 
 
@@ -268,7 +268,7 @@ def test_on_token_ends_a_row() -> None:
 def test_the_end_of_turn_token_of_the_chat_template_stops_a_row() -> None:
     tokenizer = tiny_tokenizer()
     engine = Engine(tiny_model(vocab_size=len(tokenizer), eos_token_id=2), tokenizer, name="tiny")
-    assert engine.stop_token_ids == {2, 4}
+    assert engine.weights.stop_token_ids == {2, 4}
 
 
 def test_a_model_that_was_handed_in_is_left_as_it_was() -> None:
@@ -299,16 +299,16 @@ def test_the_identity_names_weights_version_and_type(tmp_path: Any) -> None:
     assert one.identity.startswith("tiny-llama@") and one.identity.endswith(":float32")
     assert other.identity != one.identity
     half = build(dtype=torch.bfloat16)
-    assert half.identity.endswith(":bfloat16") and half.dtype == torch.bfloat16
+    assert half.identity.endswith(":bfloat16") and half.weights.dtype == torch.bfloat16
 
 
 def test_a_directory_is_loaded_frozen_and_once(tmp_path: Any) -> None:
     path = save_tiny(tmp_path / "model")
     engine = shared_engine(path)
     assert shared_engine(path) is engine
-    assert engine.embedding_weight.shape == (512, 32) and engine.context_length == 1024
+    assert engine.weights.embedding_matrix.shape == (512, 32) and engine.context_length == 1024
     assert not any(parameter.requires_grad for parameter in engine.model.parameters())
-    assert engine.identity == f"{path}@{engine.revision}:float32"
+    assert engine.identity == f"{path}@{engine.checks.revision}:float32"
     built = build()
     prompts = random_prompts(3)
     assert generated(engine, prompts, 6) == generated(built, prompts, 6)

@@ -182,7 +182,7 @@ def test_rows_that_are_read_in_parts_write_what_they_write_alone(kind: Any) -> N
     assert len(parts_of(contexts)) > 3
     together = write(engine, asked, lengths)
     alone = build(kind, max_batch_rows=1)
-    alone.cache_reach = 0
+    alone.checks.cache_reach = 0
     assert together == write(alone, asked, lengths)
 
 
@@ -270,7 +270,7 @@ def test_when_memory_runs_out_while_scoring_the_rows_are_read_in_halves() -> Non
             losses(session, rows)
     model.most = 64
     unshared = Engine(model, tiny_tokenizer(), name="full")  # a model that takes no embeddings has no plain twin
-    unshared.cache_reach = 0
+    unshared.checks.cache_reach = 0
     expected = losses(unshared, rows)
     assert found.cross_entropy == pytest.approx(expected.cross_entropy, rel=1e-4)
     assert found.fluency_nll == pytest.approx(expected.fluency_nll, rel=1e-5)

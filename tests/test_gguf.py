@@ -226,7 +226,7 @@ def test_tokens_that_end_a_turn_end_what_is_written(tmp_path: Path) -> None:
     path = write(tmp_path / "model.gguf", fields=fields)
     for _ in ("unpacked", "kept"):
         engine = Engine.from_pretrained(path)
-        assert engine.stop_token_ids >= {2, 4, 300, 301}  # 4 ends the assistant's turn in the template
+        assert engine.weights.stop_token_ids >= {2, 4, 300, 301}  # 4 ends the assistant's turn in the template
         assert engine.model.generation_config.eos_token_id == [2, 300, 301]
 
 
@@ -322,7 +322,7 @@ def test_a_file_and_the_folder_that_holds_it_are_one_engine(plain: Path, tmp_pat
     path = Path(shutil.copy(plain, folder / "weights.gguf"))
     by_file = engine_of(local_lm(str(path))).engine
     assert engine_of(local_lm(path)).engine is by_file
-    assert engine_of(local_lm(folder)).engine.revision == by_file.revision == digest(plain)[:12]
+    assert engine_of(local_lm(folder)).engine.checks.revision == by_file.checks.revision == digest(plain)[:12]
     assert len(local_lm(path, max_tokens=3, cache=False)("Hi")) == 1
 
 
@@ -452,7 +452,7 @@ def test_safetensors_in_a_folder_come_before_a_gguf_file(tmp_path: Path, plain: 
     save_tiny(tmp_path)
     shutil.copy(plain, tmp_path / "model.gguf")
     assert find_gguf(tmp_path) is None
-    assert shared_engine(tmp_path).revision != digest(plain)[:12]
+    assert shared_engine(tmp_path).checks.revision != digest(plain)[:12]
 
 
 @pytest.mark.parametrize(
@@ -558,7 +558,10 @@ def test_what_was_kept_is_what_was_unpacked_bit_by_bit(
     assert first.generation_config.to_dict() == second.generation_config.to_dict()
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
     assert again.special_tokens_map == tokenizer.special_tokens_map and again.chat_template == tokenizer.chat_template
-    assert Engine(first, tokenizer, name="x").stop_token_ids == Engine(second, again, name="x").stop_token_ids
+    assert (
+        Engine(first, tokenizer, name="x").weights.stop_token_ids
+        == Engine(second, again, name="x").weights.stop_token_ids
+    )
 
 
 def test_each_type_and_each_file_has_a_folder_of_its_own(tmp_path: Path, plain: Path, cache: Path) -> None:

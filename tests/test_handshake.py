@@ -58,7 +58,7 @@ def expected_memory(architecture: str) -> tuple[bool, bool, bool]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rows_of_any_length_that_end_when_they_like_are_what_each_would_be_alone(architecture: str) -> None:
     engine = engine_of(architecture)
-    shook = engine.handshake
+    shook = engine.checks.handshake
     assert (shook.keys_and_values, shook.states is not None, shook.ragged) == expected_memory(architecture)
     prompts = [(7,), *random_prompts(5, shared=20, seed=1), (9, 11)]
     ends, stop = [1, 12, 4, 4, 9, 2, 12], frozenset(range(200, 230))
@@ -82,7 +82,7 @@ def test_rows_of_any_length_that_end_when_they_like_are_what_each_would_be_alone
 def test_the_gradient_is_the_one_that_each_row_has_alone(architecture: str) -> None:
     engine, examples = engine_of(architecture), rows()
     found = slopes(engine, examples)
-    assert engine.backward().works and not engine.backward().blocked
+    assert engine.checks.backward().works and not engine.checks.backward().blocked
     for mine, row in zip(found, examples, strict=True):
         expected = plain_slopes(engine, row)
         assert torch.allclose(mine, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
@@ -92,7 +92,7 @@ def test_the_gradient_is_the_one_that_each_row_has_alone(architecture: str) -> N
 @pytest.mark.parametrize("architecture", SLOWER)
 def test_nothing_is_shared_between_rows_and_scores_are_those_of_rows_read_alone(architecture: str) -> None:
     engine = engine_of(architecture)
-    assert engine.cache_reach == 0
+    assert engine.checks.cache_reach == 0
     prompts = random_prompts(3, shared=30, seed=2)
     alone = [generated(engine, [prompt], 6, stop_token_ids=())[0] for prompt in prompts]
     drafts = [(prompt, each.token_ids) for prompt, each in zip(prompts, alone, strict=True)]
@@ -157,7 +157,7 @@ def test_tokens_are_counted_for_rows_that_are_written_by_the_states_of_the_model
 @pytest.mark.parametrize("architecture", ["Llama", "Mixtral", "Gemma3Text", "Lfm2", "Mamba2", "FalconH1"])
 def test_half_precision_does_not_change_how_a_model_remembers(architecture: str) -> None:
     model = other_architectures.tiny(architecture, dtype=torch.bfloat16)
-    assert shake_hands(model, tiny_tokenizer(), architecture) == engine_of(architecture).handshake
+    assert shake_hands(model, tiny_tokenizer(), architecture) == engine_of(architecture).checks.handshake
 
 
 def plain_gradient(model: Any, row: Any) -> Tensor:
@@ -182,13 +182,13 @@ def plain_gradient(model: Any, row: Any) -> Tensor:
 
 def slopes(engine: Engine, examples: Any) -> Tensor:
     """Equation 7 for each example and every token that there is, [N, V]."""
-    found = paper_gradient(engine, examples, position=POSITION, candidates=range(len(engine.embedding_weight)))
+    found = paper_gradient(engine, examples, position=POSITION, candidates=range(len(engine.weights.embedding_matrix)))
     return torch.tensor(found.per_example)
 
 
 def plain_slopes(engine: Engine, row: Any) -> Tensor:
     """The same from the plain gradient, [V]."""
-    return engine.embed(range(len(engine.embedding_weight))) @ plain_gradient(engine.model, row)
+    return engine.embed(range(len(engine.weights.embedding_matrix))) @ plain_gradient(engine.model, row)
 
 
 def example(prompt: tuple[int, ...], written: tuple[int, ...]) -> Supervised:
@@ -266,7 +266,7 @@ def test_a_cache_that_gives_another_text_is_not_used(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         engine = Engine(Forgetful(fault), tiny_tokenizer(), name="forgetful")
-    shook = engine.handshake
+    shook = engine.checks.handshake
     assert (shook.keys_and_values, shook.states is not None, shook.ragged) == (False, remembers, ragged)
     assert ("decoded without: every token reads its whole row again" in caplog.text) is not remembers
     prompts = random_prompts(5, shared=20, seed=5)
@@ -301,7 +301,7 @@ def test_mode_flags_weights_and_random_state_are_left_alone(architecture: str) -
     model.get_input_embeddings().weight.requires_grad_(False)
     before = [(each.clone(), each.requires_grad) for each in model.parameters()]
     modes, state = [module.training for module in model.modules()], torch.get_rng_state()
-    Engine(model, tiny_tokenizer(), name="handed in").backward()
+    Engine(model, tiny_tokenizer(), name="handed in").checks.backward()
     assert modes == [module.training for module in model.modules()]
     assert torch.equal(state, torch.get_rng_state())
     for (values, flag), now in zip(before, model.parameters(), strict=True):
@@ -316,17 +316,17 @@ def test_hands_are_shaken_again_when_the_model_has_changed_and_not_before(monkey
         times.append(1)
         return shake_hands(*args)
 
-    monkeypatch.setattr("dspy_greater.model.engine.shake_hands", counted)
-    identity = engine.recognise()
-    assert engine.recognise() == identity and not times
+    monkeypatch.setattr("dspy_greater.model.checks.shake_hands", counted)
+    identity = engine.checks.renew()
+    assert engine.checks.renew() == identity and not times
     with torch.no_grad():
         engine.model.model.layers[0].mlp.up_proj.weight.mul_(2.0)
-    assert engine.recognise() != identity and len(times) == 1
-    engine.recognise()
+    assert engine.checks.renew() != identity and len(times) == 1
+    engine.checks.renew()
     assert len(times) == 1
     engine.model.model.layers[0].mlp.up_proj = torch.nn.Linear(32, 64).to("meta")
     with pytest.raises(WeightsError, match="on the meta device"):
-        engine.recognise()
+        engine.checks.renew()
 
 
 # ---- who is refused
@@ -430,7 +430,7 @@ def test_tokens_of_text_that_the_model_does_not_know_are_refused() -> None:
         Engine(tiny_model(vocab_size=512), tokenizer, name="odd")
     model = tiny_model(vocab_size=512)
     model.resize_token_embeddings(513)
-    assert Engine(model, tokenizer, name="resized").handshake.keys_and_values
+    assert Engine(model, tokenizer, name="resized").checks.handshake.keys_and_values
 
 
 def test_a_tokenizer_without_english_is_no_fault() -> None:
@@ -438,11 +438,11 @@ def test_a_tokenizer_without_english_is_no_fault() -> None:
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<|end|>")
     engine = Engine(tiny_model(vocab_size=12, eos_token_id=1), tokenizer, name="digits")
-    assert engine.handshake.keys_and_values and engine.backward().works
+    assert engine.checks.handshake.keys_and_values and engine.checks.backward().works
 
 
 def test_embeddings_for_more_tokens_than_there_are_are_no_fault() -> None:
-    assert Engine(tiny_model(vocab_size=576), tiny_tokenizer(), name="padded").handshake.keys_and_values
+    assert Engine(tiny_model(vocab_size=576), tiny_tokenizer(), name="padded").checks.handshake.keys_and_values
 
 
 def test_special_tokens_beyond_the_embeddings_do_no_harm_until_a_prompt_has_one() -> None:

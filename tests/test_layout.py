@@ -15,12 +15,13 @@ import dspy
 import pydantic
 import pytest
 from chat_families import DROPS_INSTRUCTION, KINDS, REPEATS_SYSTEM, TEMPLATES, family_tokenizer
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dspy_greater.errors import DataError, LayoutError
 from dspy_greater.prompt.chat_template import render_chat
-from dspy_greater.prompt.layout import Layout, Span, covering
+from dspy_greater.prompt.layout import Layout, Span
+from dspy_greater.prompt.spans import covering
 from dspy_greater.prompt.target import AssistantTexts, assistant_text
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -109,7 +110,7 @@ def test_the_messages_of_a_real_call_give_the_scored_tokens() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_span_covers_the_instruction_and_no_more(kind: str) -> None:
     layout = layout_for(kind)
-    ids = layout.instruction_ids(SEEDS[0])
+    ids = layout.edits.instruction_ids(SEEDS[0])
     prompt = layout.prompt(SEEDS[0], ROW)
     assert prompt.token_ids[prompt.instruction.start : prompt.instruction.stop] == ids
     assert len(prompt.instruction) == len(ids)
@@ -119,7 +120,7 @@ def test_the_span_covers_the_instruction_and_no_more(kind: str) -> None:
 def test_the_first_token_may_take_in_the_indentation() -> None:
     layout = layout_for("merging")
     alone = layout.tokenizer(SEEDS[0], add_special_tokens=False)["input_ids"]
-    ids = layout.instruction_ids(SEEDS[0])
+    ids = layout.edits.instruction_ids(SEEDS[0])
     assert ids[0] != alone[0]
     assert layout.tokenizer.decode([ids[0]]).startswith(" ")
 
@@ -422,172 +423,6 @@ def test_a_missing_empty_or_unfitting_gold_value_is_refused() -> None:
     typed = Layout(family_tokenizer(), dspy.ChatAdapter(), SIGNATURE.with_updated_fields("answer", type_=int))
     with pytest.raises(DataError, match="'four' of `answer` does not fit its type"):
         typed.supervised("Answer.", ROW, {"reasoning": "so"}, "answer", "four")
-
-
-# --- edits ---
-
-
-@quick
-@given(
-    kind=st.sampled_from(KINDS),
-    template=st.sampled_from(list(TEMPLATES)),
-    adapter=st.sampled_from(list(ADAPTERS)),
-    seed=st.sampled_from(SEEDS),
-    where=st.floats(0, 1, exclude_max=True),
-    data=st.data(),
-)
-def test_every_legal_edit_is_deployed_as_it_was_scored(
-    kind: str, template: str, adapter: str, seed: str, where: float, data: st.DataObject
-) -> None:
-    assume((kind, template) not in ROW_MERGES)
-    layout = layout_for(kind, template, adapter)
-    ids = layout.instruction_ids(seed)
-    positions = layout.positions(ids)
-    position = positions[int(where * len(positions))]
-    for token in data.draw(st.lists(st.integers(0, len(layout.tokenizer) - 1), min_size=8, max_size=8)):
-        for edit, length in (
-            (layout.replace(ids, position, token), len(ids)),
-            (layout.insert(ids, position, token), len(ids) + 1),
-            (layout.append(ids, token), len(ids) + 1),
-            (layout.delete(ids, position), len(ids) - 1),
-        ):
-            if edit is None:
-                continue
-            canonical, text = edit
-            assert len(canonical) == length
-            assert layout.signature.with_instructions(text).instructions == text
-            prompt = layout.prompt(text, ROW)
-            assert prompt.token_ids == slow_ids(layout.tokenizer, ADAPTERS[adapter], SIGNATURE, text, ROW)
-            assert prompt.token_ids[prompt.instruction.start : prompt.instruction.stop] == canonical
-            assert layout.text_of(canonical) == text
-
-
-@quick
-@given(kind=st.sampled_from(KINDS), seed=st.sampled_from(SEEDS), data=st.data())
-def test_a_replacement_changes_one_position_only(kind: str, seed: str, data: st.DataObject) -> None:
-    layout = layout_for(kind)
-    ids = layout.instruction_ids(seed)
-    position = data.draw(st.sampled_from(layout.positions(ids)))
-    for token in data.draw(st.lists(st.integers(0, len(layout.tokenizer) - 1), min_size=10, max_size=10)):
-        edit = layout.replace(ids, position, token)
-        if edit is None:
-            continue
-        assert [i for i, (a, b) in enumerate(zip(ids, edit[0], strict=True)) if a != b] in ([], [position])
-        if position not in (0, len(ids) - 1):
-            assert edit[0][position] == token
-
-
-@pytest.mark.parametrize("kind", ["byte-level", "merging"])
-def test_words_replace_words(kind: str) -> None:
-    layout = layout_for(kind)
-    ids = layout.instruction_ids("Answer the question.")
-    position = next(i for i, token in enumerate(ids) if layout.tokenizer.decode([token]) == " the")
-    word = next(t for t in layout.instruction_ids("Say a word") if layout.tokenizer.decode([t]) == " a")
-    assert layout.replace(ids, position, word) == (
-        layout.instruction_ids("Answer a question."),
-        "Answer a question.",
-    )
-
-
-def test_a_first_token_without_its_blank_becomes_the_one_with_it() -> None:
-    layout = layout_for("merging")
-    ids = layout.instruction_ids("A question.")
-    bare, with_blank = (layout.tokenizer.convert_tokens_to_ids(piece) for piece in ("I", "ĠI"))
-    if with_blank is None:
-        with_blank = layout.instruction_ids("I am")[0]
-    edit = layout.replace(ids, 0, bare)
-    assert edit is not None
-    assert edit[1] == "I question."
-    assert edit[0] == layout.instruction_ids("I question.")
-
-
-@pytest.mark.parametrize("template", ["gemma", "mistral", "chatml"])
-def test_a_last_token_that_takes_in_what_follows_is_still_editable(template: str) -> None:
-    layout = layout_for("merging", template)
-    ids = layout.instruction_ids("Think first")
-    longer = layout.append(ids, layout.tokenizer.convert_tokens_to_ids("."))
-    assert longer is not None
-    assert longer[1] == "Think first."
-    changed = layout.replace(longer[0], len(longer[0]) - 1, layout.tokenizer.convert_tokens_to_ids("?"))
-    assert changed is not None
-    assert changed[1] == "Think first?"
-
-
-def test_a_token_that_does_not_survive_retokenising_is_rejected() -> None:
-    layout = layout_for("merging")
-    ids = layout.instruction_ids("Say th question")
-    assert layout.tokenizer.decode([ids[1]]) != " the"
-    position = next(i for i, token in enumerate(ids) if layout.tokenizer.decode([token]).endswith("h"))
-    # "th" and "e" would be tokenised as one token, "the".
-    assert layout.insert(ids, position + 1, layout.tokenizer.convert_tokens_to_ids("e")) is None
-
-
-def test_illegal_tokens_and_positions_are_rejected() -> None:
-    layout = layout_for("byte-level")
-    tokenizer = layout.tokenizer
-    ids = layout.instruction_ids("Answer the question.")
-    newline, tab, half = (tokenizer.convert_tokens_to_ids(piece) for piece in ("Ċ", "ĉ", "Ã"))
-    tokenizer_size = len(tokenizer)
-    for token in (newline, tab, half, *layout.encoder.special_ids, tokenizer_size, -1):
-        assert layout.replace(ids, 1, token) is None
-        assert layout.append(ids, token) is None
-    word = layout.instruction_ids("a b")[1]
-    assert layout.replace(ids, len(ids), word) is None
-    assert layout.delete(ids, len(ids)) is None
-    assert layout.replace(ids, -1, word) is None
-
-
-def test_an_edit_cannot_empty_the_instruction() -> None:
-    layout = layout_for("byte-level")
-    ids = layout.instruction_ids("a")
-    blank = layout.tokenizer.convert_tokens_to_ids("Ġ")
-    assert layout.replace(ids, 0, blank) is None
-    assert layout.delete(ids, 0) is None
-    assert layout.replace(ids, 0, layout.tokenizer.convert_tokens_to_ids(".")) is None
-
-
-def test_field_markers_and_invisible_characters_cannot_be_written() -> None:
-    layout = layout_for("byte-level")
-    legal = layout._legal
-    for text in ("use [[ ## it", "say <answer> now", "a\u200bb", "a\u2028b", "a\x07b", "a\u00a0b", "<|eot|>"):
-        assert not legal.no_worse(text, "plain")
-        assert legal.no_worse(text, text)
-    assert legal.no_worse("é – 漢 <b> {x}", "plain")
-
-
-def test_line_breaks_of_the_seed_stay_and_cannot_be_edited() -> None:
-    layout = layout_for("merging")
-    ids = layout.instruction_ids("First line.\n\nSecond line.")
-    pieces = [layout.tokenizer.decode([token]) for token in ids]
-    positions = layout.positions(ids)
-    assert all("\n" not in pieces[i] for i in positions)
-    assert layout.text_of(ids) == "First line.\n\nSecond line."
-    breaks = [i for i, piece in enumerate(pieces) if "\n" in piece]
-    assert breaks
-    assert all(layout.replace(ids, i, ids[0]) is None and layout.delete(ids, i) is None for i in breaks)
-
-
-def test_ids_that_no_instruction_gives_have_no_text() -> None:
-    layout = layout_for("merging")
-    with pytest.raises(LayoutError, match="do not survive decoding, rendering and tokenising"):
-        layout.text_of([layout.tokenizer.convert_tokens_to_ids("Ã")])
-
-
-def test_tokens_that_end_in_a_blank_keep_it_when_decoded() -> None:
-    layout = layout_for("unigram with a first blank")
-    for instruction in ("the total is four", "the - sign", "a – b"):
-        assert layout.text_of(layout.instruction_ids(instruction)) == instruction
-    assert layout.encoder.decode(layout.instruction_ids("the total")).strip() == "the total"
-
-
-def test_an_edit_in_the_middle_never_changes_the_ends() -> None:
-    layout = layout_for("merging across blanks", "chatml")
-    ids = layout.instruction_ids("List each item and add")
-    for position in layout.positions(ids)[1:-1]:
-        for token in range(0, len(layout.tokenizer), 3):
-            edit = layout.replace(ids, position, token)
-            if edit is not None:
-                assert (edit[0][0], edit[0][-1], edit[0][position]) == (ids[0], ids[-1], token)
 
 
 def test_messages_in_several_parts_are_read_as_one_text() -> None:

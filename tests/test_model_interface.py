@@ -91,7 +91,7 @@ def test_generated_rows_are_scored_from_where_their_states_end(kind: Any) -> Non
         found = session.token_logprobs(sequences, asked)
         read = (engine.counters - before).prefilled_tokens
     torch.testing.assert_close(found, PlainModel(engine).token_logprobs(sequences, asked), rtol=1e-9, atol=1e-10)
-    slides = engine.cache_reach < max(map(len, sequences))  # states of a beginning are then not kept whole
+    slides = engine.checks.cache_reach < max(map(len, sequences))  # states of a beginning are then not kept whole
     assert slides == (kind == "gemma2")
     assert slides or read < 0.3 * sum(map(len, sequences))
 

@@ -62,7 +62,7 @@ def evaluator_of(
 
 
 def instruction(evaluator: Evaluator, text: str) -> Instruction:
-    return Instruction(evaluator.layout.instruction_ids(text), text)
+    return Instruction(evaluator.layout.edits.instruction_ids(text), text)
 
 
 def seed_of(evaluator: Evaluator) -> Evaluation:

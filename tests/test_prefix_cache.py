@@ -62,7 +62,7 @@ def build(
     model = tiny_model(kind, VOCABULARY, dtype, **settings)
     engine = Engine(model, tiny_tokenizer(), name="tiny", max_batch_rows=8, max_batch_tokens=max_batch_tokens)
     if not shares:
-        engine.cache_reach = 0  # the slow and obvious way: every row is read from its first token
+        engine.checks.cache_reach = 0  # the slow and obvious way: every row is read from its first token
     return engine
 
 
@@ -432,7 +432,7 @@ def test_a_model_that_leaves_the_cache_empty_is_asked_once_and_then_read_in_full
     first, second = (losses(engine, examples) for _ in range(2))
     assert_same_losses(first, expected, 1e-5)
     assert_same_losses(second, expected, 1e-5)
-    assert engine.cache_reach == 0
+    assert engine.checks.cache_reach == 0
 
 
 def test_a_model_that_hides_its_output_layer_shares_what_prompts_begin_with_all_the_same() -> None:
@@ -456,7 +456,7 @@ def test_positions_that_adapt_to_the_length_are_shared_only_where_they_do_not_ye
     parameters = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": original, **more}
     context = original if kind == "dynamic" else 2 * original
     engine, twin = (build(shares=shares, context=context, rope_parameters=parameters) for shares in (True, False))
-    assert engine.cache_reach == original
+    assert engine.checks.cache_reach == original
     examples = rows((20, 60))
     tokens = sum(len(each.token_ids) for each in examples)
     assert spent_on(engine, lambda: losses(engine, examples)).prefilled_tokens == tokens

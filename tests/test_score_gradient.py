@@ -168,7 +168,7 @@ def test_what_follows_the_instruction_in_every_row_is_differentiated_once(kind: 
     of_each = 1 + 3 + 2 + 3 + 9 + 2  # one token is left to the rows, and what they do not share
     rows = len([call for run in runs for call in run.sequences])
     longest = max(len(call.token_ids) for run in runs for call in run.sequences)
-    at_once = longest <= engine.cache_reach  # with a window that slides, states cannot be handed on
+    at_once = longest <= engine.checks.cache_reach  # with a window that slides, states cannot be handed on
     assert (engine.counters.backward_tokens <= 4 + 50 + alike * (alike < 16) + rows * of_each) == at_once
     assert at_once == (kind != "gemma2")
 

@@ -126,8 +126,8 @@ def check_that_what_is_scored_was_sent(program: Any, engine: Asked, rows: Sequen
         seed, _ = objective.evaluate_seed()
         assert are_as_sent(sequences(objective, seed), engine.asked)
         engine.asked.clear()
-        text = f"{objective.layout.fixed} {OTHER}" if objective.layout.fixed else OTHER
-        (other,) = objective.evaluate([Instruction(objective.layout.instruction_ids(text), text)])
+        text = f"{objective.layout.edits.fixed} {OTHER}" if objective.layout.edits.fixed else OTHER
+        (other,) = objective.evaluate([Instruction(objective.layout.edits.instruction_ids(text), text)])
         assert are_as_sent(sequences(objective, other), engine.asked)
         moved = [each.under(other.token_ids) for each in sequences(objective, seed)]
         assert are_as_sent(moved, engine.asked)

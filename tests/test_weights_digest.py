@@ -150,7 +150,7 @@ def test_using_a_model_does_not_change_its_label() -> None:
     engine = Engine(tiny_model(vocab_size=512), tiny_tokenizer(), name="tiny")
     before = engine.identity
     engine.generate([GenerationRequest(prompt, 4) for prompt in ((5, 6, 7), (8,))])
-    assert engine.backward().works
+    assert engine.checks.backward().works
     engine.model.train()
     engine.model.requires_grad_(False)
     assert engine.identity == before

@@ -23,8 +23,8 @@ def test_the_written_program_sends_the_scored_tokens(template: str) -> None:
     program = dspy.ChainOfThought("question -> answer")
     site = predictors_of(program)[0]
     layout = Layout(family_tokenizer("merging", template), site.adapter, site.signature)
-    ids = layout.instruction_ids("Answer the question.")
-    edit = layout.append(ids, layout.tokenizer.convert_tokens_to_ids("!"))
+    ids = layout.edits.instruction_ids("Answer the question.")
+    edit = layout.edits.append(ids, layout.tokenizer.convert_tokens_to_ids("!"))
     assert edit is not None
     scored, text = edit
     round_trip(layout, text, scored)
@@ -36,7 +36,7 @@ def test_the_written_program_sends_the_scored_tokens(template: str) -> None:
 
 def test_an_instruction_with_other_tokens_is_refused() -> None:
     layout = Layout(family_tokenizer(), dspy.ChatAdapter(), dspy.Signature("question -> answer"))
-    ids = layout.instruction_ids("Answer the question.")
+    ids = layout.edits.instruction_ids("Answer the question.")
     with pytest.raises(
         LayoutError,
         match=r"not tokenised to the ids that were scored: \d+ tokens against \d+, the "
@@ -55,7 +55,7 @@ def test_an_adapter_that_sends_something_else_is_refused() -> None:
 
     adapter = Shouting()
     layout = Layout(family_tokenizer(), adapter, dspy.Signature("question -> answer"))
-    ids = layout.instruction_ids("Answer the question.")
+    ids = layout.edits.instruction_ids("Answer the question.")
     adapter.shouts = True
     with pytest.raises(LayoutError, match="is not the one that was scored"):
         round_trip(layout, "Answer the question.", ids)
@@ -67,9 +67,9 @@ def test_an_adapter_that_rewrites_instructions_is_rendered_the_long_way() -> Non
             return super().format_task_description(signature).replace("&", "&amp;")
 
     layout = Layout(family_tokenizer("byte-level"), Shouting(), dspy.Signature("question -> answer"))
-    round_trip(layout, "Say a & b.", layout.instruction_ids("Say a & b."))
+    round_trip(layout, "Say a & b.", layout.edits.instruction_ids("Say a & b."))
     with pytest.raises(LayoutError, match="do not survive"):
-        layout.text_of(layout.instruction_ids("Say a & b."))
+        layout.edits.text_of(layout.edits.instruction_ids("Say a & b."))
 
 
 def test_several_predictors_are_written_into_one_copy(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def positions(plan: Plan, rows: Sequence[Any], metric: Any) -> Iterator[tuple[Po
     evaluator = _evaluator(plan, rows, metric)
     current, _ = evaluator.evaluate_seed()
     settings = _settled(plan, rows, metric, current)
-    editable = evaluator.layout.positions(current.token_ids)
+    editable = evaluator.layout.edits.positions(current.token_ids)
     chosen = sorted(random.sample(editable, min(plan.positions, len(editable))))
     with evaluator.engine.session() as model:
         contexts = [_context(evaluator, model, current, settings, position, plan.seed) for position in chosen]

@@ -185,4 +185,4 @@ def _own_account(name: str) -> LocalEngine:
     from dspy_greater.model.registry import shared_engine
 
     shared = shared_engine(name)
-    return LocalEngine(Engine(shared.model, shared.tokenizer, name=shared.name, revision=shared.revision))
+    return LocalEngine(Engine(shared.model, shared.tokenizer, name=shared.name, revision=shared.checks.revision))

@@ -81,7 +81,7 @@ def gate(
     Greedy text is only the same for everyone in float32, so another dtype is compared on a small float32 model
     of the same architecture.
     """
-    if engine.dtype == torch.float32:
+    if engine.weights.dtype == torch.float32:
         rows = parts.get("released", len(work.rows))
         part = work if rows == len(work.rows) else work.first_rows(rows)
         on = f"the weights that are timed, float32, {rows} of {len(work.rows)} rows"
@@ -92,7 +92,8 @@ def gate(
         tried = pocket_work(small, **settings)
     else:
         tried = random_work(small, prompt_tokens=_GATE_PROMPT, **settings)
-    on = f"a small float32 version of {options.shape}, because greedy text in {engine.dtype} depends on the batch"
+    dtype = engine.weights.dtype
+    on = f"a small float32 version of {options.shape}, because greedy text in {dtype} depends on the batch"
     found = run_gate(small, tried.with_current_reasoning(small), arms)
     for arm in arms.values():  # what the gate would otherwise have warmed up
         arm(engine, work.shortened(_WARM_UP_TOKENS), Clock(engine))
@@ -111,7 +112,9 @@ def _time(
     tokens = min(options.rows * len(work.prompts(work.instruction)[0]), 8192)
 
     def ceilings() -> Ceilings:
-        return measure(size, tokens=tokens, device=engine.device, dtype=engine.dtype, now=CLOCKS[options.clock])
+        return measure(
+            size, tokens=tokens, device=engine.weights.device, dtype=engine.weights.dtype, now=CLOCKS[options.clock]
+        )
 
     reached = ceilings()
     selected = _stand_ins(work)

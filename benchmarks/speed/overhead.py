@@ -171,6 +171,7 @@ def _wrapped(profile: Profile) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
     from dspy_greater.model.fast.session import Session
     from dspy_greater.objective import evaluator
     from dspy_greater.program import rollout
+    from dspy_greater.prompt.edits import TokenEdits
     from dspy_greater.prompt.encoder import PromptEncoder
     from dspy_greater.prompt.layout import Layout
     from dspy_greater.run.journal import Journal
@@ -183,11 +184,8 @@ def _wrapped(profile: Profile) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
         ("adapter: parse", dspy.ChatAdapter, ["parse"]),
         ("tokens of prompts", PromptEncoder, ["chat_ids"]),
         ("layout: sequences to score", Layout, ["supervised"]),
-        (
-            "layout: proposals and edits",
-            Layout,
-            ["replace", "insert", "append", "delete", "positions", "proposal_prefix"],
-        ),
+        ("layout: proposals and edits", Layout, ["proposal_prefix"]),
+        ("layout: proposals and edits", TokenEdits, ["replace", "insert", "append", "delete", "positions"]),
         ("calling and tracing the program", rollout, ["trace_calls"]),
         ("copying programs", evaluator, ["searching_copy"]),
         ("intersecting proposals", edits, ["propose"]),

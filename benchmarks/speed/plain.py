@@ -42,7 +42,7 @@ def step(engine: Engine, work: Work, clock: Clock) -> Step:
     with clock.phase("gradient"):
         supervised = work.supervised(work.instruction, current)
         embedding_gradients = _over(supervised, engine, lambda batch: _gradients(engine, work, batch))  # N times [d]
-        tokens = torch.tensor([*candidates, work.current], device=engine.device)
+        tokens = torch.tensor([*candidates, work.current], device=engine.weights.device)
         E = engine.model.get_input_embeddings()(tokens).float()  # [C + 1, d]
         gradient = relative((torch.stack(embedding_gradients).float() @ E.T).tolist())
     selected = best(work, candidates, gradient)
@@ -67,7 +67,7 @@ def _propose(engine: Engine, work: Work) -> list[int]:
     draws = sampled(work)
     contexts = list(dict.fromkeys(context for draw in draws for context in draw))
     with torch.no_grad():
-        logits = engine.model(**right_padded(contexts, engine.device), use_cache=False).logits
+        logits = engine.model(**right_padded(contexts, engine.weights.device), use_cache=False).logits
     tally_forward(engine, contexts)
     rows = range(len(contexts))
     last = logits[rows, [len(context) - 1 for context in contexts]].float().log_softmax(-1).cpu()
@@ -88,7 +88,7 @@ def _generate(engine: Engine, work: Work, prompts: Sequence[tuple[int, ...]]) ->
 
 def _gradients(engine: Engine, work: Work, batch: Sequence[Supervised]) -> list[Tensor]:
     """The loss's gradient at the embedding of the position, N times [d]."""
-    inputs = right_padded([each.token_ids for each in batch], engine.device)
+    inputs = right_padded([each.token_ids for each in batch], engine.weights.device)
     embedded = engine.model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()  # [N, T, d]
     logits = engine.model(inputs_embeds=embedded, attention_mask=inputs["attention_mask"], use_cache=False).logits
     losses = [objective(*losses_in(row, each, work), work) for row, each in zip(logits, batch, strict=True)]
@@ -99,7 +99,7 @@ def _gradients(engine: Engine, work: Work, batch: Sequence[Supervised]) -> list[
 
 def _losses(engine: Engine, work: Work, batch: Sequence[Supervised]) -> list[tuple[float, float]]:
     with torch.no_grad():
-        inputs = right_padded([each.token_ids for each in batch], engine.device)
+        inputs = right_padded([each.token_ids for each in batch], engine.weights.device)
         logits = engine.model(**inputs, use_cache=False).logits
         parts = [torch.stack(losses_in(row, each, work)) for row, each in zip(logits, batch, strict=True)]
     tally_forward(engine, [each.token_ids for each in batch])

@@ -60,7 +60,7 @@ def _propose(engine: Engine, work: Work) -> list[int]:
     found: dict[tuple[int, ...], Tensor] = {}
     for context in work.proposal_contexts():
         with torch.no_grad():
-            logits = engine.model(**right_padded([context], engine.device), use_cache=False).logits
+            logits = engine.model(**right_padded([context], engine.weights.device), use_cache=False).logits
         tally_forward(engine, [context])
         found[context] = logits[0, -1].float().log_softmax(-1).cpu()
     return candidates_of(work, sampled(work), found)
@@ -75,12 +75,12 @@ def _generate(engine: Engine, work: Work, instruction: Sequence[int]) -> Reasoni
 def _gradient(engine: Engine, work: Work, example: Supervised, candidates: Sequence[int]) -> list[float]:
     """Equation 7 for one example: [C + 1], the current token last."""
     layer = engine.model.get_input_embeddings()
-    tokens = torch.tensor([*candidates, work.current], device=engine.device)
-    indicator = torch.zeros(len(tokens), device=engine.device)
+    tokens = torch.tensor([*candidates, work.current], device=engine.weights.device)
+    indicator = torch.zeros(len(tokens), device=engine.weights.device)
     indicator[-1] = 1.0
     indicator.requires_grad_()
     at = example.instruction.start + work.position
-    embedded = layer(torch.tensor(example.token_ids, device=engine.device))  # [T, d]
+    embedded = layer(torch.tensor(example.token_ids, device=engine.weights.device))  # [T, d]
     edited = indicator.to(embedded.dtype) @ layer(tokens)  # [d]
     embedded = torch.cat([embedded[:at], edited[None], embedded[at + 1 :]])[None]
     logits = engine.model(inputs_embeds=embedded, use_cache=False).logits[0]
@@ -94,7 +94,7 @@ def _losses(engine: Engine, work: Work, supervised: Sequence[Supervised]) -> Row
     rows: list[tuple[float, float]] = []
     for example in supervised:
         with torch.no_grad():
-            logits = engine.model(**right_padded([example.token_ids], engine.device), use_cache=False).logits[0]
+            logits = engine.model(**right_padded([example.token_ids], engine.weights.device), use_cache=False).logits[0]
             answer, fluency = losses_in(logits, example, work)
         tally_forward(engine, [example.token_ids])
         rows.append((answer.item(), fluency.item()))

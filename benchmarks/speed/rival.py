@@ -68,13 +68,13 @@ def left_padded_generate(engine: Engine, prompts: Sequence[tuple[int, ...]], tok
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     with torch.no_grad():
         output = engine.model.generate(
-            input_ids=ids.to(engine.device),
-            attention_mask=mask.to(engine.device),
+            input_ids=ids.to(engine.weights.device),
+            attention_mask=mask.to(engine.weights.device),
             max_new_tokens=tokens,
             do_sample=False,
         )
     read = sum(map(len, prompts))
-    engine.tally(
+    engine.tally.add(
         forwards=tokens,
         prefilled_tokens=read,
         padded_tokens=ids.numel() - read,
@@ -95,7 +95,7 @@ def right_padded(sequences: Sequence[Sequence[int]], device: torch.device) -> di
 def tally_forward(engine: Engine, sequences: Sequence[Sequence[int]], *, backward: bool = False) -> None:
     """Count a forward pass over a padded batch with logits everywhere."""
     slots, real = len(sequences) * max(map(len, sequences)), sum(map(len, sequences))
-    engine.tally(
+    engine.tally.add(
         forwards=1,
         prefilled_tokens=real,
         padded_tokens=slots - real,

@@ -55,10 +55,10 @@ class Clock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Everything inside counts for this phase."""
-        synchronise(self._engine.device)
+        synchronise(self._engine.weights.device)
         before, started = self._engine.counters, self._now()
         yield
-        synchronise(self._engine.device)
+        synchronise(self._engine.weights.device)
         self.seconds[name] += self._now() - started
         self.counters[name] += self._engine.counters - before
 

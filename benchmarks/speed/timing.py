@@ -43,7 +43,7 @@ def run_once(name: str, arm: Arm, engine: Engine, work: Work, *, rows_done: int,
     """Time one step, on the first `rows_done` rows."""
     part = work if rows_done >= len(work.rows) else work.first_rows(rows_done)
     gc.collect()
-    reset_peak_memory(engine.device)
+    reset_peak_memory(engine.weights.device)
     timed = Clock(engine, CLOCKS[clock])
     arm(engine, part, timed)
     scale = len(work.rows) / len(part.rows)
@@ -51,7 +51,7 @@ def run_once(name: str, arm: Arm, engine: Engine, work: Work, *, rows_done: int,
         arm=name,
         seconds={phase: scale * timed.seconds[phase] for phase in PHASES},
         counters=timed.counters,
-        peak_bytes=peak_memory(engine.device),
+        peak_bytes=peak_memory(engine.weights.device),
         rows_done=len(part.rows),
         rows=len(work.rows),
     )

@@ -103,7 +103,7 @@ def local_lm(
             "rendered; use an instruction-tuned model, or load it with Engine.from_pretrained, set "
             "engine.tokenizer.chat_template and pass (engine.model, engine.tokenizer)."
         )
-    identity, local = engine.recognise(), LocalEngine.over(engine)
+    identity, local = engine.checks.renew(), LocalEngine.over(engine)
     return dspy.LM(
         f"{PROVIDER}/{identity}",
         engine=local,
@@ -272,12 +272,13 @@ class LocalEngine:
 
     def _call(self, request: lm15.Request, on_text: Callable[[str], object] | None = None) -> _Call:
         from dspy_greater.model.interface import GenerationRequest
+        from dspy_greater.model.requests import room_after
         from dspy_greater.model.sampling import row_seed
 
         refuse_unsupported_features(request)
         tokenizer, config = self.engine.tokenizer, request.config
         prompt = self.prompt_ids(request)
-        room = self.engine.room(len(prompt))
+        room = room_after(self.engine, len(prompt))
         most = config.max_tokens or DEFAULT_MAX_TOKENS
         writer = TextWriter(tokenizer, stop=config.stop, on_text=on_text)
         temperature = config.temperature or 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, fields
 
 
@@ -34,3 +35,22 @@ class Counters:
 
     def __add__(self, other: Counters) -> Counters:
         return Counters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+class Tally:
+    """Counters that many threads add to.
+
+    >>> tally = Tally()
+    >>> tally.add(forwards=1)
+    >>> tally.total
+    Counters(forwards=1, prefilled_tokens=0, generated_tokens=0, padded_tokens=0, lm_head_rows=0, backward_tokens=0)
+    """
+
+    def __init__(self) -> None:
+        self.total = Counters()
+        self._lock = threading.Lock()
+
+    def add(self, **increments: int) -> None:
+        """Add to the counters that are named."""
+        with self._lock:
+            self.total = self.total + Counters(**increments)

@@ -47,7 +47,7 @@ def decode(
         for row, token in zip(batch.rows, choose(logits, batch.rows), strict=True):
             if row.finish_reason is None:
                 row.accept(token)
-        engine.tally(generated_tokens=sum(len(row.generated) for row in batch.rows) - before)
+        engine.tally.add(generated_tokens=sum(len(row.generated) for row in batch.rows) - before)
         if not batch.drop_finished():
             return
         logits = batch.step()
@@ -58,7 +58,7 @@ class _Batch:
 
     def __init__(self, engine: Engine, rows: Sequence[Row], generated: GeneratedStates | None) -> None:
         self.engine, self.model, self.rows, self._generated = engine, engine.model, list(rows), generated
-        self._device = engine.device
+        self._device = engine.weights.device
         keep = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if keep else {}
 
@@ -68,7 +68,7 @@ class _Batch:
         lengths = [len(row.context) + len(row.expected) for row in self.rows]
         # Drafts need no room of their own at the end, but may leave unused slots in the middle of a part.
         self._capacity = max(lengths) + max(row.max_new_tokens - len(row.generated) for row in self.rows)
-        self._reach = self.engine.cache_reach
+        self._reach = self.engine.checks.cache_reach
         plain = self._capacity <= self._reach
         if not plain:
             for row in self.rows:
@@ -122,7 +122,7 @@ class _Batch:
         """Read the newest token of every row; rows that have finished but not left read a pad token."""
         live = [row.finish_reason is None for row in self.rows]
         pairs = zip(self.rows, live, strict=True)
-        newest = [[row.generated[-1] if alive else self.engine.pad_token_id] for row, alive in pairs]
+        newest = [[row.generated[-1] if alive else self.engine.weights.pad_token_id] for row, alive in pairs]
         self._length += 1
         self._positions = self._positions + torch.tensor(live, device=self._device)[:, None]
         output = self.model(
@@ -134,7 +134,7 @@ class _Batch:
             **self._last_only,
         )
         rows = output.logits.shape[0] * output.logits.shape[1]
-        self.engine.tally(forwards=1, lm_head_rows=rows, padded_tokens=len(live) - sum(live))
+        self.engine.tally.add(forwards=1, lm_head_rows=rows, padded_tokens=len(live) - sum(live))
         return output.logits[:, -1]
 
     def drop_finished(self) -> bool:

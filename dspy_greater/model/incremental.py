@@ -184,12 +184,14 @@ def decode_by(engine: Engine, rows: Sequence[Row]) -> None:
 
     Rows are changed in place, so what was generated before an out-of-memory error is not lost.
     """
-    found = engine.handshake
+    found = engine.checks.handshake
     groups: dict[int, list[Row]] = defaultdict(list)
     for row in rows:
         groups[0 if found.ragged else len(row.context)].append(row)
     for group in groups.values():
-        _decode_group(found.memory(engine.model, pad=engine.pad_token_id, tally=engine.tally), group, engine.tally)
+        _decode_group(
+            found.memory(engine.model, pad=engine.weights.pad_token_id, tally=engine.tally.add), group, engine.tally.add
+        )
 
 
 def _decode_group(memory: Memory, rows: Sequence[Row], tally: Tally) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.interface import Generation, GenerationRequest, Leaf, TokenQuery, Tokens
+from dspy_greater.model.requests import row_of
 from dspy_greater.model.sampling import choose
 
 
@@ -46,7 +47,7 @@ class PlainModel:
         """Token by token, the whole row read again for each."""
         done: list[Generation] = []
         for request in requests:
-            row = self._engine.row(request)
+            row = row_of(self._engine, request)
             while row.finish_reason is None:
                 logits = self._logits(row.context)[-1:]  # [1, V]
                 row.accept(choose(logits, [row])[0])

@@ -60,7 +60,7 @@ def prefill(engine: Engine, rows: Sequence[Row], part: Part, prefixes: PrefixCac
 
     `capacity` is the most slots that the cache of the whole batch will have.
     """
-    model, tally = engine.model, engine.tally
+    model, tally = engine.model, engine.tally.add
     mine = [rows[row] for row in part.rows]
     contexts = [row.context for row in mine]
     most = _MOST_LOGITS // (len(mine) * model.get_input_embeddings().weight.shape[0])
@@ -94,7 +94,7 @@ def _read(
     engine: Engine, own: Sequence[Sequence[int]], ends: Sequence[int], cache: Any, shared: int
 ) -> tuple[Sequence[Tensor], list[int]]:
     """One forward pass, left-padded; for each row the logits after its last `ends[j]` tokens, and its pads."""
-    model, device, pad, width = engine.model, engine.device, engine.pad_token_id, max(map(len, own))
+    model, device, pad, width = engine.model, engine.weights.device, engine.weights.pad_token_id, max(map(len, own))
     pads = [width - len(each) for each in own]
     ids = torch.tensor([[pad] * few + list(each) for few, each in zip(pads, own, strict=True)])  # [n, T]
     steps = torch.arange(width)[None] - torch.tensor(pads)[:, None]
@@ -111,7 +111,7 @@ def _read(
             use_cache=True,
             **({"logits_to_keep": 1} if last_only else {}),
         ).logits
-    engine.tally(forwards=1, lm_head_rows=logits.shape[0] * logits.shape[1])
+    engine.tally.add(forwards=1, lm_head_rows=logits.shape[0] * logits.shape[1])
     if last_only and not narrowed:
         return list(logits[:, -1:]), pads
     return (logits[0] if narrowed else logits[row, column]).split(list(ends)), pads

@@ -133,7 +133,7 @@ def shared_engine(
         )
         # Weights that were loaded before under another spelling are not kept twice.
         identity = engine.identity
-        alike = (identity, str(engine.device), repr(settings))
+        alike = (identity, str(engine.weights.device), repr(settings))
         before = _shared.get(alike)
         if before is not None and before.identity == identity:  # nobody has changed them since
             engine = before

@@ -86,7 +86,7 @@ def logits_at(
             "A token is asked for that nothing in this pass predicts: it is the first of its sequence, or what stands "
             "before it is not read here. Ask for later tokens, or read a shorter prefix."
         )
-    device = engine.device
+    device = engine.weights.device
     with computed_only_at(engine.model, places, token_ids.shape) as narrowed:
         logits: Tensor = engine.model(
             input_ids=token_ids.to(device),
@@ -95,7 +95,7 @@ def logits_at(
             **model_inputs,
         ).logits
     projected = len(places[0]) if narrowed else token_ids.numel()
-    engine.tally(forwards=1, prefilled_tokens=real, padded_tokens=token_ids.numel() - real, lm_head_rows=projected)
+    engine.tally.add(forwards=1, prefilled_tokens=real, padded_tokens=token_ids.numel() - real, lm_head_rows=projected)
     logits = logits[0] if narrowed else logits[places]  # [R, V]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

@@ -117,7 +117,7 @@ class Evaluator:
     def seed(self) -> Instruction:
         """The instruction that the predictor has now."""
         text = self._site.instruction
-        return Instruction(self.layout.instruction_ids(text), text)
+        return Instruction(self.layout.edits.instruction_ids(text), text)
 
     def evaluate_seed(self) -> tuple[Evaluation, list[Rollout]]:
         """The seed's evaluation, as `evaluate` makes it, and its runs; what these really sent is what is laid out.

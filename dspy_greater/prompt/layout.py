@@ -2,25 +2,25 @@
 
 The tokens that are searched over are the tokens that will be deployed: the prompt is rendered by the
 predictor's own adapter and the model's own chat template, tokenised as one text, and the instruction's
-tokens are those that cover its characters. Tokenising the instruction on its own gives other tokens: its
-first one usually takes in the last blank of the adapter's indentation.
+tokens are those that cover its characters.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from dspy_greater.errors import LayoutError
 from dspy_greater.prompt.chat_template import end_of_turn_ids
-from dspy_greater.prompt.encoder import EncodedText, PromptEncoder, RenderedText
-from dspy_greater.prompt.spans import Prompt, Span, Supervised, Written, covering
+from dspy_greater.prompt.edits import TokenEdits
+from dspy_greater.prompt.encoder import PromptEncoder, RenderedText
+from dspy_greater.prompt.spans import Prompt, Span, Supervised, Written
 from dspy_greater.prompt.target import AssistantTexts
-from dspy_greater.prompt.template import Frame, Frames, remember
+from dspy_greater.prompt.template import Frames, remember
 from dspy_greater.prompt.thoughts import ThoughtTags, thought_tags
 from dspy_greater.prompt.token_filter import LegalText
 
@@ -44,8 +44,8 @@ class Layout:
     ```python
     layout = Layout(tokenizer, dspy.ChatAdapter(), dspy.Signature("question -> reasoning, answer"))
     prompt = layout.prompt("Think step by step.", {"question": "2 + 2?"})
-    ids = layout.instruction_ids("Think step by step.")
-    layout.replace(ids, 1, new_token)  # (canonical ids, new instruction), or None
+    ids = layout.edits.instruction_ids("Think step by step.")
+    layout.edits.replace(ids, 1, new_token)  # (canonical ids, new instruction), or None
     ```
     """
 
@@ -65,17 +65,9 @@ class Layout:
         self.signature = signature
         self.demos = list(demos)
         self.extractor = extractor
-        self.fixed = fixed
-        if inspect.cleandoc(fixed) != fixed:
-            raise LayoutError(
-                f"The fixed text {fixed[:60]!r} is not as DSPy keeps an instruction, without indentation and empty "
-                "lines around it. Pass `signature.instructions`."
-            )
         self._assistant = AssistantTexts(adapter, signature, extractor)
-        self._legal = LegalText(self.encoder, signature)
         self._frames = Frames(self.encoder, adapter, signature, self.demos)
-        self._ids: dict[str, tuple[int, ...]] = {}
-        self._fixed_tokens: dict[str, int] = {}
+        self.edits = TokenEdits(self.encoder, self._frames, LegalText(self.encoder, signature), fixed)
         self._with_demos: dict[str, Layout] = {}
         self._end_of_turn = end_of_turn_ids(tokenizer) or _end_of_text(tokenizer)
 
@@ -90,6 +82,7 @@ class Layout:
             other = copy.copy(self)  # shares all that does not depend on demonstrations
             other.demos = list(demos)
             other._frames = Frames(self.encoder, self.adapter, self.signature, other.demos)
+            other.edits = replace(self.edits, frames=other._frames)
             remember(self._with_demos, key, other)
         return self._with_demos[key]
 
@@ -112,7 +105,7 @@ class Layout:
 
         Raises `LayoutError` when the instruction's tokens differ from those in other prompts.
         """
-        encoded, span, _ = self._encode(self._frames.frame(inputs), self._frames.spell(instruction), RenderedText(""))
+        encoded, span, _ = self._frames.encode(self._frames.frame(inputs), instruction)
         self._require_same_ids(instruction, encoded.token_ids, span)
         return Prompt(encoded.token_ids, span)
 
@@ -138,7 +131,7 @@ class Layout:
         content = self._assistant.text(written, field, gold)
         text = preamble + content.text
         tail = RenderedText(text, self.encoder.special_ranges(text))
-        encoded, span, begin = self._encode(self._frames.frame(inputs), self._frames.spell(instruction), tail)
+        encoded, span, begin = self._frames.encode(self._frames.frame(inputs), instruction, tail)
         self._require_same_ids(instruction, encoded.token_ids, span)
         starts = [start for start, _ in encoded.offsets]
         stops = [stop for _, stop in encoded.offsets]
@@ -166,7 +159,7 @@ class Layout:
         """
         prompt = self.prompt(instruction, inputs)
         tail = RenderedText(completion, self.encoder.special_ranges(completion))
-        encoded, _, _ = self._encode(self._frames.frame(inputs), self._frames.spell(instruction), tail)
+        encoded, _, _ = self._frames.encode(self._frames.frame(inputs), instruction, tail)
         begin = len(prompt.token_ids)
         added = encoded.token_ids[begin:]
         if encoded.token_ids[:begin] != prompt.token_ids:
@@ -202,155 +195,7 @@ class Layout:
         index = max(range(len(lengths)), key=lengths.__getitem__)
         return index, lengths[index]
 
-    # -------------------------------------------------------------- instructions
-
-    def instruction_ids(self, instruction: str) -> tuple[int, ...]:
-        """The token ids that cover the instruction, the same in every prompt.
-
-        Raises `LayoutError` when the instruction is empty or only blanks.
-        """
-        if instruction not in self._ids:
-            encoded, span, _ = self._encode(self._frames.reference, self._frames.spell(instruction), RenderedText(""))
-            remember(self._ids, instruction, encoded.token_ids[span.start : span.stop])
-        return self._ids[instruction]
-
-    def text_of(self, ids: Sequence[int]) -> str:
-        """The instruction that these ids deploy.
-
-        Raises `LayoutError` when no instruction is tokenised to them.
-        """
-        found = self._resolve(tuple(ids), frozenset())
-        if found is None:
-            raise LayoutError(
-                f"No instruction is tokenised to the {len(ids)} ids {list(ids)[:8]}: they do not survive "
-                "decoding, rendering and tokenising. Use ids from instruction_ids, replace or append."
-            )
-        return found[1]
-
-    def positions(self, ids: Sequence[int]) -> tuple[int, ...]:
-        """The positions that may be edited: all but line breaks, the indentation after them, and `fixed`.
-
-        Raises `LayoutError` when there is a fixed text and these ids are of an instruction without it.
-        """
-        old = tuple(ids)
-        first = self._tokens_of_fixed(old) if self.fixed else 0
-        return tuple(position for position in self._legal.positions(old) if position >= first)
-
-    def replace(self, ids: Sequence[int], position: int, token: int) -> tuple[tuple[int, ...], str] | None:
-        """The instruction with `token` at `position`: its ids and text, or None when it is not legal.
-
-        A candidate is legal when writing its text into the signature, rendering and tokenising gives the
-        same ids: the length and all other positions unchanged. At both ends the token may take in the
-        blanks around the instruction, so that there the id of "Think" comes back as that of " Think".
-        The text begins with `fixed`, to the byte, and no word grows on to its last one.
-        """
-        old = tuple(ids)
-        if position not in self.positions(old):
-            return None
-        return self._edit(old, position, (*old[:position], token, *old[position + 1 :]), token)
-
-    def append(self, ids: Sequence[int], token: int) -> tuple[tuple[int, ...], str] | None:
-        """The instruction with one token more at its end, under the contract of `replace`."""
-        return self.insert(ids, len(ids), token)
-
-    def insert(self, ids: Sequence[int], position: int, token: int) -> tuple[tuple[int, ...], str] | None:
-        """The instruction with `token` before `position`, under the contract of `replace`."""
-        old = tuple(ids)
-        return self._edit(old, position, (*old[:position], token, *old[position:]), token)
-
-    def delete(self, ids: Sequence[int], position: int) -> tuple[tuple[int, ...], str] | None:
-        """The instruction without the token at `position`, under the contract of `replace`."""
-        old = tuple(ids)
-        return self._edit(old, position, (*old[:position], *old[position + 1 :]), None)
-
     # ------------------------------------------------------------------ internals
-
-    def _edit(
-        self, old: tuple[int, ...], position: int, new: tuple[int, ...], token: int | None
-    ) -> tuple[tuple[int, ...], str] | None:
-        editable = self.positions(old)
-        appending = position == len(old) and len(new) == len(old) + 1
-        if not new or not (appending or position in editable):
-            return None
-        if token is not None and not self._legal.token(token):
-            return None
-        # Only the tokens at both ends can take in characters around the instruction.
-        free = {position} & {0, len(new) - 1}
-        if appending or (token is None and position == len(old) - 1):
-            free.add(position - 1)
-        found = self._resolve(new, frozenset(free))
-        if found is None or not self._keeps_fixed(found[1]):
-            return None
-        return found if self._legal.no_worse(found[1], self.text_of(old)) else None
-
-    def _keeps_fixed(self, text: str) -> bool:
-        added = text[len(self.fixed) :]
-        return text.startswith(self.fixed) and not (self.fixed[-1:].isalnum() and added[:1].isalnum())
-
-    def _tokens_of_fixed(self, ids: tuple[int, ...]) -> int:
-        """How many leading tokens overlap the fixed text."""
-        text = self.text_of(ids)
-        if text not in self._fixed_tokens:
-            spelled, fixed = self._frames.spell(text), self._frames.spell(self.fixed)
-            if not text.startswith(self.fixed) or not spelled.startswith(fixed):
-                raise LayoutError(
-                    f"The instruction {text[:60]!r} does not begin with the fixed text {self.fixed[:60]!r}, which has "
-                    "to stay. Use ids from instruction_ids(fixed), append, insert or replace."
-                )
-            encoded, span, _ = self._encode(self._frames.reference, spelled, RenderedText(""))
-            stop = len(self._frames.reference.before) + len(fixed)
-            starts = [start for start, _ in encoded.offsets[span.start : span.stop]]
-            remember(self._fixed_tokens, text, sum(start < stop for start in starts))
-        return self._fixed_tokens[text]
-
-    def _resolve(self, ids: tuple[int, ...], free: frozenset[int]) -> tuple[tuple[int, ...], str] | None:
-        """Canonical ids and text; they may differ from `ids` at the `free` positions only."""
-        for text in self._readings(self._decoded(ids)):
-            if not text or inspect.cleandoc(text) != text:
-                continue
-            canonical = self.instruction_ids(text)
-            if len(canonical) == len(ids) and all(
-                a == b or i in free for i, (a, b) in enumerate(zip(canonical, ids, strict=True))
-            ):
-                return canonical, text
-        return None
-
-    def _decoded(self, ids: tuple[int, ...]) -> str:
-        """The text of these ids in a prompt; a fixed text is known, and may hold what its tokens do not spell."""
-        if not self.fixed:
-            return self.encoder.decode(ids)
-        fixed = self.instruction_ids(self.fixed)
-        if ids[: len(fixed) - 1] != fixed[:-1]:  # its last token may take in what follows it
-            return self.encoder.decode(ids)
-        return self._frames.spell(self.fixed) + self.encoder.decode(ids[len(fixed) :])
-
-    def _readings(self, decoded: str) -> list[str]:
-        """The instructions that a decoded span may stand for: its ends may carry text from around it."""
-        before, after = self._frames.reference.before, self._frames.reference.after
-        core = decoded.strip()
-        lefts = [k for k in range(1, min(len(core), 16)) if before.rstrip().endswith(core[:k])]
-        rights = [k for k in range(1, min(len(core), 16)) if after.lstrip().startswith(core[-k:])]
-        pairs = [(0, 0), *((k, 0) for k in lefts), *((0, k) for k in rights)]
-        texts = [core[left : len(core) - right].strip() for left, right in pairs]
-        if decoded.endswith(" "):
-            texts.append(decoded.lstrip())  # DSPy keeps blanks at the end of a seed, and some templates too
-        if "\n" not in self._frames.joiner:
-            return texts
-        return [text.replace(self._frames.joiner, "\n") for text in texts]
-
-    def _encode(self, frame: Frame, spelled: str, tail: RenderedText) -> tuple[EncodedText, Span, int]:
-        """Tokenise a prompt jointly; also the instruction's span and the character the tail starts at."""
-        start, stop = len(frame.before), len(frame.before) + len(spelled)
-        begin = stop + len(frame.after)
-        plain = [
-            *frame.plain_before,
-            *((a + start, b + start) for a, b in self.encoder.special_ranges(spelled)),
-            *((a + stop, b + stop) for a, b in frame.plain_after),
-            *((a + begin, b + begin) for a, b in tail.plain),
-        ]
-        text = frame.before + spelled + frame.after + tail.text
-        encoded = self.encoder.encode(RenderedText(text, tuple(plain)))
-        return encoded, covering(encoded.offsets, start, stop), begin
 
     def _after_a_wall(self, tail: RenderedText) -> tuple[int, ...]:
         """A text's tokens after a special token, with which nothing merges."""
@@ -362,7 +207,7 @@ class Layout:
         )
 
     def _require_same_ids(self, instruction: str, token_ids: tuple[int, ...], span: Span) -> None:
-        if token_ids[span.start : span.stop] != self.instruction_ids(instruction):
+        if token_ids[span.start : span.stop] != self.edits.instruction_ids(instruction):
             raise LayoutError(
                 f"The instruction {instruction[:60]!r} is tokenised differently in different prompts: the "
                 "tokenizer merges text of the row into its last token. End the instruction with a full stop, "

@@ -11,9 +11,11 @@ import dspy
 from dspy.adapters.utils import serialize_for_json
 
 from dspy_greater.errors import LayoutError
-from dspy_greater.prompt.encoder import PromptEncoder, RenderedText
+from dspy_greater.prompt.encoder import EncodedText, PromptEncoder, RenderedText
+from dspy_greater.prompt.spans import Span, covering
 
 _CACHE_ENTRIES = 4096
+_NOTHING = RenderedText("")
 # Everything an adapter or a chat template might escape, collapse or interpret.
 _VERBATIM_PROBE = "Az \"q\" 'r' <s> & {t} {{ u }} {% v %} \\n %s  [w](x) `y` *z* \u00e9 \u2013 \u6f22"
 
@@ -70,6 +72,24 @@ class Frames:
         if instruction not in self._spelled:
             remember(self._spelled, instruction, self._spell_slowly(instruction))
         return self._spelled[instruction]
+
+    def encode(self, frame: Frame, instruction: str, tail: RenderedText = _NOTHING) -> tuple[EncodedText, Span, int]:
+        """Tokenise a prompt, and a text after it, jointly.
+
+        Also returned are the instruction's tokens, and the character at which `tail` starts.
+        """
+        spelled = self.spell(instruction)
+        start, stop = len(frame.before), len(frame.before) + len(spelled)
+        begin = stop + len(frame.after)
+        plain = [
+            *frame.plain_before,
+            *((a + start, b + start) for a, b in self._encoder.special_ranges(spelled)),
+            *((a + stop, b + stop) for a, b in frame.plain_after),
+            *((a + begin, b + begin) for a, b in tail.plain),
+        ]
+        text = frame.before + spelled + frame.after + tail.text
+        encoded = self._encoder.encode(RenderedText(text, tuple(plain)))
+        return encoded, covering(encoded.offsets, start, stop), begin
 
     def _make(self, inputs: Mapping[str, Any]) -> Frame:
         rendered = self._render(self._marked, inputs)

@@ -159,7 +159,7 @@ class DefaultStep:
         """Slopes and forecasts at the next few positions; at one alone where nothing is forecast."""
         forecasts = self.forecast is not None and at.settings.forecasts > 0 and bool(replay.reasonings)
         count = at.settings.positions_ahead if forecasts else 1
-        ahead = positions_ahead(at.state, at.settings, at.evaluator.layout.positions(at.current.token_ids), count)
+        ahead = positions_ahead(at.state, at.settings, at.evaluator.layout.edits.positions(at.current.token_ids), count)
         forecaster = self.forecast(at, replay) if forecasts and self.forecast is not None else None
         looks: list[_Look] = []
         for state in ahead:

@@ -51,7 +51,7 @@ def propose_edits(at: StepContext) -> tuple[Edit, ...]:
 
 def _proposed(at: StepContext, kinds: Collection[Kind], *, new: bool) -> tuple[Edit, ...]:
     contexts = at.evaluator.proposal_contexts(at.current, at.state.position)
-    editable = at.state.position in at.evaluator.layout.positions(at.current.token_ids)
+    editable = at.state.position in at.evaluator.layout.edits.positions(at.current.token_ids)
     if not contexts or not (editable or at.state.appends()):
         return ()
     proposal = propose(
@@ -78,18 +78,18 @@ def _proposed(at: StepContext, kinds: Collection[Kind], *, new: bool) -> tuple[E
 
 def _legal(at: StepContext, kinds: Collection[Kind], *, new: bool, editable: bool) -> Legal:
     """What a token can become at the position; None when that is nothing, or nothing new."""
-    ids, position, layout = at.current.token_ids, at.state.position, at.evaluator.layout
-    length = len(layout.positions(ids)) if layout.fixed else len(ids)
+    ids, position, edits = at.current.token_ids, at.state.position, at.evaluator.layout.edits
+    length = len(edits.positions(ids)) if edits.fixed else len(ids)
     grows = length < at.settings.max_instruction_tokens
 
     def legal(token: int) -> tuple[tuple[Kind, Instruction], ...] | None:
         found: list[tuple[Kind, tuple[tuple[int, ...], str] | None]] = []
         if at.state.appends() and grows:
-            found.append(("insert", layout.append(ids, token)))
+            found.append(("insert", edits.append(ids, token)))
         if editable and "replace" in kinds:
-            found.append(("replace", layout.replace(ids, position, token)))
+            found.append(("replace", edits.replace(ids, position, token)))
         if editable and grows and "insert" in kinds:
-            found.append(("insert", layout.insert(ids, position, token)))
+            found.append(("insert", edits.insert(ids, position, token)))
         kept: list[tuple[Kind, Instruction]] = [(kind, Instruction(*each)) for kind, each in found if each is not None]
         return tuple(pair for pair in kept if not (new and at.evaluator.knows(pair[1].text))) or None
 
@@ -98,9 +98,9 @@ def _legal(at: StepContext, kinds: Collection[Kind], *, new: bool, editable: boo
 
 def _deletion(at: StepContext) -> list[Edit]:
     ids, position = at.current.token_ids, at.state.position
-    if len(ids) < 2 or position not in at.evaluator.layout.positions(ids):
+    if len(ids) < 2 or position not in at.evaluator.layout.edits.positions(ids):
         return []
-    shorter = at.evaluator.layout.delete(ids, position)
+    shorter = at.evaluator.layout.edits.delete(ids, position)
     if shorter is None or at.evaluator.knows(shorter[1]):
         return []
     return [Edit("delete", ids[position], Instruction(*shorter), math.nan)]

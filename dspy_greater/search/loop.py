@@ -39,7 +39,7 @@ def minimise(
         ProgramError: more than `max_errors` rows failed.
     """
     evaluator, settings = search.evaluator, search.settings
-    positions, fixed = evaluator.layout.positions, evaluator.layout.fixed
+    positions, fixed = evaluator.layout.edits.positions, evaluator.layout.edits.fixed
     state = begin(seed, settings, editable=positions(seed.token_ids), usage=usage, fixed=fixed)
     replay = iter(recorded)
     known_by_text = {seed.instruction: seed}

@@ -306,13 +306,13 @@ def _target(site: PredictorSite, field: str | None, trainset: Sequence[Any], wei
     if field is not None:
         refuse_unfit_gold(site, field, trainset)
     engine = weights_behind(site.lm, weights=weights, predictor_name=site.name)
-    engine.recognise()
+    engine.checks.renew()
     return Target(site, field, engine, append=site.lists_tools if mode is None else mode == "append")
 
 
 def _refuse_weights_without_gradient(target: Target) -> None:
     engine = target.engine
-    found = engine.backward()
+    found = engine.checks.backward()
     if not found.works:
         raise WeightsError(
             f"Predictor `{target.site.name}`: the weights of {engine.name!r} give no gradient, and the search follows "
@@ -322,7 +322,7 @@ def _refuse_weights_without_gradient(target: Target) -> None:
 
 def _warn_of_partial_gradients(targets: Sequence[Target]) -> None:
     for engine in {id(target.engine): target.engine for target in targets}.values():
-        found = engine.backward()
+        found = engine.checks.backward()
         if found.blocked:
             warn_caller(found.explained(engine.name, engine.model))
 

@@ -64,7 +64,7 @@ class Reader:
             early.append(each.part(each.queries[:earlier]))
             kept.append((each.part(each.queries[earlier:]), found))
         shared = shared_length([each.tokens[:-1] for each in rest]) if len(rest) > 1 else 0
-        if shared >= LEAST_SHARED and max(len(each.tokens) for each in rest) <= self._engine.cache_reach:
+        if shared >= LEAST_SHARED and max(len(each.tokens) for each in rest) <= self._engine.checks.cache_reach:
             early += [each.part(pair for pair in each.queries if pair[1].at <= shared) for each in rest]
             rest = [each.part(pair for pair in each.queries if pair[1].at > shared) for each in rest]
         return [each for each in early if each.queries], kept, [each for each in rest if each.queries]
@@ -75,7 +75,7 @@ class Reader:
             return None
         least = each.queries[earlier - 1][1].at + 1 if earlier else 1
         found = self._generated.find(each.tokens, least=max(least, LEAST_SHARED), most=each.queries[earlier][1].at - 1)
-        if found is None or found.rows.slots + len(each.tokens) - found.known > self._engine.cache_reach:
+        if found is None or found.rows.slots + len(each.tokens) - found.known > self._engine.checks.cache_reach:
             return None
         return found
 
@@ -137,7 +137,7 @@ class Reader:
             known[:, None] + torch.minimum(steps, length - 1),
             (row, at - 1 - known[row]),
             real=int(real.sum()),
-            attention_mask=torch.cat([held, real.long()], 1).to(self._engine.device),
+            attention_mask=torch.cat([held, real.long()], 1).to(self._engine.weights.device),
             past_key_values=cache,
         )  # [R, V]
         tokens = [batch[place][0].tokens[query.at] for place, _, query in asked]

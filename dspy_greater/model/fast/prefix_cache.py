@@ -102,7 +102,7 @@ class PrefixCache:
             None when nothing is to be gained, the model's states cannot be shared, or memory ran out.
         """
         tokens = tuple(token_ids)
-        if len(tokens) < LEAST_SHARED or longest > self._engine.cache_reach:
+        if len(tokens) < LEAST_SHARED or longest > self._engine.checks.cache_reach:
             return None
         start = self._kept_part(tokens)
         missing = len(tokens) - (len(start) if start else 0)
@@ -135,7 +135,7 @@ class PrefixCache:
             logits_at(self._engine, own, positions + known, last, real=own.shape[1], past_key_values=cache)
         layers = tuple(held_states(layer) for layer in cache.layers)
         if any(keys.shape[-2] != len(tokens) for keys, _ in layers):
-            self._engine.cache_reach = 0
+            self._engine.checks.cache_reach = 0
             return None
         return Prefix(tokens, layers)
 

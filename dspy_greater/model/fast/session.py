@@ -26,6 +26,7 @@ from dspy_greater.model.fast.speculative import Drafts
 from dspy_greater.model.generate import decode
 from dspy_greater.model.incremental import decode_by
 from dspy_greater.model.interface import Generation, GenerationRequest, Leaf, TokenQuery, Tokens
+from dspy_greater.model.requests import row_of
 from dspy_greater.model.sampling import Row
 from dspy_greater.model.teacher_forcing import in_batches, is_out_of_memory, next_logits
 
@@ -76,7 +77,7 @@ class Session:
 
         A row that does not fit into memory does not keep the others from being generated: the error has them.
         """
-        rows = [self._engine.row(request) for request in requests]
+        rows = [row_of(self._engine, request) for request in requests]
         for row in rows if len(self._drafts) else []:
             row.draft = self._drafts.guess(row.prompt)
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i].prompt), rows[i].prompt, rows[i].seed))
@@ -107,7 +108,7 @@ class Session:
     def _decoded(self, batch: Sequence[Row]) -> bool:
         """Decode the batch; False when memory ran out and something was given up for another try."""
         try:
-            if self._engine.handshake.keys_and_values:
+            if self._engine.checks.handshake.keys_and_values:
                 decode(self._engine, batch, self._prefixes, self._generated)
             else:
                 decode_by(self._engine, batch)
@@ -120,7 +121,7 @@ class Session:
         kept = self._generated is not None and self._generated.bytes > 0
         self.forget()
         if not kept:  # otherwise what was kept may have been too much, and not the batch
-            self._engine.halve_batches(len(batch), failure)
+            _halve_batches(self._engine, len(batch), failure)
         return False
 
     # ------------------------------------------------------------ teacher forcing
@@ -145,14 +146,31 @@ class Session:
         if not queries:
             return torch.zeros(0)
         with self._engine.exclusive():
-            readings = by_row(sequences, queries, self._engine.cache_reach)
+            readings = by_row(sequences, queries, self._engine.checks.cache_reach)
             found = self._reader.answers(list(readings.values()))
-        return torch.tensor([found[number] for number in range(len(queries))], dtype=self._engine.exact_dtype)
+        return torch.tensor([found[number] for number in range(len(queries))], dtype=self._engine.weights.exact_dtype)
 
     # ------------------------------------------------------------------ gradients
 
     def logprob_gradient(self, sequences: Sequence[Tokens], queries: Sequence[TokenQuery], leaf: Leaf) -> Tensor:
         """See `interface.Model`. What stands before the leaf is read once and not differentiated."""
         with self._engine.exclusive(), torch.inference_mode(False), torch.enable_grad():
-            readings = by_row(sequences, queries, self._engine.cache_reach)
+            readings = by_row(sequences, queries, self._engine.checks.cache_reach)
             return self._backward.gradient(len(sequences), readings, leaf)
+
+
+def _halve_batches(engine: Engine, rows: int, failure: str) -> None:
+    """Decode at most half of so many rows together from now on.
+
+    Raises:
+        EngineMemoryError: it was one row.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if rows == 1:
+        raise EngineMemoryError(
+            f"One row alone does not fit into the memory of {engine.weights.device} beside {engine.name!r} "
+            f"({failure}); use a smaller dtype such as bfloat16, a smaller max_tokens, shorter inputs or "
+            "a smaller model."
+        )
+    engine.max_batch_rows = rows // 2

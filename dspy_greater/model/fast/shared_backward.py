@@ -54,7 +54,7 @@ class Backward:
             for row, each in readings.items()
             if each.queries[-1][1].at > leaf.places[row]
         }
-        embedding, exact = leaf.embedding.detach(), self._engine.exact_dtype
+        embedding, exact = leaf.embedding.detach(), self._engine.weights.exact_dtype
         if len(embedding) > 1:
             found = torch.zeros(sequences, embedding.shape[1], dtype=exact, device=embedding.device)
             self._of_each(reached, leaf.places, embedding, found)
@@ -82,7 +82,7 @@ class Backward:
                 total = self._weighted([readings[row] for row in batch], prefix)
             (gradient,) = torch.autograd.grad(total, value)
             found[list(batch)] = gradient.to(found)
-            self._engine.tally(backward_tokens=sum(len(readings[row].tokens) - shared for row in batch))
+            self._engine.tally.add(backward_tokens=sum(len(readings[row].tokens) - shared for row in batch))
             return [None] * len(batch)
 
         rows = list(readings)
@@ -111,7 +111,7 @@ class Backward:
             if segment is None:
                 return None
             leaves = [each.detach().requires_grad_() for each in segment.states]
-            asked = [each.new_zeros(each.shape, dtype=self._engine.exact_dtype) for each in leaves]
+            asked = [each.new_zeros(each.shape, dtype=self._engine.weights.exact_dtype) for each in leaves]
             in_batches(
                 partial(self._of_segment, segment.holding(leaves), asked),
                 list(readings.values()),
@@ -123,8 +123,8 @@ class Backward:
             if not isinstance(error, EngineMemoryError) and not is_out_of_memory(error):
                 raise
             return None
-        self._engine.tally(backward_tokens=own)
-        return total.to(self._engine.exact_dtype) if bool(total.isfinite().all()) else None
+        self._engine.tally.add(backward_tokens=own)
+        return total.to(self._engine.weights.exact_dtype) if bool(total.isfinite().all()) else None
 
     def _of_segment(self, segment: Prefix, asked: Sequence[Tensor], batch: Sequence[Reading]) -> list[None]:
         """Add what the sequences of a batch ask of the segment's states, which are leaves here."""
@@ -132,7 +132,7 @@ class Backward:
         found = [each.to(total) for each, total in zip(found, asked, strict=True)]  # all, before any counts
         for each, total in zip(found, asked, strict=True):
             total += each
-        self._engine.tally(backward_tokens=sum(len(each.tokens) - len(segment) for each in batch))
+        self._engine.tally.add(backward_tokens=sum(len(each.tokens) - len(segment) for each in batch))
         return [None] * len(batch)
 
     def _weighted(self, batch: Sequence[Reading], prefix: Prefix | None) -> Tensor:
@@ -175,4 +175,4 @@ def _through(segment: Prefix, embedding: Tensor, asked: Sequence[Tensor]) -> Ten
 
 def _worth_sharing(engine: Engine, tokens: int, *, rows: int, longest: int) -> bool:
     """Whether a segment of so many tokens saves N = `rows` rows, the longest of so many tokens, more than it costs."""
-    return tokens * (rows - 1) >= LEAST_SAVED and longest <= engine.cache_reach
+    return tokens * (rows - 1) >= LEAST_SAVED and longest <= engine.checks.cache_reach

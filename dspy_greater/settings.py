@@ -68,6 +68,8 @@ class Settings:
     # From here to `explore_every`, the default variant alone.
     replayed: int = 24  # reasonings of the current instruction that are read again
     forecasts: int = 6  # candidates of a position that pass from the gradient to off-policy forecasts
+    phrases: int = 3  # continuations of a position that are drawn as phrases; 0: none
+    written: int = 4  # instructions that the model is asked for at the first step and every tenth; 0: none
     positions_ahead: int = 3  # positions at which a step forecasts; candidates are tried at the one that promises most
     answer_weight: float = 1.0  # α: the gold answer's part of the gradient, in nats, and of forecasts, against mistakes
     uncertainty_weight: float = 0.3  # of gold answers, against mistakes, when instructions are compared
@@ -128,6 +130,8 @@ class Knobs(TypedDict, total=False):
     failure_score: float | None
     replayed: int | None
     forecasts: int | None
+    phrases: int | None
+    written: int | None
     positions_ahead: int | None
     answer_weight: float | None
     uncertainty_weight: float | None
@@ -257,6 +261,8 @@ _AT_LEAST = {
     "num_threads": 1,
     "replayed": 1,
     "forecasts": 0,
+    "phrases": 0,
+    "written": 0,
     "positions_ahead": 1,
     "explore_every": 0,
     "max_failed_steps": 1,

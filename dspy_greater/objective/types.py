@@ -55,14 +55,15 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A token that was proposed for a position, and what became of it."""
+    """A token, a phrase or a whole instruction that was proposed, and what became of it."""
 
-    token: int
+    token: int  # the first one
     text: str
     log_probability: float  # mean over the proposal contexts, nats
     gradient: float | None  # its slope, lower is better; `variant="paper"`: relative to the current token's
     evaluation: Evaluation | None  # None when it was not selected
-    edit: str = "replace"  # "insert": in front of the position; "delete": the token that was there
+    edit: str = "replace"  # "insert": before the position; "delete": the token that was there; "rewrite": all of it
     forecast: float | None = None  # predicted change of the expected loss, off-policy
     effective_samples: float | None = None  # how many reasonings carry the forecast
     realised: tuple[float, float] | None = None  # change of mistake rate and of cross-entropy, on the same rows
+    origin: str = "token"  # "phrase": several tokens; "written": a whole instruction, which the model was asked for

@@ -125,6 +125,15 @@ class TokenEdits:
         """`splice`: the instruction without the token at `position`."""
         return self.splice(ids, position, position + 1, ())
 
+    def rewrite(self, text: str) -> Edited | None:
+        """Another instruction altogether, behind the fixed text if there is one; None when that is not legal."""
+        joint = " " if self.fixed and not self.fixed[-1].isspace() else ""
+        whole = f"{self.fixed}{joint}{text}"
+        if inspect.cleandoc(whole) != whole or not self.legal.whole(text) or not self._keeps_fixed(whole):
+            return None
+        ids = self.instruction_ids(whole)
+        return self._resolve(ids, frozenset())
+
     # ------------------------------------------------------------------ internals
 
     def _may_change(self, old: tuple[int, ...], start: int, stop: int) -> bool:

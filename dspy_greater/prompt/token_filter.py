@@ -52,6 +52,11 @@ class LegalText:
         # The line breaks are part of the prompt's shape: an edit may neither add nor join lines.
         return text.count("\n") == seed.count("\n") and (not damage or damage <= self._damage(seed))
 
+    def whole(self, text: str) -> bool:
+        """Whether `text` can be an instruction on a line of its own."""
+        one_line = "\n" not in text and text == text.strip()
+        return one_line and any(map(str.isalnum, text)) and not self._damage(text)
+
     def positions(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         """Indices of `ids` whose token is neither a line break nor the indentation after one."""
         allowed: list[int] = []

@@ -48,6 +48,13 @@ class PredictorResult:
         return tuple(spearman([told for told, _ in each], [came for _, came in each]) for each in pairs)
 
     @property
+    def origin(self) -> str:
+        """What proposed the instruction that was kept, as its last edit: "token", "phrase", "written", or "seed"."""
+        tried = (each for step in self.steps for each in step.candidates if each.evaluation is not None)
+        found = {each.evaluation.instruction: each.origin for each in tried if each.evaluation is not None}
+        return "seed" if self.instruction == self.seed_instruction else found.get(self.instruction, "token")
+
+    @property
     def seed_instruction(self) -> str:
         """The instruction that the student came with."""
         return self.seed.instruction
@@ -338,6 +345,7 @@ def _predictor_as_dict(predictor: PredictorResult) -> dict[str, Any]:
         "field": predictor.field,
         "seed_instruction": predictor.seed_instruction,
         "instruction": predictor.instruction,
+        "origin": predictor.origin,
         "validation": predictor.validation,
         "fidelity": predictor.fidelity,
         "steps": [_step_as_dict(step) for step in predictor.steps],
@@ -357,6 +365,7 @@ def _step_as_dict(step: StepTaken) -> dict[str, Any]:
         "candidates": [
             {
                 "edit": each.edit,
+                "origin": each.origin,
                 "text": each.text,
                 "log_probability": each.log_probability,
                 "gradient": each.gradient,

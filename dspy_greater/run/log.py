@@ -101,6 +101,8 @@ def edit_of(step: StepTaken) -> str:
     ]
     if not chosen or (chosen[0].edit == "replace" and chosen[0].text == step.current_text):
         return f"{step.current_text!r} kept"
+    if chosen[0].edit == "rewrite":
+        return f"rewritten as {chosen[0].text!r}"
     old = "" if chosen[0].edit == "insert" else step.current_text
     new = "" if chosen[0].edit == "delete" else chosen[0].text
     return f"{old!r} -> {new!r}"

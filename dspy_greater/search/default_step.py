@@ -2,13 +2,14 @@
 
 Each stage is dearer and more faithful than the one before, and fewer candidates pass it:
 
-    propose_edits       what could be put here                                 one forward pass over short contexts
+    propose_edits       what could be put here: a token, a phrase, nothing     one forward pass over short contexts
     by_score_gradient   slope of the expected loss over reasonings at hand     one forward and backward pass
     forecast_off_policy the same change, exact in the edit                     one forward pass for each candidate
     evaluate            reasonings of their own                                generation
 
 The first three look at the next few positions, the last at the one of them that promises most. While forecasts do not
-come true, some steps leave gradient and forecast out and try edits by chance (`exploration`).
+come true, some steps leave gradient and forecast out and try edits by chance (`exploration`). The first step, and every
+tenth, asks the model for whole instructions instead (`written`), which pass the last two gates.
 """
 
 from __future__ import annotations
@@ -27,13 +28,16 @@ from dspy_greater.objective.types import Candidate, Evaluation
 from dspy_greater.run.events import StepTaken
 from dspy_greater.search.edits import Edit, propose_edits
 from dspy_greater.search.exploration import baseline_scale, explores, forecasts_are_trusted
+from dspy_greater.search.phrases import propose_phrases
 from dspy_greater.search.select import realised_change, select
 from dspy_greater.search.state import SearchState, positions_ahead, return_to_best
 from dspy_greater.search.step import Positions, StepContext
+from dspy_greater.search.written import propose_written, writes
 from dspy_greater.settings import Settings
 
 _ALIKE = 1e-9  # mistakes that differ by no more than rounding errors
-_KINDS = ("replace", "insert", "delete")
+_KINDS = ("replace", "insert", "delete", "phrase")
+_WRITTEN_TRIED = 2  # the fewest written instructions that reason for themselves: each is a step of its own length
 
 Slopes = dict[str, float]  # by the candidate's text
 Forecasts = dict[str, Forecast]  # by the candidate's text
@@ -48,7 +52,7 @@ def by_score_gradient(at: StepContext, replay: Replay, edits: Sequence[Edit]) ->
     """Slopes of replacements and of insertions, each at a place of its own; a kind with one edit has none."""
     found: Slopes = {}
     for kind in ("replace", "insert"):
-        alike = [each for each in edits if each.kind == kind]
+        alike = [each for each in edits if (each.kind, each.origin) == (kind, "token")]
         if len(alike) < 2 or not replay.reasonings:
             continue
         ids, position = at.current.token_ids, at.state.position
@@ -101,6 +105,11 @@ class _Look:
         """The best forecast at the position."""
         return min((_finite(each.change) for each in self.forecasts.values()), default=math.inf)
 
+    @property
+    def rewrites(self) -> bool:
+        """Whether its edits are whole instructions."""
+        return any(each.kind == "rewrite" for each in self.edits)
+
     def ranked(self) -> list[Edit]:
         """The shortlist by forecast; a stable sort, so without forecasts its own order counts."""
         return sorted(self.shortlist, key=lambda each: _change(self.forecasts, each))
@@ -125,6 +134,9 @@ class DefaultStep:
     def take(self, at: StepContext) -> StepTaken:
         """One step from the state; see the module."""
         before, random = at.evaluator.spent(), at.random()
+        written = propose_written(at) if writes(at) else ()
+        if written:
+            return self._taken(at, self._look_at(at, written, random), before)
         if self.rank is not None and explores(at.state, at.settings, random):
             return replace(self, rank=None, forecast=None)._step(at, random, before)
         return self._step(at, random, before)
@@ -134,13 +146,27 @@ class DefaultStep:
         return return_to_best(state, settings, positions)
 
     def _step(self, at: StepContext, random: Random, before: Mapping[str, int]) -> StepTaken:
+        look = min(self._look_ahead(at, self._replay(at, random), random), key=lambda each: each.promise)
+        return self._taken(at, look, before)
+
+    def _replay(self, at: StepContext, random: Random) -> Replay:
         reasonings = at.evaluator.replay(at.current, random, at.settings.replayed)
         scale = baseline_scale(at.settings, at.state.seed, at.current)
-        replay = Replay(tuple(reasonings), tuple(advantages(reasonings, baseline_scale=scale)))
-        look = min(self._look_ahead(at, replay, random), key=lambda each: each.promise)
+        return Replay(tuple(reasonings), tuple(advantages(reasonings, baseline_scale=scale)))
+
+    def _look_at(self, at: StepContext, written: tuple[Edit, ...], random: Random) -> _Look:
+        """Whole instructions and their forecasts; they have no position, and so no slopes."""
+        replay = self._replay(at, random)
+        told = self.forecast is not None and at.settings.forecasts > 0 and bool(replay.reasonings)
+        forecasts = self.forecast(at, replay)(at, replay, written) if told and self.forecast is not None else {}
+        return _Look(at, written, {}, written, forecasts)
+
+    def _taken(self, at: StepContext, look: _Look, before: Mapping[str, int]) -> StepTaken:
+        """The best of the look's candidates reason for themselves, and one of them is chosen or none."""
         tried = self._tried(look)
         evaluated = at.evaluator.evaluate([each.instruction for each in tried], at.model)
-        selection = select(at.current, evaluated, stays=False)
+        # A walk goes on over worse instructions; another one altogether has to be better.
+        selection = select(at.current, evaluated, stays=look.rewrites)
         state = look.at.state
         stands = [] if state.appends() else [at.current.token_ids[state.position]]
         return StepTaken(
@@ -164,7 +190,7 @@ class DefaultStep:
         looks: list[_Look] = []
         for state in ahead:
             here = replace(at, state=state)
-            edits = propose_edits(here)
+            edits = (*propose_edits(here), *propose_phrases(here))
             slopes = self.rank(here, replay, edits) if self.rank is not None else {}
             shortlist = self._shortlist(here, edits, slopes, random)
             alone = len(ahead) == 1 and len(shortlist) < 2  # nothing to compare it with
@@ -178,7 +204,7 @@ class DefaultStep:
         if self.rank is None:
             return tuple(random.sample(list(edits), min(size, len(edits))))
         ranked = [
-            sorted((each for each in edits if each.kind == kind), key=lambda each: _slope(slopes, each))
+            sorted((each for each in edits if _kind(each) == kind), key=lambda each: _slope(slopes, each))
             for kind in _KINDS
         ]
         longest = max(map(len, ranked), default=0)
@@ -186,6 +212,8 @@ class DefaultStep:
 
     def _tried(self, look: _Look) -> list[Edit]:
         """At most μ candidates; only those that promise an improvement, once forecasts have proven themselves."""
+        if look.rewrites:
+            return look.ranked()[: max(_WRITTEN_TRIED, self._most(look.at))]
         ranked = look.ranked()[: self._most(look.at)]
         if self.rank is None or not forecasts_are_trusted(look.at.state):
             return ranked
@@ -224,7 +252,7 @@ def _told(look: _Look, evaluated: Sequence[Evaluation]) -> tuple[Candidate, ...]
         outcome, told = outcomes.get(text), look.forecasts.get(text)
         return Candidate(
             token=edit.token,
-            text=decode([edit.token]),
+            text=text if edit.origin == "written" else decode(list(edit.tokens)),
             log_probability=edit.log_probability,
             gradient=look.slopes.get(text),
             evaluation=outcome,
@@ -232,9 +260,14 @@ def _told(look: _Look, evaluated: Sequence[Evaluation]) -> tuple[Candidate, ...]
             forecast=None if told is None else told.change,
             effective_samples=None if told is None else told.effective_samples,
             realised=None if outcome is None else realised_change(look.at.current, outcome),
+            origin=edit.origin,
         )
 
     return tuple(tell(each) for each in look.edits)
+
+
+def _kind(edit: Edit) -> str:
+    return edit.kind if edit.origin == "token" else edit.origin
 
 
 def _slope(slopes: Slopes, edit: Edit) -> float:

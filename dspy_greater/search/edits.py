@@ -1,4 +1,4 @@
-"""Edits of an instruction at one position: another token, one more in front of it or at the end, or none.
+"""Edits of an instruction: at one position another token, one more in front of it or at the end, or none.
 
 Tokens come from equations 3 and 4 of the paper, which ask what could follow the instruction's beginning: the same
 tokens can stand at the position or be put in front of it.
@@ -15,23 +15,31 @@ from dspy_greater.objective.evaluator import Instruction
 from dspy_greater.search.proposals import ProposalSizes, propose
 from dspy_greater.search.step import StepContext
 
-Kind = Literal["replace", "insert", "delete"]
+Kind = Literal["replace", "insert", "delete", "rewrite"]
+Origin = Literal["token", "phrase", "written"]
 Legal = Callable[[int], tuple[tuple[Kind, Instruction], ...] | None]
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A legal instruction that differs from the current one at one position.
+    """A legal instruction that differs from the current one at one position, or ("rewrite") altogether.
 
-    `token` stands at the position afterwards (where one is deleted: the one that was there). At either end of the
-    instruction it may have taken in a blank around it, as " Think" for a proposed "Think". `log_probability` is how
-    likely the model finds the proposed one there, nats, mean over the proposal contexts.
+    `tokens` stand at the position afterwards (where one is deleted: the one that was there): one, or those of a phrase.
+    At either end of the instruction a token may have taken in a blank around it, as " Think" for a proposed "Think".
+    `log_probability` is how likely the model finds what was proposed there, nats per token, mean over the proposal
+    contexts. `origin` is what proposed it.
     """
 
     kind: Kind
-    token: int
+    tokens: tuple[int, ...]
     instruction: Instruction
     log_probability: float
+    origin: Origin = "token"
+
+    @property
+    def token(self) -> int:
+        """The first of its tokens."""
+        return self.tokens[0]
 
 
 def propose_replacements(at: StepContext) -> tuple[Edit, ...]:
@@ -69,7 +77,7 @@ def _proposed(at: StepContext, kinds: Collection[Kind], *, new: bool) -> tuple[E
     likelihoods = zip(proposal.canonical, proposal.mean_log_probabilities, strict=True)
     return _distinct(
         [
-            Edit(kind, instruction.token_ids[at.state.position], instruction, likelihood)
+            Edit(kind, (instruction.token_ids[at.state.position],), instruction, likelihood)
             for found, likelihood in likelihoods
             for kind, instruction in found
         ]
@@ -103,7 +111,7 @@ def _deletion(at: StepContext) -> list[Edit]:
     shorter = at.evaluator.layout.edits.delete(ids, position)
     if shorter is None or at.evaluator.knows(shorter[1]):
         return []
-    return [Edit("delete", ids[position], Instruction(*shorter), math.nan)]
+    return [Edit("delete", (ids[position],), Instruction(*shorter), math.nan)]
 
 
 def _distinct(edits: list[Edit]) -> tuple[Edit, ...]:

@@ -108,6 +108,7 @@ def advance(
     `positions` tells which positions of an instruction may be changed, and `failed` whether no loss was finite.
     """
     state, chosen = replace(state, position=step.position), step.chosen
+    rewritten = any(each.edit == "rewrite" for each in step.candidates)
     best = _ranked((*state.best, chosen, *evaluated), settings)
     further = best[0].instruction != state.best[0].instruction
     return replace(
@@ -115,7 +116,9 @@ def advance(
         current=chosen,
         best=best,
         step=state.step + 1,
-        position=_next_position(state, chosen, settings, positions(chosen.token_ids)),
+        position=_after_rewriting(state, chosen, positions)
+        if rewritten
+        else _next_position(state, chosen, settings, positions(chosen.token_ids)),
         failed_steps=state.failed_steps + 1 if failed else 0,
         usage=state.usage.after(step.spent),
         unchanged=0 if further else state.unchanged + 1,
@@ -182,6 +185,15 @@ def _next_position(state: SearchState, chosen: Evaluation, settings: Settings, e
     searched = len(positions) if state.fixed else length
     grows = not ends_sentence(chosen.instruction[len(state.fixed) :]) and searched < settings.max_instruction_tokens
     return length if grows and not could_not_grow else min(positions, default=_nowhere(chosen, state.fixed))
+
+
+def _after_rewriting(
+    state: SearchState, chosen: Evaluation, positions: Callable[[Sequence[int]], Sequence[int]]
+) -> int:
+    """Where it was if the instruction stayed; the first position of another one."""
+    if chosen.instruction == state.current.instruction:
+        return state.position
+    return min(positions(chosen.token_ids), default=_nowhere(chosen, state.fixed))
 
 
 def _ranked(evaluations: Sequence[Evaluation], settings: Settings) -> tuple[Evaluation, ...]:

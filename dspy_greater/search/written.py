@@ -1,0 +1,123 @@
+"""Instructions that the model writes itself, whole: asked with examples, and with what it got wrong.
+
+A token at a time, a search stays near where it began. The model whose instruction is optimised knows the language of
+its task, so it is asked for other instructions now and then. What it writes is a candidate like any edit: it is
+forecast on the reasonings at hand, and reasons for itself. The gradient has nothing to say of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from random import Random
+
+from dspy_greater.model.interface import GenerationRequest
+from dspy_greater.objective.evaluator import Instruction
+from dspy_greater.objective.types import RowOutcome
+from dspy_greater.search.edits import Edit
+from dspy_greater.search.state import ends_sentence
+from dspy_greater.search.step import StepContext
+
+_EVERY = 10  # steps from one request to the next
+_EXAMPLES = 3  # rows in a request, mistakes first
+_LONGEST = 400  # characters of a text in a request
+_ROOM = 32  # tokens that a request leaves beside the instruction: a greeting, a cut sentence
+_TEMPERATURE, _TOP_P = 0.8, 0.95
+
+# What the requests of one step ask for besides, in turn: the same words would come back otherwise.
+_ACCENTS = (
+    "Name the steps to take, in order.",
+    "Say what is easily got wrong.",
+    "Be short and exact.",
+    "Say how to write down what is found on the way.",
+)
+
+
+def writes(at: StepContext) -> bool:
+    """Whether the step asks for whole instructions: the first one, and every tenth."""
+    return at.settings.written > 0 and at.state.step % _EVERY == 0 and any(row.inputs for row in at.current.rows)
+
+
+def propose_written(at: StepContext) -> tuple[Edit, ...]:
+    """What the model writes when it is asked for a better instruction, as far as it can be deployed and is new."""
+    random = Random(f"{at.random_seed}/{at.predictor}/{at.state.step}/written")
+    room = at.settings.max_instruction_tokens + _ROOM
+    requests = [
+        GenerationRequest(prompt, room, _TEMPERATURE, _TOP_P, seed=random.randrange(2**31))
+        for prompt in (at.evaluator.layout.encoder.chat_ids(each) for each in _requests(at, random))
+        if _fits(at, len(prompt) + room)
+    ]
+    texts = [at.evaluator.layout.encoder.decode(each.token_ids) for each in at.model.generate(requests)]
+    edits = [_edit(at, text) for text in dict.fromkeys(map(instruction_in, texts)) if text]
+    return tuple({each.instruction.text: each for each in edits if each is not None}.values())
+
+
+def instruction_in(answer: str) -> str:
+    """The instruction in an answer, on one line: without quotation marks, a heading and a sentence that was cut off.
+
+    >>> instruction_in('"List the items.\\nThen add the numbers." ')
+    'List the items. Then add the numbers.'
+    >>> instruction_in("Instruction: Count every item. Then add")
+    'Count every item.'
+    """
+    lines = [line.strip() for line in answer.strip().splitlines()]
+    text = " ".join(line for line in lines if line and not line.startswith(("```", "#")))
+    heading, colon, rest = text.partition(":")
+    if colon and "instruction" in heading.lower() and len(heading.split()) <= 4:
+        text = rest
+    text = text.strip().strip("\"'`*").strip()
+    ends = [at + 1 for at, letter in enumerate(text) if ends_sentence(text[: at + 1]) and letter in ".!?。！？"]
+    return text[: ends[-1]] if ends else text
+
+
+def _requests(at: StepContext, random: Random) -> list[list[dict[str, str]]]:
+    """As many as are asked for, each with rows of its own."""
+    called = [row for row in at.current.rows if row.inputs]
+    found: list[list[dict[str, str]]] = []
+    for number in range(at.settings.written):
+        shuffled = random.sample(called, len(called))
+        rows = sorted(shuffled, key=lambda row: row.score)[:_EXAMPLES]
+        content = _request(at, rows, _ACCENTS[number % len(_ACCENTS)])
+        found.append([{"role": "user", "content": content}])
+    return found
+
+
+def _request(at: StepContext, rows: Sequence[RowOutcome], accent: str) -> str:
+    shown = "\n\n".join(_shown(at, row) for row in rows)
+    return (
+        "An assistant follows the instruction below. Write a better one.\n\n"
+        f"Instruction: {at.current.instruction}\n\n"
+        f"What it was given, and what would have been right:\n\n{shown}\n\n"
+        "Write an instruction that helps the assistant with everything of this kind, in one or two sentences that "
+        f"tell it what to do. {accent} Do not repeat any of the examples. Write the instruction and nothing else."
+    )
+
+
+def _shown(at: StepContext, row: RowOutcome) -> str:
+    """An example: inputs, what was reasoned where that went wrong, and the right answer where there is one."""
+    lines = [f"{name}: {_shortened(value)}" for name, value in row.inputs.items()]
+    if row.score < 1.0:
+        lines += [f"It wrote: {_shortened(text)}" for text in row.written.values() if text]
+    labels = at.evaluator.labels(row)
+    return "\n".join([*lines, *(f"Right {name}: {_shortened(text)}" for name, text in labels.items())])
+
+
+def _shortened(value: object) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+
+
+def _fits(at: StepContext, tokens: int) -> bool:
+    limit = at.model.context_length
+    return limit is None or tokens <= limit
+
+
+def _edit(at: StepContext, text: str) -> Edit | None:
+    edits = at.evaluator.layout.edits
+    written = edits.rewrite(text)
+    if written is None or at.evaluator.knows(written[1]):
+        return None
+    ids, text = written
+    if len(edits.positions(ids) if edits.fixed else ids) > at.settings.max_instruction_tokens:
+        return None
+    return Edit("rewrite", ids, Instruction(ids, text), math.nan, origin="written")

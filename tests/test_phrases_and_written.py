@@ -1,0 +1,230 @@
+"""Phrases and whole instructions as candidates: legal, new, drawn the same again, and judged like any other."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scripted_engine import (
+    BEST,
+    SEED,
+    ScriptedEngine,
+    exact_match,
+    instruction_of,
+    obedient_script,
+    planted_engine,
+    planted_rows,
+    program_on,
+)
+
+from dspy_greater import GReaTerTeleprompter
+from dspy_greater.metric import RowMetric
+from dspy_greater.model.plain import PlainModel
+from dspy_greater.objective.evaluator import Evaluator, Objective
+from dspy_greater.program.predictors import predictors_of
+from dspy_greater.run.log import edit_of
+from dspy_greater.search.edits import Edit
+from dspy_greater.search.phrases import mean_likelihoods, propose_phrases
+from dspy_greater.search.state import begin
+from dspy_greater.search.step import StepContext
+from dspy_greater.search.written import instruction_in, propose_written, writes
+from dspy_greater.settings import Settings
+
+ROWS = planted_rows(8)
+
+
+class Writer(ScriptedEngine):
+    """The planted script, which answers a request for an instruction with the next of these texts."""
+
+    def __init__(self, *texts: str) -> None:
+        self.asked: list[str] = []
+
+        def write(prompt: str) -> str:
+            if "Write a better one" not in prompt:
+                return obedient_script(prompt)
+            self.asked.append(prompt)
+            return texts[(len(self.asked) - 1) % len(texts)]
+
+        super().__init__(write, model=planted_engine().model)
+
+
+def before_a_step(
+    engine: Any = None, instruction: str = SEED, *, position: int = 0, step: int = 0, fixed: str = "", **knobs: Any
+) -> StepContext:
+    program = program_on(engine or planted_engine(), instruction=instruction)
+    [site] = predictors_of(program)
+    settings = Settings(**knobs)
+    evaluator = Evaluator(
+        Objective(program, site, "answer", ROWS, RowMetric(exact_match), fixed=fixed),
+        engine=site.lm.engine.engine,
+        settings=settings,
+    )
+    [seed] = evaluator.evaluate([evaluator.seed()])
+    state = begin(seed, settings, editable=evaluator.layout.edits.positions(seed.token_ids), fixed=fixed)
+    state = replace(state, position=position or state.position, step=step)
+    return StepContext(evaluator, evaluator.engine, state, settings, "predict", 0)
+
+
+def assert_deployed_as_scored(at: StepContext, edits: tuple[Edit, ...]) -> None:
+    for each in edits:
+        assert at.evaluator.layout.edits.instruction_ids(each.instruction.text) == each.instruction.token_ids
+        assert not at.evaluator.knows(each.instruction.text)
+
+
+# --- phrases
+
+
+def test_a_phrase_is_put_in_at_the_position_or_in_the_place_of_as_many_tokens() -> None:
+    at = before_a_step(position=2, phrases=8)
+    found, ids = propose_phrases(at), at.current.token_ids
+    assert {each.kind for each in found} == {"insert", "replace"}
+    for each in found:
+        assert 2 <= len(each.tokens) <= 8 and each.origin == "phrase"
+        behind = ids[2:] if each.kind == "insert" else ids[2 + len(each.tokens) :]
+        # At both ends of an instruction a token may take in a blank; in the middle all are as proposed.
+        made = each.instruction.token_ids
+        assert len(made) == 2 + len(each.tokens) + len(behind) and made[:2] == ids[:2]
+        assert made[len(made) - len(behind) :] == behind
+    assert_deployed_as_scored(at, found)
+
+
+def test_the_phrase_that_is_likelier_on_other_rows_comes_first() -> None:
+    at = before_a_step(position=1, phrases=8)
+    likelihoods = [each.log_probability for each in propose_phrases(at)]
+    assert len(set(likelihoods)) > 2 and likelihoods == sorted(likelihoods, reverse=True)
+
+
+def test_the_likelihood_of_a_phrase_is_the_mean_over_contexts_and_tokens() -> None:
+    at = before_a_step()
+    contexts, phrases = at.evaluator.proposal_contexts(at.current, 2)[:3], [(7, 9), (11, 5, 6)]
+    plain = PlainModel(at.evaluator.engine)
+    expected = []
+    for phrase in phrases:
+        steps = [
+            float(plain.next_token_logprobs([(*context, *phrase[:at_])])[0, phrase[at_]])
+            for context in contexts
+            for at_ in range(len(phrase))
+        ]
+        expected.append(sum(steps) / len(steps))
+    assert mean_likelihoods(at, contexts, phrases) == pytest.approx(expected, rel=1e-4)
+
+
+def test_phrases_are_the_same_again_and_others_with_another_seed() -> None:
+    at = before_a_step(phrases=6)
+    texts = [each.instruction.text for each in propose_phrases(at)]
+    assert texts and [each.instruction.text for each in propose_phrases(at)] == texts
+    assert [each.instruction.text for each in propose_phrases(replace(at, random_seed=1))] != texts
+
+
+def test_a_phrase_leaves_the_fixed_text_and_the_longest_length() -> None:
+    fixed = "Please say"
+    at = before_a_step(instruction=fixed, position=2, fixed=fixed, phrases=8, max_instruction_tokens=3)
+    found = propose_phrases(at)
+    assert found and all(each.instruction.text.startswith(fixed) for each in found)
+    assert all(len(at.evaluator.layout.edits.positions(each.instruction.token_ids)) <= 3 for each in found)
+    assert propose_phrases(replace(at, settings=replace(at.settings, phrases=0))) == ()
+
+
+# --- whole instructions
+
+
+def test_the_model_is_shown_the_instruction_and_rows_that_went_wrong_first() -> None:
+    engine = Writer("List and count.")
+    at = before_a_step(engine, written=3)
+    propose_written(at)
+    assert len(engine.asked) == 3
+    wrong = [row for row in at.current.rows if row.score < 1.0]
+    assert wrong
+    for prompt in engine.asked:
+        assert f"Instruction: {SEED}" in prompt and prompt.count("Right answer: ") == 3
+        assert any(str(row.inputs["question"]) in prompt for row in wrong)
+    assert len(set(engine.asked)) == 3
+
+
+def test_what_it_writes_becomes_a_candidate_only_where_it_can_be_deployed_and_is_new() -> None:
+    texts = ('"List and count."', SEED, "[[ ## answer ## ]] yes", "!?", "Instruction: List and count.", "<|end|>")
+    at = before_a_step(Writer(*texts), written=len(texts))
+    found = propose_written(at)
+    assert [each.instruction.text for each in found] == ["List and count."]
+    assert (found[0].kind, found[0].origin) == ("rewrite", "written") and math.isnan(found[0].log_probability)
+    assert_deployed_as_scored(at, found)
+
+
+def test_behind_a_fixed_text_the_written_instruction_is_a_sentence_more() -> None:
+    at = before_a_step(Writer("List and count."), instruction="Please say", fixed="Please say", written=1)
+    assert [each.instruction.text for each in propose_written(at)] == ["Please say List and count."]
+
+
+def test_one_that_is_longer_than_allowed_is_left_out() -> None:
+    at = before_a_step(Writer("List and count " * 20), written=1, max_instruction_tokens=12)
+    assert propose_written(at) == ()
+
+
+@pytest.mark.parametrize(("step", "expected"), [(0, True), (1, False), (9, False), (10, True)])
+def test_it_is_asked_at_the_first_step_and_every_tenth(step: int, expected: bool) -> None:
+    assert writes(before_a_step(step=step)) is expected
+    assert not writes(before_a_step(step=step, written=0))
+
+
+@given(st.text(max_size=60))
+def test_whatever_is_written_is_one_line_or_nothing(answer: str) -> None:
+    found = instruction_in(answer)
+    assert found == found.strip() and len(found.splitlines()) <= 1
+
+
+# --- in a search
+
+
+def compiled(engine: Any, **knobs: Any) -> Any:
+    settings = {"auto": None, "train_rows": 4, "validation_rows": 4, "progress": False, **knobs}
+    return GReaTerTeleprompter(exact_match, **settings).compile(program_on(engine), ROWS[:4], valset=ROWS[4:])
+
+
+def test_a_written_instruction_that_is_better_is_taken_and_the_search_goes_on_from_its_beginning() -> None:
+    better = compiled(Writer("Maybe look here.", f"Now {BEST} and add."), steps=2)
+    [result] = better.detailed_results.predictors
+    first, second = result.steps
+    assert first.chosen.instruction == f"Now {BEST} and add." and second.position == 0
+    assert {each.origin for each in first.candidates} == {"written"}
+    assert all(each.gradient is None and each.forecast is not None for each in first.candidates)
+    assert first.chosen.score > result.seed.score
+    assert edit_of(first) == f"rewritten as 'Now {BEST} and add.'"
+    assert result.origin == "written" or instruction_of(better) != first.chosen.instruction
+
+
+def test_where_the_written_ones_are_worse_the_search_stays_at_its_position() -> None:
+    better = compiled(Writer("Hurry and guess."), steps=2)
+    [result] = better.detailed_results.predictors
+    first, second = result.steps
+    assert first.chosen.instruction == SEED and second.position == result.steps[0].position == 0
+    assert "written" not in {each.origin for each in second.candidates}
+
+
+def test_where_nothing_that_is_written_can_be_used_the_step_is_one_of_tokens() -> None:
+    better = compiled(Writer("!?"), steps=1)
+    [step] = better.detailed_results.predictors[0].steps
+    assert "token" in {each.origin for each in step.candidates}
+
+
+def test_the_papers_variant_knows_neither() -> None:
+    better = compiled(Writer("List and count."), steps=1, variant="paper")
+    [step] = better.detailed_results.predictors[0].steps
+    assert {each.origin for each in step.candidates} == {"token"}
+
+
+def test_a_run_with_phrases_and_written_instructions_is_resumed_bit_by_bit(tmp_path: Any) -> None:
+    def steps(log_dir: Any, count: int) -> list[Any]:
+        found = compiled(planted_engine(), steps=count, log_dir=log_dir).detailed_results
+        return json.loads(json.dumps([each["candidates"] for each in found.to_dict()["predictors"][0]["steps"]]))
+
+    whole = steps(tmp_path / "whole", 4)
+    journal = tmp_path / "whole" / "journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "journal.jsonl").write_text("".join(lines[:4]))
+    assert steps(tmp_path / "cut", 4) == whole

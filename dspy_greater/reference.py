@@ -7,8 +7,8 @@ Read this file first. It is Algorithm 1 (`variant="paper"`) and the default vari
 
 The search computes the same, faster; a test holds it to this file, candidate for candidate and number for number. Text
 becomes tokens in `Layout` and `Examples`, and the program runs as it will be deployed; every probability, gradient and
-decision is made here. Left out: phrases, written instructions, budgets, what follows steps without a finite loss,
-journal, validation. Shapes: T tokens, V vocabulary, d embedding, C candidates, M reasonings.
+decision is made here. Left out: phrases, written instructions, prices and other budgets, what follows steps without a
+finite loss, journal, validation. Shapes: T tokens, V vocabulary, d embedding, C candidates, M reasonings.
 """
 
 from __future__ import annotations

@@ -68,6 +68,8 @@ class Settings:
     # From here to `explore_every`, the default variant alone.
     replayed: int = 24  # reasonings of the current instruction that are read again
     forecasts: int = 6  # candidates of a position that pass from the gradient to off-policy forecasts
+    forecast_share: float = 1.0  # of the price of a step's runs, what its gradients and forecasts may cost; 0: no bound
+    write_price: float | None = None  # of a token written, in tokens read; None: 4 on a CPU, 32 on an accelerator
     phrases: int = 3  # continuations of a position that are drawn as phrases; 0: none
     written: int = 4  # instructions that the model is asked for at the first step and every tenth; 0: none
     positions_ahead: int = 3  # positions at which a step forecasts; candidates are tried at the one that promises most
@@ -104,6 +106,8 @@ class Settings:
             value = getattr(self, name)
             if not _is_finite(value) or value < 0:
                 raise SettingsError(f"{name}={value!r}: give a finite number that is not negative.")
+        if self.write_price is not None and not (_is_finite(self.write_price) and self.write_price > 0):
+            raise SettingsError(f"write_price={self.write_price!r}: give a positive number, or None for the device's.")
         if self.explore_every == 1:
             raise SettingsError("explore_every=1: no step would forecast again; give 2 or more, or 0 for none.")
         if self.answer_temperature == 0:
@@ -130,6 +134,8 @@ class Knobs(TypedDict, total=False):
     failure_score: float | None
     replayed: int | None
     forecasts: int | None
+    forecast_share: float | None
+    write_price: float | None
     phrases: int | None
     written: int | None
     positions_ahead: int | None
@@ -246,6 +252,7 @@ _NOT_NEGATIVE = (
     "answer_weight",
     "uncertainty_weight",
     "baseline_scale",
+    "forecast_share",
 )
 _AT_LEAST_ONE_OR_NONE = ("max_generated_tokens", "max_metric_calls", "selections")
 _AT_LEAST = {

@@ -77,7 +77,7 @@ def searched(
         validation_rows=8,
         progress=False,
         listeners=[events.append],
-        **{"phrases": 0, "written": 0, **settings},
+        **{"phrases": 0, "written": 0, "forecast_share": 0, **settings},
     )
     with dspy.context(lm=local_lm("pocket", cache=False, max_tokens=max_tokens)):
         optimizer.compile(program, found[: len(found) // 2], valset=found[len(found) // 2 :])

@@ -326,7 +326,7 @@ def program_on(
 def optimizer(**settings: Any) -> GReaTerTeleprompter:
     """A quick search: few steps, few rows, single tokens; scripts know no other requests than the program's."""
     quick = {"auto": None, "steps": 2, "train_rows": 4, "validation_rows": 4, "progress": False}
-    quick |= {"phrases": 0, "written": 0} if settings.get("variant") != "paper" else {}
+    quick |= {"phrases": 0, "written": 0, "forecast_share": 0} if settings.get("variant") != "paper" else {}
     return GReaTerTeleprompter(**{"metric": exact_match, **quick, **settings})
 
 

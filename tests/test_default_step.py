@@ -60,7 +60,7 @@ def searching(
     """An objective, the state before its first step, and the settings."""
     program = program_on(engine or planted_engine(), instruction=instruction)
     [site] = predictors_of(program)
-    settings = Settings(**{"selections": 3, "phrases": 0, "written": 0, **knobs})
+    settings = Settings(**{"selections": 3, "phrases": 0, "written": 0, "forecast_share": 0, **knobs})
     objective = Evaluator(
         Objective(program=program, site=site, field=field, rows=rows, metric=RowMetric(metric)),
         engine=site.lm.engine.engine,

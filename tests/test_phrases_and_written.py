@@ -191,7 +191,8 @@ def test_a_written_instruction_that_is_better_is_taken_and_the_search_goes_on_fr
     first, second = result.steps
     assert first.chosen.instruction == f"Now {BEST} and add." and second.position == 0
     assert {each.origin for each in first.candidates} == {"written"}
-    assert all(each.gradient is None and each.forecast is not None for each in first.candidates)
+    assert all(each.gradient is None for each in first.candidates)
+    assert any(each.forecast is not None for each in first.candidates)
     assert first.chosen.score > result.seed.score
     assert edit_of(first) == f"rewritten as 'Now {BEST} and add.'"
     assert result.origin == "written" or instruction_of(better) != first.chosen.instruction

@@ -59,7 +59,8 @@ class Searched:
 def searched(program: Any, rows: Sequence[Any], *, metric: Any = exact_match, seed: int = 0, **options: Any) -> Any:
     """What the search does on all rows but the last, for each predictor."""
     posing = {name: options.pop(name) for name in ("extractor", "mode") if name in options}
-    knobs = {"train_rows": len(rows) - 1, "validation_rows": 1, "phrases": 0, "written": 0, **options}
+    plain = {"phrases": 0, "written": 0, "forecast_share": 0}  # which the reference leaves out
+    knobs = {"train_rows": len(rows) - 1, "validation_rows": 1, **plain, **options}
     optimizer = GReaTerTeleprompter(metric=metric, auto=None, seed=seed, progress=False, **posing, **knobs)
     details = optimizer.compile(program, rows[:-1], valset=rows[-1:]).detailed_results
     problem = pose(

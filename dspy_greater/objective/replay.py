@@ -68,6 +68,10 @@ class Replay:
     reasonings: Sequence[Reasoning]
     advantages: Sequence[float]
 
+    def first(self, count: int) -> Replay:
+        """The first of them."""
+        return Replay(self.reasonings[:count], self.advantages[:count])
+
     def under(self, instruction: Sequence[int]) -> Replay:
         """The same under another instruction."""
         return replace(self, reasonings=tuple(each.under(instruction) for each in self.reasonings))

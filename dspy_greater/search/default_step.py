@@ -29,6 +29,7 @@ from dspy_greater.run.events import StepTaken
 from dspy_greater.search.edits import Edit, propose_edits
 from dspy_greater.search.exploration import baseline_scale, explores, forecasts_are_trusted
 from dspy_greater.search.phrases import propose_phrases
+from dspy_greater.search.prices import Glance, glance
 from dspy_greater.search.select import realised_change, select
 from dspy_greater.search.state import SearchState, positions_ahead, return_to_best
 from dspy_greater.search.step import Positions, StepContext
@@ -71,23 +72,37 @@ def by_score_gradient(at: StepContext, replay: Replay, edits: Sequence[Edit]) ->
 
 
 def forecast_off_policy(at: StepContext, replay: Replay) -> Forecaster:
-    """The exact change of the expected loss over the reasonings at hand."""
-    temperature, current = at.settings.answer_temperature, at.current.token_ids
-    shares = [each.share for each in replay.reasonings]
+    """The exact change of the expected loss over the reasonings at hand, or over the first of them."""
+    temperature = at.settings.answer_temperature
     saturates = _reasons(at.state.seed)
-    now: list[Likelihood] = []  # of the current instruction, for all positions
+    known: dict[tuple[int, ...], list[Likelihood]] = {}  # by instruction, of the first reasonings
 
-    def read(ids: Sequence[int]) -> list[Likelihood]:
-        return likelihoods(at.model, [each.under(ids) for each in replay.reasonings], answer_temperature=temperature)
+    def read(ids: tuple[int, ...], count: int) -> list[Likelihood]:
+        found = known.setdefault(ids, [])
+        missing = [each.under(ids) for each in replay.reasonings[len(found) : count]]
+        if missing:
+            found += likelihoods(at.model, missing, answer_temperature=temperature)
+        return found[:count]
 
-    def of_edits(_at: StepContext, _replay: Replay, edits: Sequence[Edit]) -> Forecasts:
-        if edits and not now:
-            now.extend(read(current))
-        weight, against = at.settings.answer_weight, replay.advantages
+    def of_edits(_at: StepContext, first: Replay, edits: Sequence[Edit]) -> Forecasts:
+        count, shares = len(first.reasonings), [each.share for each in first.reasonings]
+        now = read(at.current.token_ids, count) if edits else []
+        weight, against = at.settings.answer_weight, first.advantages
         tell = partial(forecast, now, advantages=against, shares=shares, answer_weight=weight, saturates=saturates)
-        return {each.instruction.text: tell(read(each.instruction.token_ids)) for each in edits}
+        return {each.instruction.text: tell(read(each.instruction.token_ids, count)) for each in edits}
 
     return of_edits
+
+
+def race(
+    forecaster: Forecaster, at: StepContext, replay: Replay, edits: Sequence[Edit], rounds: Sequence[tuple[int, int]]
+) -> Forecasts:
+    """Forecasts of those edits that are left after the rounds, (how many go on, from how many reasonings) each."""
+    told: Forecasts = {}
+    for kept, count in rounds:
+        edits = sorted(edits, key=lambda each: _change(told, each))[:kept]
+        told = forecaster(at, replay.first(count), edits)
+    return told
 
 
 @dataclass(frozen=True)
@@ -146,20 +161,29 @@ class DefaultStep:
         return return_to_best(state, settings, positions)
 
     def _step(self, at: StepContext, random: Random, before: Mapping[str, int]) -> StepTaken:
-        look = min(self._look_ahead(at, self._replay(at, random), random), key=lambda each: each.promise)
+        look = min(self._look_ahead(at, self._glance(at), random), key=lambda each: each.promise)
         return self._taken(at, look, before)
 
-    def _replay(self, at: StepContext, random: Random) -> Replay:
-        reasonings = at.evaluator.replay(at.current, random, at.settings.replayed)
+    def _replay(self, at: StepContext, seen: Glance, random: Random) -> Replay:
+        reasonings = at.evaluator.replay(at.current, random, seen.reasonings)
         scale = baseline_scale(at.settings, at.state.seed, at.current)
         return Replay(tuple(reasonings), tuple(advantages(reasonings, baseline_scale=scale)))
 
     def _look_at(self, at: StepContext, written: tuple[Edit, ...], random: Random) -> _Look:
         """Whole instructions and their forecasts; they have no position, and so no slopes."""
-        replay = self._replay(at, random)
+        seen = self._glance(at)
+        replay = self._replay(at, seen, random)
         told = self.forecast is not None and at.settings.forecasts > 0 and bool(replay.reasonings)
-        forecasts = self.forecast(at, replay)(at, replay, written) if told and self.forecast is not None else {}
+        forecaster = self.forecast(at, replay) if told and self.forecast is not None else None
+        rounds = seen.rounds(len(written))
+        forecasts = race(forecaster, at, replay, written, rounds) if forecaster is not None else {}
         return _Look(at, written, {}, written, forecasts)
+
+    def _glance(self, at: StepContext) -> Glance:
+        """Chance costs nothing."""
+        if self.rank is None and self.forecast is None:
+            return Glance(1, 0, at.settings.replayed, races=False)
+        return glance(at, self._most(at))
 
     def _taken(self, at: StepContext, look: _Look, before: Mapping[str, int]) -> StepTaken:
         """The best of the look's candidates reason for themselves, and one of them is chosen or none."""
@@ -181,10 +205,11 @@ class DefaultStep:
             current_text=at.model.tokenizer.decode(stands),
         )
 
-    def _look_ahead(self, at: StepContext, replay: Replay, random: Random) -> list[_Look]:
+    def _look_ahead(self, at: StepContext, seen: Glance, random: Random) -> list[_Look]:
         """Slopes and forecasts at the next few positions; at one alone where nothing is forecast."""
+        replay = self._replay(at, seen, random)
         forecasts = self.forecast is not None and at.settings.forecasts > 0 and bool(replay.reasonings)
-        count = at.settings.positions_ahead if forecasts else 1
+        count = seen.positions if forecasts else 1
         ahead = positions_ahead(at.state, at.settings, at.evaluator.layout.edits.positions(at.current.token_ids), count)
         forecaster = self.forecast(at, replay) if forecasts and self.forecast is not None else None
         looks: list[_Look] = []
@@ -192,15 +217,18 @@ class DefaultStep:
             here = replace(at, state=state)
             edits = (*propose_edits(here), *propose_phrases(here))
             slopes = self.rank(here, replay, edits) if self.rank is not None else {}
-            shortlist = self._shortlist(here, edits, slopes, random)
+            shortlist = self._shortlist(here, edits, slopes, seen, random)
             alone = len(ahead) == 1 and len(shortlist) < 2  # nothing to compare it with
-            found = forecaster(here, replay, shortlist) if forecaster is not None and not alone else {}
+            rounds = seen.rounds(len(shortlist))
+            found = race(forecaster, here, replay, shortlist, rounds) if forecaster is not None and not alone else {}
             looks.append(_Look(here, edits, slopes, shortlist, found))
         return looks
 
-    def _shortlist(self, at: StepContext, edits: Sequence[Edit], slopes: Slopes, random: Random) -> tuple[Edit, ...]:
+    def _shortlist(
+        self, at: StepContext, edits: Sequence[Edit], slopes: Slopes, seen: Glance, random: Random
+    ) -> tuple[Edit, ...]:
         """The best by slope, kinds in turn: slopes of different kinds cannot be compared. Without ranking, some."""
-        size = max(at.settings.forecasts if self.forecast is not None else 0, self._most(at))
+        size = max(seen.candidates if self.forecast is not None else 0, self._most(at))
         if self.rank is None:
             return tuple(random.sample(list(edits), min(size, len(edits))))
         ranked = [

@@ -1,0 +1,107 @@
+"""What looking ahead may cost: gradients and forecasts of a step, against the runs that they are made for.
+
+Reading a token, differentiating through it and writing one cost differently on each kind of device. A list of prices
+is stated, and tokens are counted; no clock has a say, so that a search can be repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dspy_greater.model.engine import Engine
+from dspy_greater.search.step import StepContext
+from dspy_greater.settings import Settings
+from dspy_greater.stats import mean
+
+# In tokens read. A CPU computes what it reads; an accelerator waits for the weights with every token that it writes.
+_WRITE_ON_A_CPU, _WRITE_ON_AN_ACCELERATOR = 4.0, 32.0
+_DIFFERENTIATE = 3.0  # a forward pass, and a backward pass of twice its work
+_KINDS = 2  # of edits that have slopes, each with a pass of its own
+_FEWEST = 4  # reasonings from which anything is told
+
+
+@dataclass(frozen=True)
+class Glance:
+    """How far a step looks ahead.
+
+    Attributes:
+        positions: at which edits are proposed and ranked.
+        candidates: of a position that pass from the gradient to forecasts.
+        reasonings: that gradients go through, and that the forecasts of the last candidates read.
+        races: whether most candidates are forecast from fewer reasonings.
+    """
+
+    positions: int
+    candidates: int
+    reasonings: int
+    races: bool
+
+    def rounds(self, candidates: int) -> tuple[tuple[int, int], ...]:
+        """Successive halving: how many candidates are still forecast, and from how many reasonings.
+
+        >>> Glance(1, 8, 16, races=True).rounds(8)
+        ((8, 4), (4, 8), (2, 16))
+        """
+        if not self.races:
+            return ((candidates, self.reasonings),)
+        few = max(2, self.reasonings // 4)
+        stages = ((candidates, few), (-(-candidates // 2), 2 * few), (-(-candidates // 4), self.reasonings))
+        return tuple((kept, min(read, self.reasonings)) for kept, read in stages)
+
+
+def write_price(engine: Engine, settings: Settings) -> float:
+    """What writing a token costs, in tokens read: as set, or as the list has it for the kind of device."""
+    if settings.write_price is not None:
+        return settings.write_price
+    return _WRITE_ON_A_CPU if engine.weights.device.type == "cpu" else _WRITE_ON_AN_ACCELERATOR
+
+
+def glance(at: StepContext, selections: int) -> Glance:
+    """As far as the settings allow, and as the price of the step's runs pays for.
+
+    `selections` is μ. Positions are given up first, then candidates, and reasonings down to four before either.
+    """
+    settings = at.settings
+    most = Glance(settings.positions_ahead, settings.forecasts, settings.replayed, races=False)
+    runs = at.evaluator.generated(at.current)
+    if not settings.forecast_share or not runs:
+        return most
+    affordable = settings.forecast_share * selections * _readings_for(runs, write_price(at.evaluator.engine, settings))
+    if affordable >= _cost(most):
+        return most
+    ladder = [(positions, most.candidates) for positions in range(most.positions, 0, -1)]
+    ladder += [(1, candidates) for candidates in range(most.candidates - 1, 1, -1)]
+    for positions, candidates in ladder:
+        reasonings = int(affordable / _cost(Glance(positions, candidates, 1, races=True)))
+        if reasonings >= _FEWEST:
+            break
+    else:
+        positions, candidates, reasonings = 1, min(2, most.candidates), _FEWEST
+    return Glance(positions, candidates, min(reasonings, most.reasonings), races=True)
+
+
+def _readings_for(runs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], price: float) -> float:
+    """How many reasonings can be read for the price of one instruction's runs on all rows.
+
+    What all prompts begin with is read once, and is left out on both sides.
+    """
+    shared = _common_prefix([prompt for prompt, _ in runs])
+    read = [len(prompt) - shared for prompt, _ in runs]
+    written = [len(generated) for _, generated in runs]
+    one = mean([before + behind for before, behind in zip(read, written, strict=True)])
+    return (sum(read) + price * sum(written)) / max(one, 1.0)
+
+
+def _cost(seen: Glance) -> float:
+    """In reasonings read: gradients, forecasts, and the current instruction once."""
+    forecasts = seen.positions * seen.candidates * (0.5 if seen.races else 1.0)
+    return seen.reasonings * (seen.positions * _KINDS * _DIFFERENTIATE + forecasts + 1.0)
+
+
+def _common_prefix(sequences: Sequence[tuple[int, ...]]) -> int:
+    """The length of the beginning that all sequences share; of one alone, nothing."""
+    if len(sequences) < 2:
+        return 0
+    first, last = min(sequences), max(sequences)
+    return next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))

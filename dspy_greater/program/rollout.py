@@ -20,8 +20,8 @@ from dspy_greater.lm.request import PROVIDER
 from dspy_greater.metric import Score
 from dspy_greater.program.copies import with_instructions
 from dspy_greater.program.failures import Failure
-from dspy_greater.program.predictors import Result, predictor_names, predictors_of
-from dspy_greater.program.traced_run import carrying, trace_calls
+from dspy_greater.program.predictors import predictor_names, predictors_of
+from dspy_greater.program.traced_run import Result, carrying, trace_calls
 from dspy_greater.program.tracing import PredictorCall
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from pathlib import Path
 import dspy
 
 from dspy_greater import GReaTerTeleprompter, local_lm
-from dspy_greater.program.predictors import with_instruction
+from dspy_greater.program.copies import with_instruction
 
 
 def metric(example: dspy.Example, prediction: dspy.Prediction, trace: object = None) -> bool:

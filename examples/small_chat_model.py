@@ -19,7 +19,7 @@ from typing import Any
 import dspy
 
 from dspy_greater import GReaTerTeleprompter, local_lm
-from dspy_greater.program.predictors import with_instruction
+from dspy_greater.program.copies import with_instruction
 from dspy_greater.search.default_step import DefaultStep
 
 SEED = "Answer the question."

@@ -19,7 +19,7 @@ import dspy
 from benchmarks.tasks.two_step import DecomposeThenAnswer
 from dspy_greater import GReaTerTeleprompter, local_lm
 from dspy_greater.pocket.tasks import generate, work_out
-from dspy_greater.program.predictors import with_instruction
+from dspy_greater.program.copies import with_instruction
 from dspy_greater.run.events import SearchStarted, StepTaken, Validated
 
 FOLDER = Path(__file__).parent / "golden" / "searches"

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from dspy_greater.lm import batcher
 from dspy_greater.lm.batcher import Batcher
+from dspy_greater.lm.lockstep import Ticket
 
 PATIENCE = 10.0  # seconds; a wake-up that is lost costs the whole of it
 
@@ -22,7 +22,7 @@ PATIENCE = 10.0  # seconds; a wake-up that is lost costs the whole of it
 def waits_that_ran_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """Every wait lasts until a wake-up, and threads take turns as often as they can."""
     ran_out: list[float] = []
-    original = batcher._Ticket.awake
+    original = Ticket.awake
 
     def awake(ticket: Any, timeout: float) -> bool:
         woken = original(ticket, PATIENCE)
@@ -30,7 +30,7 @@ def waits_that_ran_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]
             ran_out.append(timeout)
         return woken
 
-    monkeypatch.setattr(batcher._Ticket, "awake", awake)
+    monkeypatch.setattr(Ticket, "awake", awake)
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield ran_out
@@ -101,14 +101,14 @@ def test_no_wake_up_is_lost_when_the_block_ends_early(waits_that_ran_out: list[f
 
 def test_a_waiter_that_is_interrupted_is_in_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     group = Group([1, 1])
-    patched = batcher._Ticket.awake
+    patched = Ticket.awake
 
     def interrupted(ticket: Any, timeout: float) -> bool:
         if ticket.request == 1:
             raise KeyboardInterrupt
         return patched(ticket, timeout)
 
-    monkeypatch.setattr(batcher._Ticket, "awake", interrupted)
+    monkeypatch.setattr(Ticket, "awake", interrupted)
     first_left = threading.Event()
     with group.batcher.lockstep(2) as lockstep, ThreadPoolExecutor(2) as pool:
 

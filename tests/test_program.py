@@ -11,18 +11,10 @@ import pytest
 from dspy.utils.dummies import DummyLM
 
 from dspy_greater.errors import DataError, ProgramError
-from dspy_greater.program.dataset import refuse_unfit_gold, supervised_field
-from dspy_greater.program.predictors import (
-    carrying,
-    check_examples,
-    copy_program,
-    predictors_of,
-    refuse_unsupported,
-    refuse_unusable,
-    search_adapter,
-    trace_calls,
-    with_instruction,
-)
+from dspy_greater.program.copies import copy_program, with_instruction
+from dspy_greater.program.dataset import check_examples, refuse_unfit_gold, supervised_field
+from dspy_greater.program.predictors import predictors_of, refuse_unsupported, refuse_unusable, search_adapter
+from dspy_greater.program.traced_run import carrying, trace_calls
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:dspy")
 

@@ -33,7 +33,7 @@ from test_programs import TwoHops, answer_is_label, hop_script, unlabelled
 from dspy_greater import GReaTerTeleprompter, local_lm, reference
 from dspy_greater.model.engine import Engine
 from dspy_greater.pocket.tasks import generate, work_out
-from dspy_greater.program.predictors import with_instructions
+from dspy_greater.program.copies import with_instructions
 from dspy_greater.search.problem import Options, Problem, pose
 from dspy_greater.stats import spearman
 

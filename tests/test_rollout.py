@@ -26,8 +26,8 @@ from scripted_engine import (
 from dspy_greater import local_lm
 from dspy_greater.errors import MetricError, ProgramError
 from dspy_greater.metric import RowMetric
-from dspy_greater.program.predictors import carrying
 from dspy_greater.program.rollout import pin_lms, roll_out, searching_copy
+from dspy_greater.program.traced_run import carrying
 from dspy_greater.program.validation import validation_scores
 
 ROWS = planted_rows(6)

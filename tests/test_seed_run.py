@@ -27,7 +27,7 @@ from dspy_greater import local_lm
 from dspy_greater.errors import ContextLengthError, DataError, ProgramError, UnusedPredictorError
 from dspy_greater.program.dataset import numbers_in, split
 from dspy_greater.program.inputs import refuse_strange_inputs
-from dspy_greater.program.predictors import trace_calls
+from dspy_greater.program.traced_run import trace_calls
 from dspy_greater.settings import Settings
 
 ROWS = planted_rows(8)

@@ -34,7 +34,7 @@ from dspy_greater.errors import CallMismatchError, LayoutError, ProgramError
 from dspy_greater.model.engine import Generation
 from dspy_greater.objective.evaluator import Evaluator, Instruction, Objective
 from dspy_greater.objective.types import Evaluation
-from dspy_greater.program.predictors import trace_calls
+from dspy_greater.program.traced_run import trace_calls
 from dspy_greater.run.events import SearchStarted, StepTaken
 from dspy_greater.run.serialise import to_json
 from dspy_greater.search.default_step import DefaultStep

@@ -14,8 +14,10 @@ from dspy_greater import local_lm
 from dspy_greater.metric import RowMetric
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.interface import Generation, GenerationRequest
-from dspy_greater.program.predictors import PredictorCall, calls_of, predictors_of, trace_calls
+from dspy_greater.program.predictors import predictors_of
 from dspy_greater.program.rollout import roll_out, searching_copy
+from dspy_greater.program.traced_run import calls_of, trace_calls
+from dspy_greater.program.tracing import PredictorCall
 from dspy_greater.prompt.layout import Layout, Span
 from dspy_greater.prompt.spans import Written
 from tests.chat_families import KINDS, TEMPLATES, family_tokenizer

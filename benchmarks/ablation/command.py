@@ -27,7 +27,7 @@ from benchmarks.ablation.variants import FROM, STARTS, SWEEPS, VARIANTS, Variant
 from benchmarks.fidelity.command import exact_match
 from dspy_greater import GReaTerTeleprompter, local_lm
 from dspy_greater.pocket.tasks import TASKS
-from dspy_greater.program.predictors import with_instruction
+from dspy_greater.program.copies import with_instruction
 from dspy_greater.report.result import PredictorResult
 from dspy_greater.settings import Settings
 

@@ -16,7 +16,8 @@ from dspy_greater.model.interface import Model
 from dspy_greater.objective.evaluator import Evaluator, Objective
 from dspy_greater.objective.replay import Reasoning
 from dspy_greater.objective.types import Evaluation
-from dspy_greater.program.predictors import predictors_of, with_instruction
+from dspy_greater.program.copies import with_instruction
+from dspy_greater.program.predictors import predictors_of
 from dspy_greater.program.rollout import pin_lms
 from dspy_greater.search.edits import Edit, propose_edits
 from dspy_greater.search.exploration import baseline_scale

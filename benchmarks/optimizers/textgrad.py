@@ -34,7 +34,7 @@ from dspy import lm15
 
 from benchmarks.optimizers.optimizer import Context
 from benchmarks.tasks import answers
-from dspy_greater.program.predictors import carrying
+from dspy_greater.program.traced_run import carrying
 
 BATCH_SIZE = 3
 ITERATIONS = 12

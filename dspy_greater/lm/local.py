@@ -20,7 +20,8 @@ import dspy
 from dspy import lm15
 
 from dspy_greater.errors import WeightsError
-from dspy_greater.lm.batcher import Batcher, Compute, Lockstep
+from dspy_greater.lm.batcher import Batcher, Compute
+from dspy_greater.lm.lockstep import Lockstep
 from dspy_greater.lm.request import (
     PROVIDER,
     SUPPORTED_PARAMETERS,

@@ -26,7 +26,8 @@ from dspy_greater.objective.score import DEFAULT_CRITERION, Criterion, evaluatio
 from dspy_greater.objective.sequences import Examples, written_key
 from dspy_greater.objective.types import Evaluation, RowOutcome
 from dspy_greater.program.called import CalledAs, brings_a_signature, called_as, scored_calls
-from dspy_greater.program.predictors import PredictorSite, with_instructions
+from dspy_greater.program.copies import with_instructions
+from dspy_greater.program.predictors import PredictorSite
 from dspy_greater.program.rollout import (
     Rollout,
     asked_of_servers,

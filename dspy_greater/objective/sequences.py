@@ -11,8 +11,9 @@ from dspy_greater.errors import DataError
 from dspy_greater.objective.replay import ReasonedSequence
 from dspy_greater.objective.types import CallOutcome, RowOutcome
 from dspy_greater.program.called import own_demos, token_limit
-from dspy_greater.program.predictors import PredictorSite, calls_of
+from dspy_greater.program.predictors import PredictorSite
 from dspy_greater.program.rollout import Rollout, plain
+from dspy_greater.program.traced_run import calls_of
 from dspy_greater.program.tracing import Answer, PredictorCall
 from dspy_greater.prompt.gold import row_gold
 from dspy_greater.prompt.layout import Layout

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dspy_greater.lm.local import LocalEngine
-from dspy_greater.program.predictors import PredictorSite, calls_of
+from dspy_greater.program.predictors import PredictorSite
 from dspy_greater.program.rollout import Rollout, plain
+from dspy_greater.program.traced_run import calls_of
 from dspy_greater.program.tracing import Exchange, PredictorCall
 from dspy_greater.prompt.chat_template import with_template_options
 from dspy_greater.prompt.layout import Layout

@@ -12,9 +12,41 @@ from dspy.adapters.utils import get_annotation_name
 from dspy_greater.errors import DataError
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.fingerprint import row_key
-from dspy_greater.program.predictors import PredictorSite, check_examples, name_rows
+from dspy_greater.program.predictors import PredictorSite
 from dspy_greater.prompt.gold import ADDRESS, Gold, allows_none, gold_of, row_gold, shortened
 from dspy_greater.prompt.target import AssistantTexts
+
+_ROWS_NAMED = 10  # in a message
+
+
+def name_rows(rows: Sequence[int]) -> str:
+    """The first of these row numbers, for a message.
+
+    Example:
+        >>> name_rows([3]), name_rows(range(12))
+        ('Row 3', 'Rows 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more')
+    """
+    named = ", ".join(str(row) for row in rows[:_ROWS_NAMED])
+    more = f" and {len(rows) - _ROWS_NAMED} more" if len(rows) > _ROWS_NAMED else ""
+    return f"Row{'s' if len(rows) > 1 else ''} {named}{more}"
+
+
+def check_examples(examples: Sequence[Any], *, name: str = "trainset") -> None:
+    """Raises `DataError` when there are no examples, or some do not say which fields are inputs."""
+    if not examples:
+        raise DataError(f"The {name} is empty. Pass at least one dspy.Example.")
+    strangers = [row for row, example in enumerate(examples) if not isinstance(example, dspy.Example)]
+    if strangers:
+        raise DataError(
+            f"{name_rows(strangers)} of the {name} {_are(strangers)} not dspy.Example. "
+            "Build them as dspy.Example(question=..., answer=...).with_inputs('question')."
+        )
+    bare = [row for row, example in enumerate(examples) if example._input_keys is None]
+    if bare:
+        raise DataError(
+            f"{name_rows(bare)} of the {name} {_do(bare)} not say which fields are inputs. "
+            "Call .with_inputs('question', ...) on each example."
+        )
 
 
 class RowLimits(Protocol):
@@ -227,3 +259,11 @@ def _try_to_write(texts: AssistantTexts, site: PredictorSite, field: str, answer
 
 def _have(rows: Sequence[int]) -> str:
     return "have" if len(rows) > 1 else "has"
+
+
+def _are(rows: Sequence[int]) -> str:
+    return "are" if len(rows) > 1 else "is"
+
+
+def _do(rows: Sequence[int]) -> str:
+    return "do" if len(rows) > 1 else "does"

@@ -18,16 +18,11 @@ from dspy_greater.errors import ProgramError
 from dspy_greater.lm.local import LocalEngine
 from dspy_greater.lm.request import PROVIDER
 from dspy_greater.metric import Score
+from dspy_greater.program.copies import with_instructions
 from dspy_greater.program.failures import Failure
-from dspy_greater.program.predictors import (
-    PredictorCall,
-    Result,
-    carrying,
-    predictor_names,
-    predictors_of,
-    trace_calls,
-    with_instructions,
-)
+from dspy_greater.program.predictors import predictor_names, predictors_of
+from dspy_greater.program.traced_run import Result, carrying, trace_calls
+from dspy_greater.program.tracing import PredictorCall
 
 if TYPE_CHECKING:
     from dspy_greater.model.engine import Engine

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dspy_greater.errors import LayoutError
-from dspy_greater.program.predictors import with_instructions
+from dspy_greater.program.copies import with_instructions
 from dspy_greater.prompt.layout import Layout
 
 

@@ -11,7 +11,6 @@ Nothing here imports dspy, torch or transformers; the tokenizer is the object th
 from __future__ import annotations
 
 import copy
-import functools
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -21,9 +20,6 @@ from typing import Any
 from dspy_greater.errors import LayoutError
 from dspy_greater.notices import warn_caller
 from dspy_greater.prompt.chat_template import content_text, render_chat
-from dspy_greater.prompt.piecewise import EncodedText, PiecewiseTokenizer, cuts
-
-__all__ = ["EncodedText", "PromptEncoder", "RenderedText"]
 
 _PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF8FF)]
 
@@ -34,6 +30,14 @@ class RenderedText:
 
     text: str
     plain: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """Token ids, and for each the characters `[start, stop)` of the text that it covers."""
+
+    token_ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
 
 
 class PromptEncoder:
@@ -66,7 +70,6 @@ class PromptEncoder:
         alternatives = "|".join(re.escape(text) for text in self.special_texts)
         self._pattern = re.compile(alternatives) if alternatives else None
         self._plain_tokenizer: Any = None
-        self._pieces = PiecewiseTokenizer(functools.partial(_encode, tokenizer), cuts(tokenizer))
         self._anchor: list[int] = list(tokenizer("a", add_special_tokens=False)["input_ids"])
         self._anchor_text = self._decode(self._anchor)
         self._lock = threading.Lock()
@@ -115,9 +118,9 @@ class PromptEncoder:
 
     def encode(self, rendered: RenderedText) -> EncodedText:
         """Tokenise jointly, without adding BOS or EOS; ranges in `plain` never become special tokens."""
-        if not rendered.plain:
-            return self._pieces.encode(rendered.text)
         encoded = _encode(self.tokenizer, rendered.text)
+        if not rendered.plain:
+            return encoded
         intruders = {
             index
             for index, (token_id, (start, stop)) in enumerate(zip(*_pair(encoded), strict=True))

@@ -9,8 +9,9 @@ from typing import Any
 from dspy_greater.errors import ContextLengthError
 from dspy_greater.model.engine import Engine
 from dspy_greater.notices import warn_caller
+from dspy_greater.program.dataset import name_rows
 from dspy_greater.program.inputs import shortened
-from dspy_greater.program.predictors import PredictorSite, name_rows
+from dspy_greater.program.predictors import PredictorSite
 from dspy_greater.prompt.layout import Layout
 
 _REMEDY = "Leave out or shorten such rows, use fewer demos, or use a model with a longer context."

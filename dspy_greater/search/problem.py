@@ -16,6 +16,7 @@ from dspy_greater.model.engine import Engine
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.dataset import (
     as_list,
+    check_examples,
     numbers_in,
     refuse_missing_gold,
     refuse_unfit_gold,
@@ -26,13 +27,7 @@ from dspy_greater.program.dataset import (
 )
 from dspy_greater.program.fingerprint import described, fingerprint
 from dspy_greater.program.inputs import refuse_strange_inputs, refuse_without_inputs
-from dspy_greater.program.predictors import (
-    PredictorSite,
-    check_examples,
-    predictors_of,
-    refuse_unsupported,
-    refuse_unusable,
-)
+from dspy_greater.program.predictors import PredictorSite, predictors_of, refuse_unsupported, refuse_unusable
 from dspy_greater.program.rollout import pin_lms
 from dspy_greater.prompt.gold import row_gold
 from dspy_greater.prompt.layout import Layout

@@ -14,8 +14,10 @@ from dspy_greater.errors import DataError, ProgramError, UnusedPredictorError
 from dspy_greater.metric import refuse_useless_metric
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.copies import modules_that_run_copies
+from dspy_greater.program.dataset import name_rows
 from dspy_greater.program.inputs import named, shortened
-from dspy_greater.program.predictors import PredictorSite, calls_of, name_rows
+from dspy_greater.program.predictors import PredictorSite
+from dspy_greater.program.traced_run import calls_of
 
 if TYPE_CHECKING:
     from dspy_greater.program.rollout import Rollout

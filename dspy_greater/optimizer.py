@@ -18,6 +18,7 @@ from dspy_greater.notices import warn_caller
 from dspy_greater.program.dataset import as_list
 from dspy_greater.program.rollout import engines_behind
 from dspy_greater.program.roundtrip import write_back
+from dspy_greater.report.file import ReportFile
 from dspy_greater.report.result import CompileResult, what_stopped
 from dspy_greater.run.best import BestFile
 from dspy_greater.run.events import Listener
@@ -47,7 +48,7 @@ class GReaTer(Teleprompter):
         auto: "light" (20 steps, 24 rows), "medium" (50, 50), "heavy" (105, 100) or None, the paper's
             105 steps on 50 rows.
         seed: decides every random choice; the same seed gives the same instruction on CPU in fp32.
-        log_dir: directory for the run's journal. Called again with the same inputs, `compile` goes on
+        log_dir: directory for the run's journal, `best.json` and `report.html`, a page to be read. Called again with the same inputs, `compile` goes on
             where an interrupted run stopped.
         weights: an engine, a (model, tokenizer) pair, a path or a hub id; or a mapping to one of these
             by predictor name or LM name.
@@ -159,11 +160,13 @@ class GReaTer(Teleprompter):
         if self.warm_start is not None:
             return compile_warm(self, student, problem, trainset, valset)
         meter = _Meter(problem)
+        identity = problem.identity()
         with (
-            Journal.open(self.log_dir, problem.identity()) as journal,
+            Journal.open(self.log_dir, identity) as journal,
             ProgressBar(show=self.progress) as bar,
+            ReportFile(self.log_dir, identity, journal.versions) as report,
         ):
-            listeners = Listeners([bar, StepLog(), BestFile(self.log_dir), *self.listeners])
+            listeners = Listeners([bar, StepLog(), BestFile(self.log_dir), report, *self.listeners])
             found = CoordinateDescent(problem, journal, listeners).run()  # Algorithm 1, predictor by predictor
         detailed = meter.result(found)
         if found.unvalidated is not None:

@@ -48,8 +48,8 @@ class GReaTer(Teleprompter):
         auto: "light" (20 steps, 24 rows), "medium" (50, 50), "heavy" (105, 100) or None, the paper's
             105 steps on 50 rows.
         seed: decides every random choice; the same seed gives the same instruction on CPU in fp32.
-        log_dir: directory for the run's journal, `best.json` and `report.html`, a page to be read. Called again with the same inputs, `compile` goes on
-            where an interrupted run stopped.
+        log_dir: directory for the run's journal, the best program so far (`best.json`) and a page that shows the run
+            (`report.html`). Called again with the same inputs, `compile` goes on where an interrupted run stopped.
         weights: an engine, a (model, tokenizer) pair, a path or a hub id; or a mapping to one of these
             by predictor name or LM name.
         extractor: text between reasoning and answer for the loss; by default the adapter's own.

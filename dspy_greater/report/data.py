@@ -5,6 +5,7 @@ So the report that a run writes and the one that is made from its journal afterw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,7 +14,7 @@ from dspy_greater.objective.types import Evaluation, RowOutcome
 from dspy_greater.report.figures import Cost, Fidelity, Progress, cost, fidelity, progress, summed
 from dspy_greater.run.events import BeamStarted, Event, IterationTaken, NotCalled, SearchStarted, StepTaken, Validated
 from dspy_greater.run.record import Record
-from dspy_greater.stats import interval, mean
+from dspy_greater.stats import interval, mean, paired_interval
 
 Texts = tuple[tuple[str, str], ...]  # names and what stands under them
 
@@ -167,7 +168,7 @@ def _search(name: str, about: Mapping[str, Any], events: Sequence[Event]) -> Sea
         validated=validated,
         before=estimate(before, None if validated is None else validated.scores.get(started.seed.instruction)),
         after=estimate(after, None if validated is None else validated.scores.get(instruction)),
-        gain=estimate([new - old for old, new in zip(before, after, strict=False)]),
+        gain=_gain(before, after),
         rows=(*_validation_rows(started.seed.instruction, validated), *_training_rows(started.seed, found)),
         progress=progress(name, started.seed, steps),
         fidelity=fidelity(name, steps),
@@ -191,6 +192,13 @@ def _scores(
         return subscores.get(seed.instruction, ()), subscores.get(validated.winner, ())
     rows = () if found is None else found.rows
     return tuple(row.score for row in seed.rows), tuple(row.score for row in rows)
+
+
+def _gain(before: Sequence[float], after: Sequence[float]) -> Estimate:
+    if len(before) != len(after):
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    low, high = paired_interval(before, after)
+    return Estimate(mean([new - old for old, new in zip(before, after, strict=True)]), low, high, len(after))
 
 
 def _validation_rows(seed: str, validated: Validated | None) -> Iterator[Row]:

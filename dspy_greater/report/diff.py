@@ -51,11 +51,7 @@ def _readable(pieces: list[Piece]) -> tuple[Piece, ...]:
 
     def flush() -> None:
         nonlocal removed, added
-        found.extend(
-            Piece(kind, text)
-            for kind, text in (("removed", removed), ("added", added))
-            if text  # pyright: ignore
-        )
+        found.extend(piece for piece in (Piece("removed", removed), Piece("added", added)) if piece.text)
         removed = added = ""
 
     for place, piece in enumerate(pieces):

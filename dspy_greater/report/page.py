@@ -9,13 +9,14 @@ import math
 
 from dspy_greater.report.data import Estimate, Report, Row, Search, Texts
 from dspy_greater.report.html import Markup, element, joined, styled
-from dspy_greater.report.parts import cost_table, diff_of, loop_part, shortened, search_part, settings_list
+from dspy_greater.report.parts import cost_table, diff_of, loop_part, search_part, settings_list, shortened
 from dspy_greater.report.style import STYLE
 
 # Should anything of a run ever pass for markup, no browser fetches or runs it.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _LONGEST_TEXT = 12_000  # characters of one text that a row is shown with
-_MOST_ROWS = 60  # of one predictor
+_FIRST_ROWS = 8  # of one kind that are listed; others are folded away
+_MOST_ROWS = 100  # of one kind
 
 
 def page(report: Report) -> str:
@@ -156,11 +157,14 @@ def _row_list(title: str, rows: list[Row]) -> Markup | None:
         return None
     places = dict.fromkeys(row.place for row in rows)
     counts = ", ".join(f"{sum(row.place == place for row in rows)} {place}" for place in places)
-    more = len(rows) - _MOST_ROWS
+    shown = [_row(row) for row in rows[:_MOST_ROWS]]
+    rest, left_out = shown[_FIRST_ROWS:], len(rows) - len(shown)
+    more = element("summary", element("span", f"{len(rest)} more"))
     return joined(
         element("h3", f"{title} ", element("span", counts, class_="soft")),
-        [_row(row) for row in rows[:_MOST_ROWS]],
-        element("p", f"{more} more are in the journal.", class_="note") if more > 0 else None,
+        shown[:_FIRST_ROWS],
+        element("details", more, element("div", rest, class_="body"), class_="more") if rest else None,
+        element("p", f"{left_out} more are in the journal.", class_="note") if left_out else None,
     )
 
 

@@ -120,17 +120,17 @@ def _told(search: Search) -> str:
 def _figures(search: Search) -> Markup:
     rho = search.fidelity.rank_correlation
     found = [
-        (score_figure(search.progress), "Score", "on the training rows; a ring where an edit was accepted"),
-        (loss_figure(search.progress), "Loss", "of the gold answers, in nats"),
+        (score_figure(search.progress), "Score", "On the training rows. A ring: an edit was accepted."),
+        (loss_figure(search.progress), "Loss", "Mean cross-entropy of the gold answers, in nats."),
         (
             forecast_figure(search.fidelity),
             "Forecast and outcome",
-            "of each candidate that was tried: change of the mistake rate (up), and what was forecast of it. "
+            "Of each tried candidate, the forecast change (across) and the change of the mistake rate (up). "
             + (f"Rank correlation {rho:.2f}." if math.isfinite(rho) else "Too few for a rank correlation."),
         ),
     ]
     shown = [
-        element("figure", element("figcaption", element("b", title), f" {text}"), picture)
+        element("figure", element("figcaption", title), picture, element("p", text, class_="note"))
         for picture, title, text in found
         if picture is not None
     ]

@@ -15,7 +15,8 @@ h1{font-size:1.0625rem;margin:0}
 h2{font-size:1.5rem;margin:3.5rem 0 1rem;padding-top:1.5rem;border-top:1px solid var(--rule)}
 h3{font-size:1rem;margin:2.25rem 0 .6rem}
 p{margin:.5rem 0;max-width:44rem}
-.soft,figcaption,.note{color:var(--soft)}
+.soft,.note{color:var(--soft)}
+h2 .soft,h3 .soft{font-weight:400}
 .note{font-size:.875rem}
 .text,code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace;font-size:.8125rem}
 .text{white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;margin:0;max-width:none;line-height:1.55}
@@ -39,6 +40,7 @@ text-underline-offset:.2em}
 del+ins{margin-left:.15em}
 details{border-top:1px solid var(--rule)}
 details:last-of-type{border-bottom:1px solid var(--rule)}
+details.more>summary{color:var(--soft)}
 summary{cursor:pointer;padding:.55rem 0;display:flex;gap:.2rem .75rem;align-items:baseline;list-style:none}
 summary::-webkit-details-marker{display:none}
 summary::before{content:"+";color:var(--soft);width:.8rem;flex:none;font-family:ui-monospace,monospace}
@@ -54,10 +56,11 @@ summary:focus-visible,a:focus-visible{outline:2px solid var(--new);outline-offse
 .pair>div.won{border-color:var(--new)}
 .field{margin:.5rem 0;min-width:0}
 .field>span{display:block;font-size:.8125rem;color:var(--soft);overflow-wrap:anywhere}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:1.25rem 2.5rem;margin:1rem 0}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));
+gap:1.25rem 2.5rem;margin:1rem 0}
 figure{margin:0;min-width:0;max-width:33rem}
-figcaption{font-size:.875rem;margin-bottom:.4rem}
-figcaption b{color:var(--ink);font-weight:600}
+figcaption{font-size:.875rem;margin-bottom:.4rem;font-weight:600}
+figure .note{font-size:.8125rem;margin:.1rem 0 0}
 svg.figure{display:block;width:100%;height:auto;overflow:visible}
 svg text{font-size:11px;fill:var(--soft);font-variant-numeric:tabular-nums}
 svg text.name,svg text.amount{font-size:12px}svg text.amount{fill:var(--ink)}

@@ -1,4 +1,4 @@
-"""Figures as inline SVG: drawn for the width of a phone, coloured by the page's style sheet, read out by their label."""
+"""Figures as inline SVG: as wide as a phone, coloured by the page's style sheet, read out by their label."""
 
 from __future__ import annotations
 

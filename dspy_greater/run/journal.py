@@ -202,8 +202,9 @@ def _check_header(path: Path, header: Any, now: dict[str, JSON]) -> dict[str, st
         )
     differences = list(_differences(_flat(known.get("identity")), _flat(now)))
     if not differences:
-        versions: Any = known.get("versions")
-        return {} if not isinstance(versions, dict) else {str(name): str(each) for name, each in versions.items()}
+        versions = known.get("versions")
+        told = cast("dict[str, Any]", versions) if isinstance(versions, dict) else {}
+        return {name: str(each) for name, each in told.items()}
     shown = differences[:_MOST_DIFFERENCES]
     if len(differences) > len(shown):
         shown.append(f"and {len(differences) - len(shown)} more")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from dspy_greater.errors import UnvalidatedError
 from dspy_greater.metric import Metric
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.dataset import as_list
+from dspy_greater.program.rendering import ProgramPrompts
 from dspy_greater.program.rollout import engines_behind
 from dspy_greater.program.roundtrip import write_back
 from dspy_greater.report.file import ReportFile
 from dspy_greater.report.result import CompileResult, what_stopped
 from dspy_greater.run.best import BestFile
-from dspy_greater.run.events import Listener
+from dspy_greater.run.events import Listener, SearchStarted
 from dspy_greater.run.journal import Journal
 from dspy_greater.run.log import StepLog
 from dspy_greater.run.progress import Listeners, ProgressBar, checked_callbacks
@@ -177,7 +178,8 @@ class GReaTer(Teleprompter):
                 f"{_GO_ON if self.log_dir else ''}",
                 RuntimeWarning,
             )
-        return _finished(student, detailed)
+        called_as = {each.predictor: each.called_as for each in journal.events() if isinstance(each, SearchStarted)}
+        return _finished(student, detailed, called_as)
 
 
 class _Meter:
@@ -206,14 +208,14 @@ class _Meter:
         )
 
 
-def _finished(student: Any, detailed: CompileResult) -> Any:
+def _finished(student: Any, detailed: CompileResult, called_as: dict[str, str]) -> Any:
     """The student with the winning instructions and DSPy's customary attachments."""
     best = write_back(student, {result.name: result.instruction for result in detailed.predictors})
     best.candidate_programs = [
         {"score": score, "program": write_back(student, instructions)} for score, instructions in _ranked(detailed)
     ]
     best.score = detailed.score
-    best.detailed_results = detailed
+    best.detailed_results = replace(detailed, rendering=ProgramPrompts.of(best, called_as))
     return best
 
 

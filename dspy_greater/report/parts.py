@@ -155,7 +155,7 @@ def _accepted(search: Search) -> Markup | None:
         for place, step in steps
     ]
     heads = [("step", "n"), ("edit", None), ("score", "n"), ("loss", "n"), ("instruction", None)]
-    return joined(element("h3", "Accepted edits"), _rows_of(heads, rows))
+    return joined(element("h3", "Accepted edits"), _rows_of(heads, rows, "edits"))
 
 
 def _edit(step: StepTaken) -> Markup:
@@ -242,9 +242,10 @@ def _table(heads: list[str], rows: list[list[str]]) -> Markup:
     return _rows_of(kinds, cells)
 
 
-def _rows_of(heads: list[tuple[str, str | None]], rows: list[Markup]) -> Markup:
+def _rows_of(heads: list[tuple[str, str | None]], rows: list[Markup], kind: str | None = None) -> Markup:
     head = element("tr", [element("th", text, class_=kind, scope="col") for text, kind in heads])
-    return element("div", element("table", element("thead", head), element("tbody", rows)), class_="scroll", tabindex=0)
+    table = element("table", element("thead", head), element("tbody", rows), class_=kind)
+    return element("div", table, class_="scroll", tabindex=0)
 
 
 def _unfolding(title: str, body: Markup) -> Markup:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dspy_greater.errors import ProgramError
 from dspy_greater.objective.types import Evaluation
+from dspy_greater.report.figures import summed
+from dspy_greater.report.plots import Plotted
 from dspy_greater.run.events import IterationTaken, StepTaken
 from dspy_greater.run.log import edit_of
 from dspy_greater.stats import spearman
@@ -32,7 +35,7 @@ class PredictorResult:
     @property
     def spent_by_phase(self) -> dict[str, dict[str, int]]:
         """The cost of "seed", "search" and "validation", as recorded; see `CompileResult.spent_by_phase`."""
-        search = _summed(step.spent for step in self.steps)
+        search = summed(step.spent for step in self.steps)
         return {"seed": self.seed_spent, "search": search, "validation": self.validation_spent}
 
     @property
@@ -112,7 +115,7 @@ class _Validated(ABC):
 
 
 @dataclass(frozen=True)
-class CompileResult(_Validated):
+class CompileResult(_Validated, Plotted):
     """`program.detailed_results`; printed, it is a short trajectory of the search.
 
     Scores are means of the metric, on the metric's own scale: 0.75 is what DSPy's `Evaluate` shows as 75.0 %.
@@ -132,6 +135,26 @@ class CompileResult(_Validated):
     warm_start: WarmStart | None = None
     out_of_budget: str | None = None
     stopped_by: str | None = None
+    rendering: Any = field(default=None, compare=False, repr=False)  # of the program's prompts, see `prompt`
+
+    def prompt(self, example: Mapping[str, Any] | None = None, predictor: str | None = None) -> list[dict[str, Any]]:
+        """The messages exactly as the model gets them for an example, without asking any model.
+
+        Args:
+            example: has the inputs of the predictor; None puts a gap such as `{{question}}` in the place of each.
+            predictor: its name; needed where the program has several, whose inputs may come from one another.
+
+        Raises:
+            ProgramError: there is no such predictor, or its calls bring a signature or an adapter of their own.
+            DataError: the example lacks an input.
+
+        ```python
+        better.detailed_results.prompt(dspy.Example(question="2 + 2?"))[-1]["content"]
+        ```
+        """
+        if self.rendering is None:
+            raise ProgramError("This result holds no prompts. Take that of a program that `compile` returned.")
+        return self.rendering.prompt(example, predictor)
 
     @property
     def spent_by_phase(self) -> dict[str, dict[str, int]]:
@@ -142,7 +165,7 @@ class CompileResult(_Validated):
         they count what a server wrote.
         """
         phases = [each.spent_by_phase for each in self.predictors]
-        return {name: _summed(phase[name] for phase in phases) for name in ("seed", "search", "validation")}
+        return {name: summed(phase[name] for phase in phases) for name in ("seed", "search", "validation")}
 
     @property
     def score(self) -> float:
@@ -287,7 +310,7 @@ class GradSumResult(_Validated):
     @property
     def spent(self) -> dict[str, int]:
         """`spent_by_module`, summed."""
-        return _summed(self.spent_by_module.values())
+        return summed(self.spent_by_module.values())
 
 
 def what_stopped(*, interrupted: bool, called_off: bool, out_of_budget: str | None) -> str | None:
@@ -371,9 +394,3 @@ def _step_as_dict(step: StepTaken) -> dict[str, Any]:
 
 def _new_best(step: StepTaken) -> str:
     return f"step {step.step + 1}: {edit_of(step)}, score {step.chosen.score:.3g}, loss {step.chosen.cross_entropy:.3g}"
-
-
-def _summed(costs: Iterable[dict[str, int]]) -> dict[str, int]:
-    costs = tuple(costs)
-    names = dict.fromkeys(name for counted in costs for name in counted)
-    return {name: sum(counted.get(name, 0) for counted in costs) for name in names}

@@ -87,6 +87,10 @@ dl.settings dt{color:var(--soft);overflow-wrap:anywhere}dl.settings dd{margin:0;
 footer{margin-top:3.5rem;padding-top:1rem;border-top:1px solid var(--rule);color:var(--soft);font-size:.8125rem}
 @media(max-width:34rem){main{padding:1.5rem 1rem 3rem}.headline b{font-size:2.5rem}.headline .was{font-size:1.5rem}
 .diff{font-size:1.0625rem;padding:.8rem .9rem}.body{padding-left:0}dl.settings{grid-template-columns:1fr}
-dl.settings dd{margin-bottom:.4rem}h2{font-size:1.25rem;margin-top:2.5rem}}
+dl.settings dd{margin-bottom:.4rem}
+.edits tr{display:grid;grid-template-columns:2.6rem 1fr 3.5rem 4.5rem;border-bottom:1px solid var(--rule)}
+.edits td,.edits th{border:0}
+.edits td:last-child{grid-column:1/-1;padding-left:2.6rem}.edits th:last-child{display:none}
+h2{font-size:1.25rem;margin-top:2.5rem}}
 @media print{details>*{display:block}main{max-width:none}}
 """

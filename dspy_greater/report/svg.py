@@ -41,7 +41,7 @@ def score_figure(found: Progress) -> Markup:
 
 def loss_figure(found: Progress) -> Markup | None:
     """The mean cross-entropy of the gold answers; None where there are none."""
-    finite = [loss for loss in found.losses if math.isfinite(loss)]
+    finite = [loss for loss in found.losses if _drawable(loss)]
     if not finite:
         return None
     return _over_steps(found, found.losses, "loss, nats", f"loss from {finite[0]:.3g} to {finite[-1]:.3g}")
@@ -49,7 +49,7 @@ def loss_figure(found: Progress) -> Markup | None:
 
 def forecast_figure(found: Fidelity) -> Markup | None:
     """Each tried candidate: what was told of it, against what came; None where nothing was."""
-    points = [each for each in found.forecasts if math.isfinite(each.told) and math.isfinite(each.came)]
+    points = [each for each in found.forecasts if _drawable(each.told) and _drawable(each.came)]
     if not points:
         return None
     across = _axis([*(each.told for each in points), 0.0], _LEFT, _WIDTH - _RIGHT)
@@ -105,10 +105,10 @@ def cost_figure(found: Cost) -> Markup | None:
 
 def _over_steps(found: Progress, values: Sequence[float], named: str, label: str) -> Markup:
     across = _Axis(0, max(1, len(values) - 1), _LEFT, _WIDTH - _RIGHT)
-    up = _axis([each for each in values if math.isfinite(each)] or [0.0], _HEIGHT - _BOTTOM, _TOP)
+    up = _axis([each for each in values if _drawable(each)] or [0.0], _HEIGHT - _BOTTOM, _TOP)
     path, drawn = "", None
     for step, value in enumerate(values):
-        if not math.isfinite(value):
+        if not _drawable(value):
             drawn = None
             continue
         x, y = _place(across(step)), _place(up(value))
@@ -124,7 +124,7 @@ def _over_steps(found: Progress, values: Sequence[float], named: str, label: str
             r="3",
         )
         for step in found.accepted
-        if math.isfinite(values[step])
+        if _drawable(values[step])
     ]
     frame = _frame(across, up, "step", _whole, _short)
     return _picture(
@@ -162,10 +162,15 @@ def _axis(values: Iterable[float], start: float, stop: float) -> _Axis:
     """An axis whose ends are round numbers around all values."""
     values = list(values)
     low, high = min(values), max(values)
-    if low == high:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = low - max(0.05, abs(low) * 0.05), high + max(0.05, abs(high) * 0.05)
     step = _round_step(high - low)
     return _Axis(math.floor(low / step) * step, math.ceil(high / step) * step, start, stop)
+
+
+def _drawable(value: float) -> bool:
+    """Whether a value has a place on an axis: finite, and so are the sums that the axis takes."""
+    return abs(value) < 1e100  # which nan is not
 
 
 def _round_step(width: float) -> float:

@@ -88,6 +88,8 @@ def saved_predictors(path: str | Path) -> list[SavedPredictor]:
             "pickled program is not read."
         ) from error
     parts: Mapping[str, Any] = state if isinstance(state, dict) else {}
+    if isinstance(parts.get("demos"), list):  # a program that is itself the one predictor
+        parts = {"self": parts}
     found = [_saved(path, name, each) for name, each in parts.items() if isinstance(each, dict) and "signature" in each]
     if not found:
         raise ProgramError(f"{path} holds no predictor. Give a file that program.save('x.json') wrote.")

@@ -40,7 +40,7 @@ def page(report: Report) -> str:
         "main",
         _header(report),
         _overall(report) if several else None,
-        [joined(_changed(each, titled=several), search_part(each)) for each in report.searches],
+        [joined(_changed(each, titled=several), search_part(each, titled=several)) for each in report.searches],
         None if report.loop is None else loop_part(report.loop),
         cost_table(report),
         settings_list(report),

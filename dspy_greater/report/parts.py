@@ -16,10 +16,10 @@ from dspy_greater.run.log import candidate_edit, edit_parts
 _MOST_UNTRIED = 8  # candidates of a step that had a forecast and were not tried
 
 
-def search_part(search: Search) -> Markup:
-    """How one predictor's search went."""
+def search_part(search: Search, *, titled: bool = False) -> Markup:
+    """How one predictor's search went; `titled` where there are several."""
     return joined(
-        element("h2", "The search"),
+        element("h2", "The search", f" of {search.name}" if titled else None),
         element("p", _told(search), class_="soft"),
         _figures(search),
         _accepted(search),
@@ -126,7 +126,11 @@ def _figures(search: Search) -> Markup:
             forecast_figure(search.fidelity),
             "Forecast and outcome",
             "Of each tried candidate, the forecast change (across) and the change of the mistake rate (up). "
-            + (f"Rank correlation {rho:.2f}." if math.isfinite(rho) else "Too few for a rank correlation."),
+            + (
+                f"Rank correlation {rho:.2f}."
+                if math.isfinite(rho)
+                else "No rank correlation: too few, or none changed anything."
+            ),
         ),
     ]
     shown = [

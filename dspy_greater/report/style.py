@@ -26,7 +26,7 @@ font-variant-numeric:tabular-nums}
 .headline b{font-size:3.25rem;line-height:1.1;font-weight:600;letter-spacing:-.02em}
 .headline .was{font-size:2rem;color:var(--soft);letter-spacing:-.01em}
 .headline .arrow{font-size:1.75rem;color:var(--soft)}
-.stats{display:grid;grid-template-columns:repeat(auto-fit,minmax(10.5rem,1fr));gap:.9rem 1.5rem;margin:1.25rem 0;
+.stats{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.9rem 1.5rem;margin:1.25rem 0;
 font-variant-numeric:tabular-nums}
 .stats dt{color:var(--soft);font-size:.8125rem}
 .stats dd{margin:0;font-size:1.0625rem}

@@ -7,10 +7,10 @@ STYLE = """
 --new:#7db8f5;--new-bg:#13304d;--old:#f5a868;--old-bg:#43260f;--p0:#5f7387;--p1:#7db8f5;--p2:#f0a25a}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--paper);color:var(--ink);line-height:1.5;font-size:16px;
+body{margin:0;background:var(--paper);color:var(--ink);line-height:1.5;font-size:16px;overflow-wrap:anywhere;
 font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue","Liberation Sans",Arial,sans-serif}
 main{max-width:68rem;margin:0 auto;padding:2.5rem 1.25rem 4rem}
-h1,h2,h3{line-height:1.25;font-weight:600;overflow-wrap:anywhere}
+h1,h2,h3{line-height:1.25;font-weight:600}
 h1{font-size:1.0625rem;margin:0}
 h2{font-size:1.5rem;margin:3.5rem 0 1rem;padding-top:1.5rem;border-top:1px solid var(--rule)}
 h3{font-size:1rem;margin:2.25rem 0 .6rem}
@@ -19,8 +19,8 @@ p{margin:.5rem 0;max-width:44rem}
 h2 .soft,h3 .soft{font-weight:400}
 .note{font-size:.875rem}
 .text,code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace;font-size:.8125rem}
-.text{white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;margin:0;max-width:none;line-height:1.55}
-header p{margin:.15rem 0;overflow-wrap:anywhere}
+.text{white-space:pre-wrap;unicode-bidi:isolate;margin:0;max-width:none;line-height:1.55}
+header p{margin:.15rem 0}
 .headline{display:flex;flex-wrap:wrap;align-items:baseline;gap:.25rem 1rem;margin:1.5rem 0 .25rem;
 font-variant-numeric:tabular-nums}
 .headline b{font-size:3.25rem;line-height:1.1;font-weight:600;letter-spacing:-.02em}
@@ -31,7 +31,7 @@ font-variant-numeric:tabular-nums}
 .stats dt{color:var(--soft);font-size:.8125rem}
 .stats dd{margin:0;font-size:1.0625rem}
 .stats small{color:var(--soft);font-size:.8125rem;display:block}
-.diff{font-size:1.1875rem;line-height:1.65;white-space:pre-wrap;overflow-wrap:anywhere;max-width:none;
+.diff{font-size:1.1875rem;line-height:1.65;white-space:pre-wrap;max-width:none;
 padding:1rem 1.25rem;background:var(--panel);border-radius:.5rem;margin:1rem 0}
 del,ins{border-radius:.2rem;padding:.05em .15em;-webkit-box-decoration-break:clone;box-decoration-break:clone}
 del{color:var(--old);background:var(--old-bg);text-decoration:line-through;text-decoration-thickness:1px}
@@ -55,7 +55,7 @@ summary:focus-visible,a:focus-visible{outline:2px solid var(--new);outline-offse
 .pair>div{min-width:0;border-left:3px solid var(--rule);padding-left:.9rem}
 .pair>div.won{border-color:var(--new)}
 .field{margin:.5rem 0;min-width:0}
-.field>span{display:block;font-size:.8125rem;color:var(--soft);overflow-wrap:anywhere}
+.field>span{display:block;font-size:.8125rem;color:var(--soft)}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));
 gap:1.25rem 2.5rem;margin:1rem 0}
 figure{margin:0;min-width:0;max-width:33rem}
@@ -75,7 +75,8 @@ table{border-collapse:collapse;width:100%;font-size:.875rem;font-variant-numeric
 th{font-weight:400;color:var(--soft);text-align:left;font-size:.8125rem}
 th,td{padding:.35rem .9rem .35rem 0;border-bottom:1px solid var(--rule);vertical-align:top}
 td.n,th.n{text-align:right;white-space:nowrap}
-td.wide{min-width:9rem;overflow-wrap:anywhere}
+td:first-child:not(.n){min-width:6rem}
+td.wide{min-width:9rem}
 tr.chosen td{background:var(--new-bg)}
 tr.chosen td:first-child{box-shadow:inset 3px 0 var(--new)}
 td:first-child,th:first-child{padding-left:.6rem}
@@ -83,7 +84,7 @@ td:first-child,th:first-child{padding-left:.6rem}
 .phase0{background:var(--p0)}.phase1{background:var(--p1)}.phase2{background:var(--p2)}
 .keys{display:flex;flex-wrap:wrap;gap:.2rem 1.1rem;font-size:.875rem;color:var(--soft);margin:0 0 .75rem}
 dl.settings{display:grid;grid-template-columns:minmax(9rem,auto) 1fr;gap:.2rem 1.5rem;font-size:.875rem;margin:.25rem 0}
-dl.settings dt{color:var(--soft);overflow-wrap:anywhere}dl.settings dd{margin:0;overflow-wrap:anywhere}
+dl.settings dt{color:var(--soft)}dl.settings dd{margin:0}
 footer{margin-top:3.5rem;padding-top:1rem;border-top:1px solid var(--rule);color:var(--soft);font-size:.8125rem}
 @media(max-width:34rem){main{padding:1.5rem 1rem 3rem}.headline b{font-size:2.5rem}.headline .was{font-size:1.5rem}
 .diff{font-size:1.0625rem;padding:.8rem .9rem}.body{padding-left:0}dl.settings{grid-template-columns:1fr}

@@ -92,6 +92,10 @@ class RunDirectoryError(GreaterError, OSError):
     """The run directory cannot be written, or belongs to another run."""
 
 
+class MissingExtraError(GreaterError, ImportError):
+    """An optional package is not installed; the message says how to install it."""
+
+
 class EventFormatError(GreaterError, ValueError):
     """A value does not have the type that its event declares, or JSON does not describe an event."""
 

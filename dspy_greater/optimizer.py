@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from dspy_greater.errors import UnvalidatedError
 from dspy_greater.metric import Metric
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.dataset import as_list
+from dspy_greater.program.rendering import ProgramPrompts
 from dspy_greater.program.rollout import engines_behind
 from dspy_greater.program.roundtrip import write_back
+from dspy_greater.report.file import ReportFile
 from dspy_greater.report.result import CompileResult, what_stopped
 from dspy_greater.run.best import BestFile
-from dspy_greater.run.events import Listener
+from dspy_greater.run.events import Listener, SearchStarted
 from dspy_greater.run.journal import Journal
 from dspy_greater.run.log import StepLog
 from dspy_greater.run.progress import Listeners, ProgressBar, checked_callbacks
@@ -58,8 +60,8 @@ class GReaTer(Teleprompter):
         auto: "light" (20 steps, 24 rows), "medium" (50, 50), "heavy" (105, 100) or None, the paper's
             105 steps on 50 rows.
         seed: decides every random choice; the same seed gives the same instruction on CPU in fp32.
-        log_dir: directory for the run's journal. Called again with the same inputs, `compile` goes on
-            where an interrupted run stopped.
+        log_dir: directory for the run's journal, the best program so far (`best.json`) and a page that shows the run
+            (`report.html`). Called again with the same inputs, `compile` goes on where an interrupted run stopped.
         weights: an engine, a (model, tokenizer) pair, a path or a hub id; or a mapping to one of these
             by predictor name or LM name.
         extractor: text between reasoning and answer for the loss; by default the adapter's own.
@@ -169,11 +171,13 @@ class GReaTer(Teleprompter):
         if self.warm_start is not None:
             return compile_warm(self, student, problem, trainset, valset)
         meter = _Meter(problem)
+        identity = problem.identity()
         with (
-            Journal.open(self.log_dir, problem.identity()) as journal,
+            Journal.open(self.log_dir, identity) as journal,
             ProgressBar(show=self.progress) as bar,
+            ReportFile(self.log_dir, identity, journal.versions) as report,
         ):
-            listeners = Listeners([bar, StepLog(), BestFile(self.log_dir), *self.listeners])
+            listeners = Listeners([bar, StepLog(), BestFile(self.log_dir), report, *self.listeners])
             found = CoordinateDescent(problem, journal, listeners).run()  # Algorithm 1, predictor by predictor
         detailed = meter.result(found)
         if found.unvalidated is not None:
@@ -184,7 +188,8 @@ class GReaTer(Teleprompter):
                 f"{_GO_ON if self.log_dir else ''}",
                 RuntimeWarning,
             )
-        return _finished(student, detailed)
+        called_as = {each.predictor: each.called_as for each in journal.events() if isinstance(each, SearchStarted)}
+        return _finished(student, detailed, called_as)
 
 
 class _Meter:
@@ -213,14 +218,14 @@ class _Meter:
         )
 
 
-def _finished(student: Any, detailed: CompileResult) -> Any:
+def _finished(student: Any, detailed: CompileResult, called_as: dict[str, str]) -> Any:
     """The student with the winning instructions and DSPy's customary attachments."""
     best = write_back(student, {result.name: result.instruction for result in detailed.predictors})
     best.candidate_programs = [
         {"score": score, "program": write_back(student, instructions)} for score, instructions in _ranked(detailed)
     ]
     best.score = detailed.score
-    best.detailed_results = detailed
+    best.detailed_results = replace(detailed, rendering=ProgramPrompts.of(best, called_as))
     return best
 
 

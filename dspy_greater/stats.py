@@ -12,6 +12,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+_Z = 1.959963984540054  # 97.5 % of a normal distribution lie below
+
 
 def mean(values: Sequence[float]) -> float:
     """The arithmetic mean; nan of no values.
@@ -29,6 +31,51 @@ def standard_error(values: Sequence[float]) -> float:
     (1.0, 0.0)
     """
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % confidence interval of the mean of independent values; (nan, nan) of fewer than two.
+
+    Wilson's where all values are 0 or 1, which is right near the ends too; otherwise 1.96 standard errors to each side.
+
+    >>> low, high = interval([1.0] * 20)
+    >>> round(low, 2), round(high, 2)
+    (0.84, 1.0)
+    """
+    count = len(values)
+    if count < 2 or not all(map(math.isfinite, values)):
+        return math.nan, math.nan
+    middle = mean(values)
+    if any(value not in (0.0, 1.0) for value in values):
+        reach = _Z * standard_error(values)
+        return middle - reach, middle + reach
+    scale = 1 + _Z**2 / count
+    middle_of_both = (middle + _Z**2 / (2 * count)) / scale
+    reach = _Z / scale * math.sqrt(middle * (1 - middle) / count + _Z**2 / (4 * count**2))
+    return max(0.0, middle_of_both - reach), min(1.0, middle_of_both + reach)
+
+
+def paired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
+    """The 95 % confidence interval of the mean change on the same rows; (nan, nan) of fewer than two.
+
+    Agresti and Min's where all values are 0 or 1, which is not empty where nothing changed; otherwise 1.96 standard
+    errors to each side.
+
+    >>> low, high = paired_interval([0.0] * 20, [0.0] * 20)
+    >>> round(low, 2), round(high, 2)
+    (-0.09, 0.09)
+    """
+    changes = [new - old for old, new in zip(before, after, strict=True)]
+    count = len(changes)
+    if count < 2 or not all(map(math.isfinite, changes)):
+        return math.nan, math.nan
+    if not {*before, *after} <= {0.0, 1.0}:
+        reach = _Z * standard_error(changes)
+        return mean(changes) - reach, mean(changes) + reach
+    changed, gained = sum(map(abs, changes)) + 1, sum(changes)
+    reach = _Z * math.sqrt(changed - gained**2 / (count + 2)) / (count + 2)
+    middle = gained / (count + 2)
+    return max(-1.0, middle - reach), min(1.0, middle + reach)
 
 
 def spearman(predicted: Sequence[float], realised: Sequence[float] | Sequence[tuple[float, ...]]) -> float:

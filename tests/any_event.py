@@ -13,6 +13,7 @@ from dspy_greater.objective.types import CallOutcome, Candidate, Evaluation, Row
 from dspy_greater.run.events import (
     BeamStarted,
     BeamValidated,
+    ChangedRow,
     IterationTaken,
     MemberEdited,
     NotCalled,
@@ -88,6 +89,16 @@ candidates = st.builds(
 )
 costs = st.dictionaries(names, st.integers(), max_size=2)
 prompts = st.dictionaries(names, texts, max_size=2)
+said = st.lists(st.tuples(texts, texts), max_size=2).map(tuple)
+changed = st.builds(
+    ChangedRow,
+    row=st.integers(0, 99),
+    inputs=prompts,
+    expected=prompts,
+    before=said,
+    after=said,
+    errors=st.tuples(st.none() | texts, st.none() | texts),
+)
 outputs = st.builds(
     Output,
     row=st.integers(0, 99),
@@ -146,6 +157,7 @@ events = st.one_of(
         winner=texts,
         spent=costs,
         subscores=st.dictionaries(names, st.lists(numbers, max_size=2).map(tuple), max_size=2),
+        changed=st.lists(changed, max_size=2).map(tuple),
     ),
     st.builds(NotCalled, predictors=st.lists(texts, max_size=3).map(tuple)),
     st.builds(Warned, message=texts),

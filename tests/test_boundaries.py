@@ -46,11 +46,16 @@ FLOORS = (
     "search",
     "gradsum",
 )
-ROOF = {f"{PACKAGE}.optimizer", f"{PACKAGE}.reference"}  # import any folder; no folder imports them
+ROOF = {
+    f"{PACKAGE}.optimizer",
+    f"{PACKAGE}.reference",
+    f"{PACKAGE}.__main__",
+}  # import any folder; no folder imports them
 
 TOKEN_CORE = ("model", "estimators", "pocket")  # runs on machines that have these packages and no others
 TOKEN_CORE_MAY_IMPORT = {"torch", "transformers", "tokenizers", "safetensors", "numpy"}
 OPTIONAL = {"gguf", "accelerate"}  # the extra `gguf`; asked for by a function that says what to install
+PLOTS = {"matplotlib"}  # the extra `plots`, in the same way
 NO_TORCH_UNTIL_USED = ("program", "prompt", "lm", "gradsum")
 NEITHER = ("run", "report")
 NEITHER_MODULES = {f"{PACKAGE}.{name}" for name in ("errors", "settings", "metric", "stats", "search.state")}
@@ -299,11 +304,13 @@ def test_every_third_party_import_is_a_declared_dependency() -> None:
     names = {IMPORT_NAME.get(name, name) for name in names}
     extra = {re.split(r"[^\w-]", requirement)[0] for requirement in project["optional-dependencies"]["gguf"]}
     assert extra >= OPTIONAL
+    assert any(each.startswith("matplotlib") for each in project["optional-dependencies"]["plots"])
+    assert not PLOTS & {top for module in MODULES for top in reached(module, {"load"})}
     undeclared = [
         f"{module}, line {entry.line}: {entry.target}"
         for module in MODULES
         for entry in imports_of(module)
-        if entry.top not in sys.stdlib_module_names | names | {PACKAGE} | OPTIONAL
+        if entry.top not in sys.stdlib_module_names | names | {PACKAGE} | OPTIONAL | PLOTS
     ]
     assert not undeclared, "\n".join(undeclared)
 

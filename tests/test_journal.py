@@ -18,12 +18,14 @@ from any_event import bits, events
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dspy_greater
 from dspy_greater.errors import EventFormatError, GreaterError, RunDirectoryError
 from dspy_greater.objective.types import Candidate, Evaluation, RowOutcome
 from dspy_greater.run import lines
 from dspy_greater.run.events import Event, SearchStarted, StepTaken, Validated, Warned
 from dspy_greater.run.journal import Journal
 from dspy_greater.run.serialise import to_json
+from dspy_greater.run.software import installed
 
 ROOT = Path(__file__).resolve().parent.parent
 IDENTITY = {"settings": {"steps": 3, "seed": 0}, "weights": "tiny@1:float32"}
@@ -112,7 +114,9 @@ def test_every_line_is_standard_json(tmp_path: Path) -> None:
 
     text = write(tmp_path).read_text(encoding="ascii")
     parsed = [json.loads(line, parse_constant=refuse)["payload"] for line in text.splitlines()]
+    versions = parsed[0].pop("versions")
     assert parsed[0] == {"format": "dspy_greater journal", "version": 2, "identity": IDENTITY}
+    assert versions == installed() and versions["dspy_greater"] == dspy_greater.__version__
     assert [each["type"] for each in parsed[1:]] == [type(event).__name__ for event in HAPPENED]
 
 
@@ -278,6 +282,22 @@ def test_differences_are_shown_where_they_are(
 def test_the_same_identity_may_come_as_other_containers(tmp_path: Path) -> None:
     Journal.open(tmp_path, {"rows": (1, 2), "x": {"a": 1, "b": math.nan}}).close()
     Journal.open(tmp_path, {"x": {"b": math.nan, "a": 1}, "rows": [1, 2]}).close()
+
+
+def test_a_journal_of_before_versions_were_kept_goes_on_and_says_none(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    header, *rest = [json.loads(payload) for payload in lines.read(path.read_bytes()).payloads]
+    del header["versions"]
+    rewrite(path, [header, *rest])
+    with Journal.open(tmp_path, IDENTITY) as journal:
+        assert journal.versions == {} and bits(journal.recorded()) == bits(HAPPENED)
+
+
+def test_a_run_keeps_the_versions_that_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path)
+    monkeypatch.setattr("dspy_greater.run.journal.installed", lambda: {"dspy_greater": "9"})
+    with Journal.open(tmp_path, IDENTITY) as journal:
+        assert journal.versions["dspy_greater"] == dspy_greater.__version__
 
 
 def rewrite(path: Path, payloads: list[Any]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dspy_greater.metric import RowMetric, refuse_useless_metric
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.inputs import shortened
-from dspy_greater.program.rollout import roll_out, searching_copy
+from dspy_greater.program.rollout import Rollout, roll_out, searching_copy
 
 
 def validation_scores(
@@ -19,6 +19,7 @@ def validation_scores(
     *,
     threads: int,
     failure_score: float = 0.0,
+    heard: Callable[[list[list[Rollout]]], object] | None = None,
 ) -> list[tuple[float, ...]]:
     """The metric of each finalist on each row, run as it will be deployed.
 
@@ -29,6 +30,7 @@ def validation_scores(
         metric: the user's metric.
         threads: see `roll_out`.
         failure_score: see `roll_out`.
+        heard: is told the runs of each finalist, row by row.
 
     Raises:
         MetricError: the metric failed on every row of every finalist, so that its zeros compare nothing.
@@ -37,6 +39,8 @@ def validation_scores(
     programs = [searching_copy(program, texts) for texts in finalists]
     rollouts = roll_out(programs, rows, metric.late, threads=threads, deployed=True, failure_score=failure_score)
     refuse_useless_metric(*([each.error for each in group] for group in rollouts), rows="validation rows")
+    if heard is not None:
+        heard(rollouts)
     failed = [(row, each) for group in rollouts for row, each in enumerate(group) if each.failure == "metric"]
     if failed:
         row, first = failed[0]

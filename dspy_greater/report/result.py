@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dspy_greater.errors import ProgramError
 from dspy_greater.objective.types import Evaluation
+from dspy_greater.report.figures import summed
+from dspy_greater.report.plain_values import finite, step_as_dict
+from dspy_greater.report.plots import Plotted
 from dspy_greater.run.events import IterationTaken, StepTaken
 from dspy_greater.run.log import edit_of
 from dspy_greater.stats import spearman
@@ -32,7 +35,7 @@ class PredictorResult:
     @property
     def spent_by_phase(self) -> dict[str, dict[str, int]]:
         """The cost of "seed", "search" and "validation", as recorded; see `CompileResult.spent_by_phase`."""
-        search = _summed(step.spent for step in self.steps)
+        search = summed(step.spent for step in self.steps)
         return {"seed": self.seed_spent, "search": search, "validation": self.validation_spent}
 
     @property
@@ -119,7 +122,7 @@ class _Validated(ABC):
 
 
 @dataclass(frozen=True)
-class CompileResult(_Validated):
+class CompileResult(_Validated, Plotted):
     """`program.detailed_results`; printed, it is a short trajectory of the search.
 
     Scores are means of the metric, on the metric's own scale: 0.75 is what DSPy's `Evaluate` shows as 75.0 %.
@@ -139,6 +142,26 @@ class CompileResult(_Validated):
     warm_start: WarmStart | None = None
     out_of_budget: str | None = None
     stopped_by: str | None = None
+    rendering: Any = field(default=None, compare=False, repr=False)  # of the program's prompts, see `prompt`
+
+    def prompt(self, example: Mapping[str, Any] | None = None, predictor: str | None = None) -> list[dict[str, Any]]:
+        """The messages exactly as the model gets them for an example, without asking any model.
+
+        Args:
+            example: has the inputs of the predictor; None puts a gap such as `{{question}}` in the place of each.
+            predictor: its name; needed where the program has several, whose inputs may come from one another.
+
+        Raises:
+            ProgramError: there is no such predictor, or its calls bring a signature or an adapter of their own.
+            DataError: the example lacks an input.
+
+        ```python
+        better.detailed_results.prompt(dspy.Example(question="2 + 2?"))[-1]["content"]
+        ```
+        """
+        if self.rendering is None:
+            raise ProgramError("This result holds no prompts. Take that of a program that `compile` returned.")
+        return self.rendering.prompt(example, predictor)
 
     @property
     def spent_by_phase(self) -> dict[str, dict[str, int]]:
@@ -149,7 +172,7 @@ class CompileResult(_Validated):
         they count what a server wrote.
         """
         phases = [each.spent_by_phase for each in self.predictors]
-        return {name: _summed(phase[name] for phase in phases) for name in ("seed", "search", "validation")}
+        return {name: summed(phase[name] for phase in phases) for name in ("seed", "search", "validation")}
 
     @property
     def score(self) -> float:
@@ -294,7 +317,7 @@ class GradSumResult(_Validated):
     @property
     def spent(self) -> dict[str, int]:
         """`spent_by_module`, summed."""
-        return _summed(self.spent_by_module.values())
+        return summed(self.spent_by_module.values())
 
 
 def what_stopped(*, interrupted: bool, called_off: bool, out_of_budget: str | None) -> str | None:
@@ -320,19 +343,6 @@ def new_bests(predictor: PredictorResult) -> list[StepTaken]:
     return found
 
 
-def finite(value: Any) -> Any:
-    """Lists and mappings of plain values with None in the place of nan and infinities, which JSON does not have.
-
-    >>> finite({"loss": math.nan, "rows": (0.5, 1)})
-    {'loss': None, 'rows': [0.5, 1]}
-    """
-    if isinstance(value, Mapping):
-        return {str(name): finite(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _outcome(result: CompileResult | GradSumResult) -> dict[str, Any]:
     names = ("score", "seed_score", "best_idx", "val_aggregate_scores", "val_subscores", "train_rows")
     names += ("validation_rows", "seconds", "spent", "stopped_by")
@@ -348,41 +358,9 @@ def _predictor_as_dict(predictor: PredictorResult) -> dict[str, Any]:
         "origin": predictor.origin,
         "validation": predictor.validation,
         "fidelity": predictor.fidelity,
-        "steps": [_step_as_dict(step) for step in predictor.steps],
-    }
-
-
-def _step_as_dict(step: StepTaken) -> dict[str, Any]:
-    return {
-        "step": step.step,
-        "position": step.position,
-        "edit": edit_of(step),
-        "instruction": step.chosen.instruction,
-        "score": step.chosen.score,
-        "cross_entropy": step.chosen.cross_entropy,
-        "reason": step.reason,
-        "spent": step.spent,
-        "candidates": [
-            {
-                "edit": each.edit,
-                "origin": each.origin,
-                "text": each.text,
-                "log_probability": each.log_probability,
-                "gradient": each.gradient,
-                "forecast": each.forecast,
-                "instruction": None if each.evaluation is None else each.evaluation.instruction,
-                "score": None if each.evaluation is None else each.evaluation.score,
-            }
-            for each in step.candidates
-        ],
+        "steps": [step_as_dict(step) for step in predictor.steps],
     }
 
 
 def _new_best(step: StepTaken) -> str:
     return f"step {step.step + 1}: {edit_of(step)}, score {step.chosen.score:.3g}, loss {step.chosen.cross_entropy:.3g}"
-
-
-def _summed(costs: Iterable[dict[str, int]]) -> dict[str, int]:
-    costs = tuple(costs)
-    names = dict.fromkeys(name for counted in costs for name in counted)
-    return {name: sum(counted.get(name, 0) for counted in costs) for name in names}

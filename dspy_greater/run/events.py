@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from dspy_greater.objective.types import Candidate, Evaluation
 
+LATER = {"later": True}  # a field of this metadata is missing in journals of before there was one
+
 
 @dataclass(frozen=True)
 class SearchStarted:
@@ -45,6 +47,21 @@ class StepTaken:
 
 
 @dataclass(frozen=True)
+class ChangedRow:
+    """A validation row that the winner scores otherwise than the seed, as text, and what the model wrote for it.
+
+    `before` (the seed) and `after` (the winner) are pairs of a predictor and what it wrote, call by call.
+    """
+
+    row: int  # of the validation rows, from 0
+    inputs: dict[str, str]
+    expected: dict[str, str]  # the row's other fields
+    before: tuple[tuple[str, str], ...]
+    after: tuple[tuple[str, str], ...]
+    errors: tuple[str | None, str | None] = (None, None)  # why the run or the metric failed, before and after
+
+
+@dataclass(frozen=True)
 class Validated:
     """The finalists of a predictor on the validation rows; `scores` by instruction, the seed first."""
 
@@ -53,6 +70,7 @@ class Validated:
     winner: str
     spent: dict[str, int] = field(default_factory=dict[str, int])  # as in `StepTaken`
     subscores: dict[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])  # row by row
+    changed: tuple[ChangedRow, ...] = field(default=(), metadata=LATER)  # what the winner fixed and broke
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ from dspy_greater.run.events import Event
 from dspy_greater.run.lines import LineFile
 from dspy_greater.run.lock import DirectoryLock
 from dspy_greater.run.serialise import JSON, from_json, to_json
+from dspy_greater.run.software import installed
 
-_FORMAT = "dspy_greater journal"
-_VERSION = 2  # 1: events without a type at every part of them
+FORMAT = "dspy_greater journal"
+VERSION = 2  # 1: events without a type at every part of them
 _MOST_DIFFERENCES = 20
 _WIDEST_VALUE = 80  # characters
 _ABSENT = "absent"
@@ -47,8 +48,10 @@ class Journal:
         recorded: tuple[Event, ...] = (),
         file: LineFile | None = None,
         resources: ExitStack | None = None,
+        versions: Mapping[str, str] | None = None,
     ) -> None:
         """Use `open`."""
+        self.versions = versions or {}  # of the software that the run was begun with
         self._recorded = recorded
         self._appended: list[Event] = []
         self._file = file
@@ -76,9 +79,9 @@ class Journal:
                 resources.callback(DirectoryLock.acquire(folder).release)
                 file = LineFile(folder / "journal.jsonl")
                 resources.callback(file.close)
-                recorded = _begin_or_resume(file, identity)
+                recorded, begun_with = _begin_or_resume(file, identity)
                 lines.sync_directory(folder)
-                return cls(recorded, file, resources.pop_all())
+                return cls(recorded, file, resources.pop_all(), begun_with)
         except RunDirectoryError:
             raise
         except OSError as error:
@@ -155,20 +158,22 @@ def _warn_not_written(path: Path, error: OSError) -> None:
     )
 
 
-def _begin_or_resume(file: LineFile, identity: Mapping[str, JSON]) -> tuple[Event, ...]:
-    """The recorded events; afterwards the file ends with an intact line."""
+def _begin_or_resume(file: LineFile, identity: Mapping[str, JSON]) -> tuple[tuple[Event, ...], dict[str, str]]:
+    """The recorded events, and the versions of the beginning; afterwards the file ends with an intact line."""
     now = json.loads(json.dumps(identity))
     content = file.content()
     intact = lines.read(content)
+    begun_with = installed()
     if intact.payloads:
-        _check_header(file.path, json.loads(intact.payloads[0]), now)
+        begun_with = _check_header(file.path, json.loads(intact.payloads[0]), now)
     if intact.damaged_line is not None:
         _refuse_damage(file.path, content, intact)
     recorded = tuple(_events(file.path, intact.payloads[1:]))
     file.resume(intact)
     if not intact.payloads:
-        file.append(json.dumps({"format": _FORMAT, "version": _VERSION, "identity": now}).encode("ascii"))
-    return recorded
+        header = {"format": FORMAT, "version": VERSION, "versions": begun_with, "identity": now}
+        file.append(json.dumps(header).encode("ascii"))
+    return recorded, begun_with
 
 
 def _events(path: Path, payloads: tuple[bytes, ...]) -> Iterator[Event]:
@@ -182,21 +187,24 @@ def _events(path: Path, payloads: tuple[bytes, ...]) -> Iterator[Event]:
             ) from error
 
 
-def _check_header(path: Path, header: Any, now: dict[str, JSON]) -> None:
+def _check_header(path: Path, header: Any, now: dict[str, JSON]) -> dict[str, str]:
+    """The versions that the header names, if it is that of a run with this identity."""
     known = cast("dict[str, Any]", header) if isinstance(header, dict) else {}
-    if known.get("format") != _FORMAT:
+    if known.get("format") != FORMAT:
         raise RunDirectoryError(f"{path} is not a journal. Move it away, or use another log_dir.")
     version = known.get("version")
-    if version != _VERSION:
+    if version != VERSION:
         age = "an older" if version == 1 else "another"
         raise RunDirectoryError(
             f"{path} has format version {version}: {age} dspy_greater wrote it, and this one has another form for "
-            f"events (version {_VERSION}), so it cannot go on from there. Finish that run with the dspy_greater that "
+            f"events (version {VERSION}), so it cannot go on from there. Finish that run with the dspy_greater that "
             f"began it, use another log_dir, or delete {path} to begin again."
         )
     differences = list(_differences(_flat(known.get("identity")), _flat(now)))
     if not differences:
-        return
+        versions = known.get("versions")
+        told = cast("dict[str, Any]", versions) if isinstance(versions, dict) else {}
+        return {name: str(each) for name, each in told.items()}
     shown = differences[:_MOST_DIFFERENCES]
     if len(differences) > len(shown):
         shown.append(f"and {len(differences) - len(shown)} more")

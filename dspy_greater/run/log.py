@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from dspy_greater.objective.types import Evaluation
+from dspy_greater.objective.types import Candidate, Evaluation
 from dspy_greater.run.events import (
     BeamStarted,
     BeamValidated,
@@ -86,6 +86,9 @@ class StepLog:
         return self._best.score
 
 
+ALL_OF_IT = "(all of it)"  # what a rewritten instruction replaces
+
+
 def edit_of(step: StepTaken) -> str:
     """What a step did to the instruction: `old -> new`, one of them empty for a token more or less.
 
@@ -94,18 +97,37 @@ def edit_of(step: StepTaken) -> str:
         >>> edit_of(StepTaken("predict", 0, 1, 2, (), before, "kept the token", {}, current_text=" hard"))
         "' hard' kept"
     """
-    chosen = [
-        each
-        for each in step.candidates
-        if each.evaluation is not None and each.evaluation.instruction == step.chosen.instruction
-    ]
-    if not chosen or (chosen[0].edit == "replace" and chosen[0].text == step.current_text):
+    parts = edit_parts(step)
+    if parts is None:
         return f"{step.current_text!r} kept"
-    if chosen[0].edit == "rewrite":
-        return f"rewritten as {chosen[0].text!r}"
-    old = "" if chosen[0].edit == "insert" else step.current_text
-    new = "" if chosen[0].edit == "delete" else chosen[0].text
-    return f"{old!r} -> {new!r}"
+    return f"rewritten as {parts[1]!r}" if parts[0] == ALL_OF_IT else f"{parts[0]!r} -> {parts[1]!r}"
+
+
+def edit_parts(step: StepTaken) -> tuple[str, str] | None:
+    """The text that a step took out of the instruction and what it put there, either perhaps empty; None: kept.
+
+    Example:
+        >>> after = Evaluation((1, 3), "Think twice", (), 0.5, 1.0, 1.0, (0.5, 1.0))
+        >>> twice = Candidate(3, " twice", -1.0, None, after)
+        >>> edit_parts(StepTaken("predict", 0, 1, 2, (twice,), after, "better", {}, current_text=" hard"))
+        (' hard', ' twice')
+    """
+    for each in step.candidates:
+        if each.evaluation is not None and each.evaluation.instruction == step.chosen.instruction:
+            if each.edit == "replace" and each.text == step.current_text:
+                return None
+            return candidate_edit(step, each)
+    return None
+
+
+def candidate_edit(step: StepTaken, candidate: Candidate) -> tuple[str, str]:
+    """The text that a candidate would take out of the instruction, and what it would put there."""
+    if candidate.edit == "rewrite":
+        return ALL_OF_IT, candidate.text
+    old = "" if candidate.edit == "insert" else step.current_text
+    if candidate.origin == "phrase" and old:  # the event names the first of the tokens that it replaces
+        old += " ..."
+    return old, "" if candidate.edit == "delete" else candidate.text
 
 
 def _generated(event: SearchStarted | StepTaken | Validated) -> str:

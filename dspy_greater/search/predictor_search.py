@@ -10,12 +10,14 @@ from dspy_greater.errors import LayoutError
 from dspy_greater.metric import refuse_useless_metric
 from dspy_greater.notices import warn_caller
 from dspy_greater.objective.evaluator import Evaluator, Objective
+from dspy_greater.program.rollout import Rollout
 from dspy_greater.program.roundtrip import round_trip
 from dspy_greater.program.validation import validation_scores, winner
 from dspy_greater.report.result import PredictorResult
 from dspy_greater.run.events import SearchStarted, StepTaken, Validated
 from dspy_greater.run.journal import Journal
 from dspy_greater.run.progress import Listeners
+from dspy_greater.search.changed_rows import changed_rows
 from dspy_greater.search.loop import minimise
 from dspy_greater.search.problem import Problem, Target
 from dspy_greater.search.seed_run import SeedRun, warn_if_all_failed
@@ -198,6 +200,7 @@ class PredictorSearch:
 
     def _validated(self, texts: Sequence[str]) -> Validated:
         problem, before = self._problem, self._evaluator.spent()
+        runs: list[list[Rollout]] = []
         subscores = validation_scores(
             self._program,
             [{self._name: text} for text in texts],
@@ -205,16 +208,19 @@ class PredictorSearch:
             problem.metric,
             threads=problem.settings.num_threads,
             failure_score=problem.settings.failure_score,
+            heard=runs.extend,
         )
         scores = [mean(each) for each in subscores]
+        best = winner(scores)
         spent = self._evaluator.spent(before)
         spent["runs"] = len(texts) * len(problem.validation)
         return Validated(
             self._name,
             dict(zip(texts, scores, strict=True)),
-            texts[winner(scores)],
+            texts[best],
             spent,
             dict(zip(texts, subscores, strict=True)),
+            changed_rows(problem.validation, runs[0], runs[best]),
         )
 
     def _finalists(self) -> list[str]:

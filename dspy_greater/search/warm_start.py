@@ -83,7 +83,8 @@ def _floored(student: Any, best: Any, found: dict[str, str], warmed: Any, proble
     kept = write_back(student, [own, last][winner(scores)])
     student_run = ValidatedProgram(own, scores[0], rows[0])
     warm = WarmStart(found, student_run, scores[1], getattr(warmed, "detailed_results", None))
-    kept.detailed_results = replace(details, warm_start=warm)
+    rendering = details.rendering and details.rendering.under(_instructions(kept))
+    kept.detailed_results = replace(details, warm_start=warm, rendering=rendering)
     kept.score = kept.detailed_results.score
     programs = [*best.candidate_programs, {"score": scores[0], "program": write_back(student, own)}]
     kept.candidate_programs = sorted(programs, key=lambda each: -each["score"])

@@ -1,0 +1,108 @@
+"""`report.html` in a run's directory, written while the run goes on, for at most a hundredth of its time."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from dspy_greater.notices import warn_caller
+from dspy_greater.report.data import report_of
+from dspy_greater.report.page import page
+from dspy_greater.run.events import BeamStarted, BeamValidated, Event, SearchStarted, Warned
+from dspy_greater.run.record import Record
+
+NAME = "report.html"
+_SHARE = 100  # a report that took a second is written again a hundred seconds later at the earliest
+
+
+class ReportFile:
+    """A listener that keeps `report.html` in a run's directory up to date; without a directory, nothing.
+
+    It writes after an event unless the last writing was so recent that all of them together would cost more than a
+    hundredth of the run; `close`, which a `with` statement calls, writes what is missing. The file is replaced as a
+    whole, so a reader never sees half of it.
+
+    Args:
+        log_dir: the run's directory.
+        identity: what the run depends on.
+        versions: of the software that it was begun with.
+    """
+
+    def __init__(
+        self, log_dir: str | os.PathLike[str] | None, identity: Mapping[str, Any], versions: Mapping[str, str]
+    ) -> None:
+        """Writes nothing yet."""
+        self._folder = None if log_dir is None else Path(log_dir).expanduser()
+        self._identity = json.loads(json.dumps(identity))  # as a journal holds it
+        self._versions = dict(versions)
+        self._events: list[Event] = []
+        self._stale = False
+        self._not_before = time.monotonic()
+
+    def __call__(self, event: Event) -> None:
+        """Take the event in.
+
+        Raises:
+            OSError: the file could not be written.
+        """
+        if self._folder is None or isinstance(event, (Warned, BeamValidated)):  # which no journal has
+            return
+        self._events.append(event)
+        self._stale = True
+        if isinstance(event, (SearchStarted, BeamStarted)) or time.monotonic() >= self._not_before:
+            self._write()
+
+    def close(self) -> None:
+        """Write what is missing; a report that cannot be written is a warning, for the search is worth more."""
+        if not self._stale:
+            return
+        try:
+            self._write()
+        except Exception as error:
+            warn_caller(
+                f"The report {NAME} could not be written: {type(error).__name__}: {error}. "
+                "`python -m dspy_greater report LOG_DIR` makes it from the journal.",
+                RuntimeWarning,
+            )
+
+    def __enter__(self) -> ReportFile:
+        """The listener itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes it."""
+        self.close()
+
+    def _write(self) -> None:
+        if self._folder is None:
+            return
+        self._stale = False  # also where it fails: once is enough
+        began = time.monotonic()
+        record = Record(self._identity, self._versions, tuple(self._events))
+        write_page(page(report_of(record)), self._folder / NAME)
+        now = time.monotonic()
+        self._not_before = now + _SHARE * (now - began)
+
+
+def write_page(text: str, path: Path) -> None:
+    """Put a page where it belongs, as a whole; a link that stands there is replaced and not followed.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with open(partial, "x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +275,7 @@ def killed_after(step: int) -> Any:
 def record(program: Any) -> Any:
     """Everything a run decided, as text that shows every bit; not what it took in seconds."""
     results = program.detailed_results
-    events = [json.dumps(to_json(step)) for step in results.steps]
+    events = [json.dumps(to_json(replace(step, seconds=0.0))) for step in results.steps]
     rest = [
         [getattr(each, field.name) for field in fields(each) if field.name != "steps"] for each in results.predictors
     ]

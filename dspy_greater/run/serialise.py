@@ -124,13 +124,14 @@ def _read(data: Any) -> Any:
 
 
 def _instance(name: object, found: dict[str, Any]) -> Any:
-    """Of the named class, with all of its fields and no others."""
+    """Of the named class, with all of its fields and no others; only what is not compared may be missing."""
     kind = _CLASSES.get(name) if isinstance(name, str) else None
     if kind is None:
         raise EventFormatError(f"It has the type {name!r}, which is none of {', '.join(_CLASSES)}.")
     names = {field.name for field in fields(kind)}
-    if names != set(found):
-        missing, strange = sorted(names - set(found)), sorted(set(found) - names)
+    missing = sorted(field.name for field in fields(kind) if field.compare and field.name not in found)
+    strange = sorted(set(found) - names)
+    if missing or strange:
         raise EventFormatError(f"It does not have the fields of {name}: missing {missing}, unknown {strange}.")
     return kind(**{name: _read(entry) for name, entry in found.items()})
 

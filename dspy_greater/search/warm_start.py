@@ -15,6 +15,7 @@ from dspy_greater.program.predictors import predictors_of
 from dspy_greater.program.roundtrip import write_back
 from dspy_greater.program.validation import validation_scores, winner
 from dspy_greater.report.result import ValidatedProgram, WarmStart
+from dspy_greater.run.stop import by_signal
 from dspy_greater.search.problem import Problem
 from dspy_greater.stats import mean
 
@@ -73,10 +74,11 @@ def _floored(student: Any, best: Any, found: dict[str, str], warmed: Any, proble
     own, last, details = _instructions(student), _instructions(best), best.detailed_results
     try:
         rows = _compared(problem, [own, last])
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if details.interrupted:  # the second one
             raise
-        rows, details = [(math.nan,), (math.nan,)], replace(details, interrupted=True)
+        details = replace(details, interrupted=True, stopped_by=by_signal(interrupt))
+        rows = [(math.nan,), (math.nan,)]
     except Exception as error:
         raise _unvalidated(best, details, error) from error
     scores = [mean(each) for each in rows]

@@ -178,7 +178,7 @@ def _search(name: str, folder: Path, moment: str, at: int, result: Path, heard: 
         program = SEARCHES[name](log_dir=folder)
         _write(result, told(program, folder))
     except KeyboardInterrupt as interrupt:
-        _write(result, {"raised": type(interrupt).__name__})
+        _write(result, {"raised": str(interrupt)})
     except BaseException:
         _write(result, {"error": traceback.format_exc()})
     os._exit(0)
@@ -279,7 +279,7 @@ class Round:
             self.tally.check(life.after in (0, whole.after), what)
         elif "raised" in life.result:
             self.tally.ends["raised, with nothing found yet"] += 1
-            self.tally.check(life.after <= 1 and life.result["raised"] == "Terminated", what)
+            self.tally.check(life.after <= 1 and life.result["raised"] == "SIGTERM", what)
         elif life.result.get("stopped by") is None:
             self.tally.ends["came too late"] += 1
         else:

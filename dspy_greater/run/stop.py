@@ -15,24 +15,21 @@ from dspy_greater.notices import warn_caller
 
 NAME = "STOP"
 BY_FILE = "STOP file"
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came while a search ran; it ends the search as Ctrl-C does."""
+_SIGTERM = "SIGTERM"
 
 
 def by_signal(interrupt: KeyboardInterrupt) -> str:
     """What an interrupt is called in a result.
 
-    >>> by_signal(Terminated()), by_signal(KeyboardInterrupt())
+    >>> by_signal(KeyboardInterrupt("SIGTERM")), by_signal(KeyboardInterrupt())
     ('SIGTERM', 'interrupt')
     """
-    return "SIGTERM" if isinstance(interrupt, Terminated) else "interrupt"
+    return _SIGTERM if interrupt.args == (_SIGTERM,) else "interrupt"
 
 
 @contextmanager
 def terminable() -> Generator[None, None, None]:
-    """In this block SIGTERM raises `Terminated` in the main thread, where Ctrl-C raises `KeyboardInterrupt`.
+    """In this block SIGTERM raises `KeyboardInterrupt("SIGTERM")` in the main thread, as Ctrl-C raises one.
 
     The system's own way of dealing with SIGTERM, to end the process at once, is replaced. A handler of the caller's
     is called first: what it raises (`SystemExit`, say) ends the search at once, and if it returns, the search ends with
@@ -52,7 +49,7 @@ def terminable() -> Generator[None, None, None]:
     def end(number: int, frame: FrameType | None) -> None:
         if callable(before):
             before(number, frame)
-        raise Terminated("SIGTERM")
+        raise KeyboardInterrupt(_SIGTERM)
 
     installed = _install(end)
     try:

@@ -1,10 +1,10 @@
-"""Kills searches at random moments, goes on with them, and compares what comes out with searches that were left alone.
+"""Kills searches at random moments, goes on with them, and compares what comes out with searches left alone.
 
-`python -m tests.kills --kills 200 --terms 40` from the root of the repository, on a system that can fork; it ends with a
-table, and with an error where one bit differs. `--seed` chooses other moments.
+`python -m tests.kills --kills 200 --terms 40` from the root of the repository, on a system that can fork; it ends with
+figures, and with an error where one bit differs. `--seed` chooses other moments.
 
-A killed search may be killed again before it comes to its end. SIGKILL comes from the process itself, before, within and
-after the write of a journal's line, or from outside at any moment. SIGTERM comes from outside.
+A killed search may be killed again before it comes to its end. SIGKILL comes from the process itself, before, within
+and after the write of a journal's line, or from outside at any moment. SIGTERM comes from outside.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def recorded(folder: Path) -> int:
 def _search(name: str, folder: Path, moment: str, at: int, result: Path, heard: Path) -> None:
     """The life itself: never returns."""
     try:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = sys.stderr = open(os.devnull, "w")
         _die_at(moment, at)
         file = os.open(heard, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         append = Journal.append
@@ -285,7 +285,7 @@ class Round:
         else:
             self.tally.ends["returned the best so far"] += 1
             self.tally.check(life.result["stopped by"] == "SIGTERM", what)
-        if life.after > 0 and name != "gradsum" or life.after > 1:
+        if (life.after > 0 and name != "gradsum") or life.after > 1:
             self.tally.check(_is_saved(folder), f"{what}: no program on disk")
         self._finish(name, folder, what, ended=life.result.get("stopped by") is not None)
 

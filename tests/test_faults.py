@@ -274,9 +274,11 @@ def test_lines_that_say_what_they_like_make_events_or_an_error(said: list[Any]) 
         file.close()
         try:
             with Journal.open(folder, IDENTITY) as journal:
-                assert all(type(event).__module__ == "dspy_greater.run.events" for event in journal.recorded())
+                found, refused = journal.recorded(), ""
         except RunDirectoryError as error:
-            assert "is intact, but it is not an event of this version" in str(error)
+            found, refused = (), str(error)
+        assert all(type(event).__module__ == "dspy_greater.run.events" for event in found)
+        assert found or "is intact, but it is not an event of this version" in refused
 
 
 # --- whatever rows and instructions hold ---
@@ -296,9 +298,7 @@ pieces = st.one_of(
             "\u2028",
         ]
     ),
-    st.sampled_from(
-        ["{question}", "{{ x }}", "{% if %}", "<b>", "&amp;", "\u202e", "\x00", "é", "\ufeff", "'''", '"""']
-    ),
+    st.sampled_from(["{question}", "{{ x }}", "{% if %}", "<b>", "&amp;", "\u202e", "\x00", "é", "\ufeff", '"""']),
 )
 anything = st.lists(pieces, max_size=6).map("".join)
 

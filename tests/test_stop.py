@@ -19,6 +19,8 @@ from any_event import bits
 from scripted_engine import (
     SEED,
     Checked,
+    ScriptedEngine,
+    chat_answer,
     checked_engine,
     checked_rows,
     exact_match,
@@ -287,8 +289,8 @@ def test_a_stop_file_of_any_kind_is_neither_read_nor_followed(tmp_path: Path) ->
             stop.obeyed(ended=True)
         assert not os.path.lexists(tmp_path / "run" / "STOP")
     (tmp_path / "run" / "STOP").mkdir()  # a folder is no file that we remove
+    stop = StopFile(tmp_path / "run")
     with pytest.warns(RuntimeWarning, match="It could not be removed: remove it to go on"):
-        stop = StopFile(tmp_path / "run")
         stop.obeyed(ended=stop.seen())
     assert elsewhere.read_text() == "kept" and (tmp_path / "run" / "STOP").is_dir()
 
@@ -390,6 +392,17 @@ def test_the_program_on_disk_is_the_one_that_is_returned_and_dspy_loads_it(tmp_p
         "journal.jsonl",
         "journal.lock",
     ]
+
+
+def test_where_the_student_is_as_good_as_both_optimizers_it_is_what_lies_on_disk(tmp_path: Path) -> None:
+    engine = ScriptedEngine(lambda prompt: chat_answer(reasoning="I look.", answer="yes"), model=planted_engine().model)
+    first = dspy.LabeledFewShot(k=0)
+    better = optimizer(warm_start=first, log_dir=tmp_path).compile(program_on(engine), TRAIN, valset=VALIDATION)
+    assert better.detailed_results.warm_start.undone
+    best = json.loads((tmp_path / "best.json").read_text())
+    assert best == {"instructions": {"predict": SEED}, "validation_score": better.score}
+    saved = json.loads((tmp_path / "best_program.json").read_text())
+    assert saved["predict"]["signature"]["instructions"] == SEED
 
 
 def test_a_program_that_cannot_be_saved_is_told_of_once_and_costs_nothing(

@@ -83,6 +83,14 @@ class BestFile:
             self._instructions = dict(event.finalists[event.winner])
             self._write({"validation_score": event.scores[event.winner][0]})
 
+    def settle(self, instructions: Mapping[str, str], validation_score: float) -> None:
+        """Write what is returned in the end, where a last comparison decided; a folder that takes no file is logged."""
+        self._instructions = dict(instructions)
+        try:
+            self._write({"validation_score": validation_score})
+        except OSError as error:
+            _LOG.warning("%s could not be written: %s.", NAME, error)
+
     def _better(self, best: Evaluation, predictor: str, step: int) -> None:
         self._best = best
         self._instructions[predictor] = best.instruction

@@ -7,14 +7,16 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from dspy_greater.errors import UnvalidatedError
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.predictors import predictors_of
-from dspy_greater.program.roundtrip import write_back
+from dspy_greater.program.roundtrip import saved, write_back
 from dspy_greater.program.validation import validation_scores, winner
 from dspy_greater.report.result import ValidatedProgram, WarmStart
+from dspy_greater.run.best import BestFile
 from dspy_greater.run.stop import by_signal
 from dspy_greater.search.problem import Problem
 from dspy_greater.stats import mean
@@ -55,7 +57,10 @@ def compile_warm(optimizer: Any, student: Any, problem: Problem, trainset: Seque
         if found == _instructions(student):  # nothing to lose
             raise
         return _unrefined(student, found, warmed, problem, error)
-    return _floored(student, best, found, warmed, problem)
+    kept = _floored(student, best, found, warmed, problem)
+    if kept.detailed_results.warm_start.undone and not math.isnan(kept.score):
+        BestFile(optimizer.log_dir, partial(saved, student)).settle(_instructions(student), kept.score)
+    return kept
 
 
 def _instructions(program: Any) -> dict[str, str]:

@@ -285,7 +285,8 @@ class Round:
         else:
             self.tally.ends["returned the best so far"] += 1
             self.tally.check(life.result["stopped by"] == "SIGTERM", what)
-        if (life.after > 0 and name != "gradsum") or life.after > 1:
+        told = "raised" not in life.result and life.signal == 0  # that the search has begun
+        if (told and life.after > 0) or life.after > 1:
             self.tally.check(_is_saved(folder), f"{what}: no program on disk")
         self._finish(name, folder, what, ended=life.result.get("stopped by") is not None)
 
@@ -325,9 +326,10 @@ def main() -> None:
             done.kill()
             if arguments.progress:
                 print(tally.kills.total(), round(time.monotonic() - began), flush=True)
+        print(f"{tally.kills.total()} kills by SIGKILL: {dict(tally.kills)}")
+        print(f"{tally.compared} searches went on and were compared", flush=True)
         while tally.ends.total() < arguments.terms and not tally.faults:
             done.terminate()
-    print(f"{tally.kills.total()} kills by SIGKILL: {dict(tally.kills)}")
     print(f"{tally.ends.total()} times SIGTERM: {dict(tally.ends)}")
     print(f"{tally.compared} searches went on and were compared, {len(tally.faults)} faults, "
           f"{time.monotonic() - began:.0f} s")  # fmt: skip

@@ -190,6 +190,7 @@ def test_a_folder_that_becomes_read_only_costs_no_search(tmp_path: Path, monkeyp
     monkeypatch.setattr("dspy_greater.run.best.replace_text", refuse)
     with pytest.warns(RuntimeWarning, match="BestFile raised PermissionError: .*Read-only file system") as caught:
         better = compiled(steps=3, log_dir=tmp_path)
+    monkeypatch.undo()
     assert len(caught) == 1
     assert bits(better.detailed_results.steps) == bits(whole.detailed_results.steps)
     assert bits(compiled(steps=3, log_dir=tmp_path).detailed_results.steps) == bits(whole.detailed_results.steps)

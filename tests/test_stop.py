@@ -421,6 +421,7 @@ def test_a_program_that_cannot_be_saved_is_told_of_once_and_costs_nothing(
 # --- kills ---
 
 
+@pytest.mark.slow
 @on_posix
 def test_searches_that_are_killed_at_random_moments_go_on_to_the_same_bits() -> None:
     """A few; `python -m tests.kills` kills more of them, and of more kinds."""

@@ -177,7 +177,7 @@ class PredictorSearch:
     def out_of_budget(self) -> str | None:
         """What the budget did not allow, in words; None when it allowed all."""
         settings, state, rest = self._problem.settings, self._state, self._rest
-        exhausted = self.usage.exhausted(settings)
+        exhausted = state.usage.exhausted(settings) or (self.usage.exhausted(settings) if rest else None)
         if exhausted is None or (state.step >= settings.steps and not rest) or self._goes_on:
             return None
         kept = f" Not searched, and left as they were: {', '.join(rest)}." if rest else ""

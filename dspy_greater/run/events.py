@@ -22,7 +22,7 @@ class SearchStarted:
     steps: int
     spent: dict[str, int] = field(default_factory=dict[str, int])  # on the seed's evaluation, as in `StepTaken`
     called_as: str = ""  # in which other way than the predictor itself its calls are rendered
-    seconds: float = field(default=0.0, compare=False)  # that the seed's evaluation took
+    seconds: float = field(default=0.0, compare=False, repr=False)  # that the seed's evaluation took
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class StepTaken:
     reason: str  # why, in words
     spent: dict[str, int]  # this step: the engines' counters, and `runs`, of the program on a row
     current_text: str = ""  # of the current token; empty where a token is appended
-    seconds: float = field(default=0.0, compare=False)  # since the event before
+    seconds: float = field(default=0.0, compare=False, repr=False)  # since the event before
 
     @property
     def predictions(self) -> tuple[tuple[float, tuple[float, float]], ...]:
@@ -56,7 +56,7 @@ class Validated:
     winner: str
     spent: dict[str, int] = field(default_factory=dict[str, int])  # as in `StepTaken`
     subscores: dict[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])  # row by row
-    seconds: float = field(default=0.0, compare=False)  # that the validation took
+    seconds: float = field(default=0.0, compare=False, repr=False)  # that the validation took
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class IterationTaken:
     compared: tuple[PromptsScored, ...]  # the members, then the candidates
     beam: tuple[dict[str, str], ...]  # of the next iteration, best first
     spent: dict[str, dict[str, int]]  # since the start, by module: calls, tokens, malformed, unanswered
-    seconds: float = field(default=0.0, compare=False)  # since the event before
+    seconds: float = field(default=0.0, compare=False, repr=False)  # since the event before
 
 
 @dataclass(frozen=True)

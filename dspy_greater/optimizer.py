@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dspy_greater.notices import warn_caller
 from dspy_greater.program.dataset import as_list
 from dspy_greater.program.rendering import ProgramPrompts
 from dspy_greater.program.rollout import engines_behind
-from dspy_greater.program.roundtrip import write_back
+from dspy_greater.program.roundtrip import saved, write_back
 from dspy_greater.report.file import ReportFile
 from dspy_greater.report.result import CompileResult, what_stopped
 from dspy_greater.run.best import BestFile
@@ -26,6 +27,7 @@ from dspy_greater.run.events import Listener, SearchStarted
 from dspy_greater.run.journal import Journal
 from dspy_greater.run.log import StepLog
 from dspy_greater.run.progress import Listeners, ProgressBar, checked_callbacks
+from dspy_greater.run.stop import BY_FILE, StopFile, terminable
 from dspy_greater.search.coordinate_descent import CoordinateDescent, Found
 from dspy_greater.search.problem import Modes, Options, Problem, pose
 from dspy_greater.search.step import Step
@@ -60,8 +62,9 @@ class GReaTer(Teleprompter):
         auto: "light" (20 steps, 24 rows), "medium" (50, 50), "heavy" (105, 100) or None, the paper's
             105 steps on 50 rows.
         seed: decides every random choice; the same seed gives the same instruction on CPU in fp32.
-        log_dir: directory for the run's journal, the best program so far (`best.json`) and a page that shows the run
-            (`report.html`). Called again with the same inputs, `compile` goes on where an interrupted run stopped.
+        log_dir: directory for the run's journal, the best so far (`best.json`, `best_program.json`) and a page that
+            shows the run (`report.html`). Called again with the same inputs, `compile` goes on where an interrupted
+            run stopped.
         weights: an engine, a (model, tokenizer) pair, a path or a hub id; or a mapping to one of these
             by predictor name or LM name.
         extractor: text between reasoning and answer for the loss; by default the adapter's own.
@@ -143,9 +146,10 @@ class GReaTer(Teleprompter):
             The program, with `detailed_results` (`CompileResult`; printed, a short trajectory), `candidate_programs`
             (whole programs, best first) and `score`. Scores are means of the metric: 0.75 is what DSPy's `Evaluate`
             shows as 75.0 %.
-            Ctrl-C ends the search early with the best so far; a second one raises. So does an error of any kind, once
-            an instruction besides the student's own was tried: what was found is validated and returned, with a
-            warning, and `detailed_results.stopped_by` says what happened.
+            Ctrl-C and SIGTERM end the search early with the best so far; a second one raises. A file `STOP` in
+            `log_dir` does after the step that is under way, and is removed (`dspy_greater.run.stop`). So does an error
+            of any kind, once an instruction besides the student's own was tried: what was found is validated and
+            returned, with a warning, and `detailed_results.stopped_by` says what happened.
 
         Raises:
             GreaterError: one of its subclasses, before the search, for input that cannot work.
@@ -169,16 +173,19 @@ class GReaTer(Teleprompter):
             ),
         )
         if self.warm_start is not None:
-            return compile_warm(self, student, problem, trainset, valset)
-        meter = _Meter(problem)
-        identity = problem.identity()
+            with terminable():
+                return compile_warm(self, student, problem, trainset, valset)
+        meter, stop_file, identity = _Meter(problem), StopFile(self.log_dir), problem.identity()
+        best_file = BestFile(self.log_dir, partial(saved, student))
         with (
             Journal.open(self.log_dir, identity) as journal,
             ProgressBar(show=self.progress) as bar,
             ReportFile(self.log_dir, identity, journal.versions) as report,
+            terminable(),
         ):
-            listeners = Listeners([bar, StepLog(), BestFile(self.log_dir), report, *self.listeners])
+            listeners = Listeners([bar, StepLog(), best_file, report, *self.listeners], stop_file)
             found = CoordinateDescent(problem, journal, listeners).run()  # Algorithm 1, predictor by predictor
+        stop_file.obeyed(ended=found.called_off == BY_FILE)
         detailed = meter.result(found)
         if found.unvalidated is not None:
             raise _unvalidated(student, detailed) from found.unvalidated
@@ -209,7 +216,7 @@ class _Meter:
             validation_rows=len(self._problem.validation),
             seconds=time.monotonic() - self._started,
             spent={name: sum(part[name] for part in spent) for name in spent[0]},
-            interrupted=found.interrupted,
+            interrupted=found.interrupted is not None,
             out_of_budget=found.out_of_budget,
             stopped_by=found.error
             or what_stopped(

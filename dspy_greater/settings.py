@@ -21,6 +21,11 @@ the LM is a server, the tokens of its answers as the tokenizer of the weights sp
 a journal counts as it did then. Not counted are the prompts, the forward and backward passes, what the metric asks
 of a server, and the final validation: at most (`finalists` + 1) x `validation_rows` runs for each predictor.
 `max_metric_calls` bounds the same search by runs of the program on a row.
+
+`max_seconds` bounds it by the clock, from the seed's evaluation on; here the validations of earlier predictors count,
+and the final one comes on top. The search stops after the first step that reaches it. A resumed run counts the seconds
+that its journal records; replaying them costs none, and no recorded step is given up. With more of them an
+interrupted run may go on; the other two belong to the run, as does every other setting but `num_threads`.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from typing_extensions import TypedDict
 
@@ -81,6 +86,7 @@ class Settings:
     max_errors: int | None = None  # rows of one predictor's search that may fail; None: any number
     max_generated_tokens: int | None = None  # of the whole search, without the validation; see above
     max_metric_calls: int | None = None  # runs of the program on a row, counted and bounded in the same way
+    max_seconds: float | None = None  # of the whole search, without the final validation
 
     @classmethod
     def of(cls, auto: Auto | None, **overrides: object) -> Settings:
@@ -100,6 +106,7 @@ class Settings:
         check_whole_numbers(self, optional)
         if self.max_errors is not None:
             check_whole_numbers(self, {"max_errors": 0})
+        check_seconds(self.max_seconds)
         if not _is_finite(self.failure_score):
             raise SettingsError(f"failure_score={self.failure_score!r}: give a finite number.")
         for name in _NOT_NEGATIVE:
@@ -147,6 +154,7 @@ class Knobs(TypedDict, total=False):
     max_errors: int | None
     max_generated_tokens: int | None
     max_metric_calls: int | None
+    max_seconds: float | None
 
 
 def spelled_out(knobs: type) -> Callable[[Function], Function]:
@@ -230,6 +238,15 @@ def check_whole_numbers(settings: object, at_least: Mapping[str, int]) -> None:
         value = getattr(settings, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise SettingsError(f"{name}={value!r}: give a whole number of at least {least}.")
+
+
+def check_seconds(seconds: object) -> None:
+    """Raises `SettingsError` where `max_seconds` is no positive number of seconds.
+
+    >>> check_seconds(3600)
+    """
+    if seconds is not None and (not _is_finite(seconds) or cast("float", seconds) <= 0):
+        raise SettingsError(f"max_seconds={seconds!r}: give a positive number of seconds, or None for any time.")
 
 
 def _text_of(annotation: Any) -> str:

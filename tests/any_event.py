@@ -182,11 +182,11 @@ events = st.one_of(
 
 
 def bits(value: Any) -> Any:
-    """A value in which two floats are equal only if they are the same float, NaN too."""
+    """A value in which two floats are equal only if they are the same float, NaN too; without what is not compared."""
     if isinstance(value, float):
         return ("float", "nan" if math.isnan(value) else struct.pack("<d", value))
     if is_dataclass(value) and not isinstance(value, type):
-        return (type(value), [bits(getattr(value, field.name)) for field in fields(value)])
+        return (type(value), [bits(getattr(value, field.name)) for field in fields(value) if field.compare])
     if isinstance(value, dict):
         return ("dict", [(bits(key), bits(entry)) for key, entry in value.items()])
     if isinstance(value, (list, tuple)):

@@ -470,7 +470,7 @@ def test_a_directory_that_cannot_be_made_is_an_error_with_a_fix(tmp_path: Path) 
 
 
 def test_a_journal_that_is_no_regular_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "journal.jsonl").symlink_to("/dev/full")
+    os.mkfifo(tmp_path / "journal.jsonl")
     with pytest.raises(RunDirectoryError, match="journal.jsonl is not a regular file. Move it away"):
         Journal.open(tmp_path, IDENTITY)
     (tmp_path / "journal.jsonl").unlink()

@@ -6,7 +6,9 @@ generation -> evaluation -> gradients -> summarisation -> editing -> the best pr
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from dspy_greater.errors import BudgetSpent, MalformedAnswer
@@ -59,13 +61,17 @@ class Loop:
             self._recall(iteration)
             self.iterations.append(iteration)
             yield iteration, False
+        began = time.monotonic()
         while len(self.iterations) < self._task.settings.iterations:
             try:
+                self._refuse_late_start()
                 self._reserve_validation()
                 taken = self.take_iteration()
             except BudgetSpent as limit:
                 self.out_of_budget = str(limit)
                 return
+            now = time.monotonic()
+            taken, began = replace(taken, seconds=now - began), now
             self.iterations.append(taken)
             yield taken, True
 
@@ -281,6 +287,11 @@ class Loop:
         for each in iteration.compared:
             self._training.recall(each.prompts, each.outputs)
         self._meter.recall(iteration.spent)
+
+    def _refuse_late_start(self) -> None:
+        limit, taken = self._task.settings.max_seconds, sum(each.seconds for each in self.iterations)
+        if limit is not None and taken >= limit:
+            raise BudgetSpent(f"max_seconds={limit:g} was reached with {taken:.1f} seconds.")
 
     def _reserve_validation(self) -> None:
         task = self._task

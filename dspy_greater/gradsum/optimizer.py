@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from dspy_greater.gradsum.settings import GradSumKnobs, GradSumSettings
 from dspy_greater.gradsum.task import Options, Prompts, Task, pose
 from dspy_greater.metric import Metric
 from dspy_greater.notices import warn_caller
-from dspy_greater.program.roundtrip import write_back
+from dspy_greater.program.roundtrip import saved, write_back
 from dspy_greater.program.validation import winner
 from dspy_greater.report.result import GradSumResult, what_stopped
 from dspy_greater.run.best import BestFile
@@ -37,6 +38,7 @@ from dspy_greater.run.events import (
 from dspy_greater.run.journal import Journal
 from dspy_greater.run.log import StepLog
 from dspy_greater.run.progress import Listeners, ProgressBar, checked_callbacks
+from dspy_greater.run.stop import BY_FILE, StopFile, by_signal, terminable
 from dspy_greater.settings import Auto, checked_log_dir, checked_seed, spelled_out
 
 _LOG = logging.getLogger(__name__)
@@ -143,8 +145,9 @@ class GradSum(Teleprompter):
 
         Returns:
             The program, with `detailed_results` (`GradSumResult`), `candidate_programs` and `score`.
-            Ctrl-C, and the end of the budget, end the loop with the best so far; a second Ctrl-C raises. So does an
-            error of any kind, once a prompt besides the student's was chosen: what was found is validated and
+            Ctrl-C, SIGTERM, and the end of the budget, end the loop with the best so far; a second signal raises. A
+            file `STOP` in `log_dir` does after the iteration that is under way, and is removed. So does an error of
+            any kind, once a prompt besides the student's was chosen: what was found is validated and
             returned, with a warning, and `detailed_results.stopped_by` says what happened.
 
         Raises:
@@ -165,13 +168,17 @@ class GradSum(Teleprompter):
                 seed=self.seed,
             ),
         )
+        stop_file, best_file = StopFile(self.log_dir), BestFile(self.log_dir, partial(saved, student))
         with (
             Journal.open(self.log_dir, task.identity()) as journal,
             ProgressBar(show=self.progress) as bar,
+            terminable(),
         ):
-            run = _Run(task, journal, Listeners([bar, StepLog(), BestFile(self.log_dir), *self.listeners]))
+            listeners = Listeners([bar, StepLog(), best_file, *self.listeners], stop_file)
+            run = _Run(task, journal, listeners)
             run.search()
             result = run.validate()
+        stop_file.obeyed(ended=run.called_off == BY_FILE)
         if run.unvalidated is not None:
             raise _unvalidated(student, result) from run.unvalidated
         if run.error is not None:
@@ -196,12 +203,14 @@ class _Run:
         recorded = [event for event in journal.recorded() if isinstance(event, NotCalled)]
         self._loop = Loop(task, self._meter, [name for event in recorded for name in event.predictors])
         self._started = time.monotonic()
-        self._interrupted = False
+        self._interrupted: str | None = None
         self.error: str | None = None
         self.unvalidated: Exception | None = None
 
     def search(self) -> None:
         """The loop, from where an interrupted run stopped; Ctrl-C, callbacks or an error end it with what was found.
+
+        All that is recorded is replayed first.
 
         Raises:
             Exception: whatever came before any prompt but the student's was chosen.
@@ -209,17 +218,17 @@ class _Run:
         recorded = self._journal.recorded()
         iterations = [event for event in recorded if isinstance(event, IterationTaken)]
         self._tell(BeamStarted(self._task.seed_prompts, self._task.settings.iterations), record=not recorded)
-        if self._listeners.stopped:
+        if not iterations and self._listeners.stopped:
             return
         try:
             for iteration, fresh in self._loop.run(iterations):
                 if fresh and iteration.iteration == 0 and self._loop.uncalled:
                     self._tell(NotCalled(tuple(sorted(self._loop.uncalled))), record=True)
                 self._tell(iteration, record=fresh)
-                if self._listeners.stopped:
+                if len(self._loop.iterations) >= len(iterations) and self._listeners.stopped:
                     return
-        except KeyboardInterrupt:
-            self._interrupted = True
+        except KeyboardInterrupt as interrupt:
+            self._interrupted = by_signal(interrupt)
         except Exception as error:
             if self._nothing_to_lose():
                 raise
@@ -239,10 +248,10 @@ class _Run:
             outputs = loop.validate(finalists)
             scores = [mean_score(each) for each in outputs]
             self._tell(BeamValidated(tuple(finalists), tuple(scores), winner(scores)), record=False)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             if self._interrupted:  # the second one
                 raise
-            self._interrupted = True
+            self._interrupted = by_signal(interrupt)
         except Exception as error:
             if self._nothing_to_lose():
                 raise
@@ -260,17 +269,19 @@ class _Run:
             validation_rows=len(task.validation),
             seconds=time.monotonic() - self._started,
             spent_by_module=by_module,
-            interrupted=self._interrupted,
+            interrupted=self._interrupted is not None,
             out_of_budget=loop.out_of_budget,
             stopped_by=self.error
             or what_stopped(
-                interrupted=self._interrupted, called_off=self._called_off, out_of_budget=loop.out_of_budget
+                interrupted=self._interrupted, called_off=self.called_off, out_of_budget=loop.out_of_budget
             ),
         )
 
     @property
-    def _called_off(self) -> bool:
-        return self._listeners.stopped and len(self._loop.iterations) < self._task.settings.iterations
+    def called_off(self) -> str | None:
+        """What kept iterations from being taken: "callback" or "STOP file"."""
+        left = len(self._loop.iterations) < self._task.settings.iterations
+        return self._listeners.stopped_by if left else None
 
     def _nothing_to_lose(self) -> bool:
         return all(prompts == self._task.seed_prompts for prompts in self._loop.beam)

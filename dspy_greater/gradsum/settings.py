@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from dspy_greater.errors import SettingsError
 from dspy_greater.scalars import plain_scalar
-from dspy_greater.settings import Auto, check_whole_numbers, chosen_knobs, make_plain
+from dspy_greater.settings import Auto, check_seconds, check_whole_numbers, chosen_knobs, make_plain
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class GradSumSettings:
     failure_score: float = 0.0  # the metric's, of a row on which the program or the metric fails
     max_lm_calls: int | None = None  # of the whole run, the final comparison included
     max_lm_tokens: int | None = None  # prompt and completion tokens of the whole run
+    max_seconds: float | None = None  # after which no iteration begins; recorded ones count when a run is resumed
 
     @classmethod
     def of(cls, auto: Auto | None, **overrides: object) -> GradSumSettings:
@@ -61,6 +62,7 @@ class GradSumSettings:
         check_whole_numbers(self, _AT_LEAST)
         limits = {name: 1 for name in ("max_lm_calls", "max_lm_tokens") if getattr(self, name) is not None}
         check_whole_numbers(self, limits)
+        check_seconds(self.max_seconds)
         low, high = self._scale()
         if low >= high:
             raise SettingsError(f"judge_scale={self.judge_scale!r}: give (worst, best) with worst below best.")
@@ -102,6 +104,7 @@ class GradSumKnobs(TypedDict, total=False):
     failure_score: float | None
     max_lm_calls: int | None
     max_lm_tokens: int | None
+    max_seconds: float | None
 
 
 _PRESETS: Mapping[Auto, Mapping[str, int]] = {

@@ -58,7 +58,7 @@ class Task:
         """What must be the same for an interrupted run to be continued."""
         return {
             "optimizer": "GRAD-SUM",
-            "settings": asdict(self.settings),
+            "settings": {name: value for name, value in asdict(self.settings).items() if name != "max_seconds"},
             "seed": self.seed,
             "task_description": self.description,
             "criteria": self.criteria,

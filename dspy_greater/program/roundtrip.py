@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dspy_greater.errors import LayoutError
@@ -22,6 +24,18 @@ def write_back(program: Any, texts: Mapping[str, str]) -> Any:
     ```
     """
     return with_instructions(program, texts)
+
+
+def saved(program: Any, texts: Mapping[str, str]) -> str:
+    """What DSPy's `save` writes into a JSON file for the program with these instructions; `load` reads it.
+
+    Raises:
+        Exception: whatever keeps DSPy from saving the program so.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "program.json"
+        write_back(program, texts).save(path)
+        return path.read_text(encoding="utf-8")
 
 
 def round_trip(

@@ -128,9 +128,10 @@ class CompileResult(_Validated, Plotted):
     Scores are means of the metric, on the metric's own scale: 0.75 is what DSPy's `Evaluate` shows as 75.0 %.
     `spent` holds what the engines counted in this process: forwards, prefilled_tokens, generated_tokens,
     padded_tokens, lm_head_rows and backward_tokens. `out_of_budget` says why the search ended early, if
-    `max_generated_tokens` did it; predictors that it did not come to keep their instructions and are not among
-    `predictors`. `stopped_by` is what ended it early: "interrupt" (Ctrl-C), "callback", "budget", or where it ended and
-    by which error; None when it took all its steps.
+    `max_generated_tokens`, `max_metric_calls` or `max_seconds` did it; predictors that it did not come to keep their
+    instructions and are not among `predictors`. `stopped_by` is what ended it early: "interrupt" (Ctrl-C), "SIGTERM",
+    "STOP file", "callback", "budget", or where it ended and by which error; None when it took all its steps.
+    `interrupted` is true for the first two.
     """
 
     predictors: tuple[PredictorResult, ...]
@@ -263,7 +264,7 @@ class GradSumResult(_Validated):
     spent_by_module: dict[str, dict[str, int]]
     interrupted: bool = False
     out_of_budget: str | None = None  # why the loop ended early, if the budget did it
-    stopped_by: str | None = None  # "interrupt", "callback", "budget" or an error; None when it took all iterations
+    stopped_by: str | None = None  # as in `CompileResult`; None when it took all iterations
     subscores: tuple[tuple[float, ...], ...] = ()  # of the finalists, row by row
 
     @property
@@ -320,17 +321,13 @@ class GradSumResult(_Validated):
         return summed(self.spent_by_module.values())
 
 
-def what_stopped(*, interrupted: bool, called_off: bool, out_of_budget: str | None) -> str | None:
+def what_stopped(*, interrupted: str | None, called_off: str | None, out_of_budget: str | None) -> str | None:
     """`stopped_by` of a result.
 
-    >>> what_stopped(interrupted=False, called_off=True, out_of_budget=None)
+    >>> what_stopped(interrupted=None, called_off="callback", out_of_budget=None)
     'callback'
     """
-    if interrupted:
-        return "interrupt"
-    if called_off:
-        return "callback"
-    return None if out_of_budget is None else "budget"
+    return interrupted or called_off or (None if out_of_budget is None else "budget")
 
 
 def new_bests(predictor: PredictorResult) -> list[StepTaken]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from dspy_greater.run.events import (
 )
 
 NAME = "best.json"
+PROGRAM_NAME = "best_program.json"
+_LOG = logging.getLogger("dspy_greater")
 
 
 class BestFile:
@@ -26,16 +31,27 @@ class BestFile:
 
     The file holds `instructions` by predictor, those of predictors whose turn is over included; `score`, the metric's
     mean over the training rows; `validation_score`, once there is one; and where the search stood: `predictor` and
-    `step`, or `iteration`. It is replaced as a whole, so a reader never sees half of it.
+    `step`, or `iteration`. Beside it lies `best_program.json`, the program with these instructions. Before
+    `validation_score` is there, they are the best on the training rows, and may be worse than the student's on others.
+    Both files are replaced as a whole, so a reader never sees half of one.
+
+    Args:
+        log_dir: the run's directory.
+        program: the text that DSPy saves for the program with these instructions; without it no program is written. If
+            it raises, that is logged once, and the run goes on.
 
     ```python
     best = json.loads(Path("runs/navigate/best.json").read_text())["instructions"]
+    program.load("runs/navigate/best_program.json")
     ```
     """
 
-    def __init__(self, log_dir: str | os.PathLike[str] | None) -> None:
+    def __init__(
+        self, log_dir: str | os.PathLike[str] | None, program: Callable[[Mapping[str, str]], str] | None = None
+    ) -> None:
         """Writes nothing yet."""
-        self._folder = None if log_dir is None else Path(log_dir)
+        self._folder = None if log_dir is None else Path(log_dir).expanduser()
+        self._program = program
         self._instructions: dict[str, str] = {}
         self._best: Evaluation | None = None
 
@@ -67,6 +83,14 @@ class BestFile:
             self._instructions = dict(event.finalists[event.winner])
             self._write({"validation_score": event.scores[event.winner][0]})
 
+    def settle(self, instructions: Mapping[str, str], validation_score: float) -> None:
+        """Write what is returned in the end, where a last comparison decided; a folder that takes no file is logged."""
+        self._instructions = dict(instructions)
+        try:
+            self._write({"validation_score": validation_score})
+        except OSError as error:
+            _LOG.warning("%s could not be written: %s.", NAME, error)
+
     def _better(self, best: Evaluation, predictor: str, step: int) -> None:
         self._best = best
         self._instructions[predictor] = best.instruction
@@ -76,6 +100,41 @@ class BestFile:
         if self._folder is None:
             return
         text = json.dumps({"instructions": self._instructions, **where}, indent=2, ensure_ascii=False)
-        partial = self._folder / f".{NAME}.{os.getpid()}"
-        partial.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-        os.replace(partial, self._folder / NAME)
+        replace_text(self._folder / NAME, text + "\n")
+        program = self._saved()
+        if program is not None:
+            replace_text(self._folder / PROGRAM_NAME, program)
+
+    def _saved(self) -> str | None:
+        if self._program is None:
+            return None
+        try:
+            return self._program(self._instructions)
+        except Exception as error:  # a program may hold anything
+            self._program = None
+            _LOG.warning(
+                "The best program cannot be saved as JSON: %s: %s. %s/%s holds its instructions.",
+                type(error).__name__,
+                error,
+                self._folder,
+                NAME,
+            )
+            return None
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Put a file with this text in the place of whatever has this name; a link is replaced and not followed.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")  # of one name, so that a kill leaves no more than one behind
+    partial.unlink(missing_ok=True)
+    try:
+        with open(partial, "x", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise

@@ -1,7 +1,8 @@
 """What the search says while it works. The algorithm emits; progress bar, journal and callbacks listen.
 
 Every event is a frozen dataclass of plain values, so that it can be written as JSON
-and read back without loss (`to_json`, `from_json`).
+and read back without loss (`to_json`, `from_json`). `seconds` are no part of what was decided: two events are equal
+whatever time they took, and journals of older versions do without.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class SearchStarted:
     steps: int
     spent: dict[str, int] = field(default_factory=dict[str, int])  # on the seed's evaluation, as in `StepTaken`
     called_as: str = ""  # in which other way than the predictor itself its calls are rendered
+    seconds: float = field(default=0.0, compare=False, repr=False)  # that the seed's evaluation took
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class StepTaken:
     reason: str  # why, in words
     spent: dict[str, int]  # this step: the engines' counters, and `runs`, of the program on a row
     current_text: str = ""  # of the current token; empty where a token is appended
+    seconds: float = field(default=0.0, compare=False, repr=False)  # since the event before
 
     @property
     def predictions(self) -> tuple[tuple[float, tuple[float, float]], ...]:
@@ -71,6 +74,7 @@ class Validated:
     spent: dict[str, int] = field(default_factory=dict[str, int])  # as in `StepTaken`
     subscores: dict[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])  # row by row
     changed: tuple[ChangedRow, ...] = field(default=(), metadata=LATER)  # what the winner fixed and broke
+    seconds: float = field(default=0.0, compare=False, repr=False)  # that the validation took
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,7 @@ class IterationTaken:
     compared: tuple[PromptsScored, ...]  # the members, then the candidates
     beam: tuple[dict[str, str], ...]  # of the next iteration, best first
     spent: dict[str, dict[str, int]]  # since the start, by module: calls, tokens, malformed, unanswered
+    seconds: float = field(default=0.0, compare=False, repr=False)  # since the event before
 
 
 @dataclass(frozen=True)

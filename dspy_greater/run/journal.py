@@ -165,7 +165,7 @@ def _begin_or_resume(file: LineFile, identity: Mapping[str, JSON]) -> tuple[tupl
     intact = lines.read(content)
     begun_with = installed()
     if intact.payloads:
-        begun_with = _check_header(file.path, json.loads(intact.payloads[0]), now)
+        begun_with = _check_header(file.path, _header(intact.payloads[0]), now)
     if intact.damaged_line is not None:
         _refuse_damage(file.path, content, intact)
     recorded = tuple(_events(file.path, intact.payloads[1:]))
@@ -185,6 +185,16 @@ def _events(path: Path, payloads: tuple[bytes, ...]) -> Iterator[Event]:
                 f"Line {number} of {path} is intact, but it is not an event of this version: {error} Use the "
                 "version of dspy_greater that wrote it, or another log_dir."
             ) from error
+
+
+def _header(payload: bytes) -> Any:
+    """The value of the first line; None if Python cannot hold what it says, as with ten thousand brackets."""
+    try:
+        header = json.loads(payload)
+        _flat(header)
+    except (ValueError, RecursionError):
+        return None
+    return header
 
 
 def _check_header(path: Path, header: Any, now: dict[str, JSON]) -> dict[str, str]:
@@ -234,11 +244,17 @@ def _refuse_damage(path: Path, content: bytes, intact: lines.Intact) -> NoReturn
 def _back_up(path: Path, content: bytes) -> Path:
     """A copy beside the file; the same damage is copied once."""
     numbered = (path.with_name(f"{path.name}.damaged-{number}") for number in itertools.count(1))
-    copy = next(each for each in numbered if not each.exists() or each.read_bytes() == content)
+    copy = next(each for each in numbered if not os.path.lexists(each) or _holds(each, content))
     if not copy.exists():
         with open(copy, "xb") as file:
             file.write(content)
     return copy
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    """Whether this is a file of its own with that content; a link or a pipe is left alone."""
+    is_own = path.is_file() and not path.is_symlink()
+    return is_own and path.stat().st_size == len(content) and path.read_bytes() == content
 
 
 def _flat(value: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], str]:

@@ -91,12 +91,11 @@ class LineFile:
         """Open or create the file.
 
         Raises:
-            RunDirectoryError: the path is not a regular file.
+            RunDirectoryError: the path is not a regular file, or a link to one.
             OSError: it cannot be opened for writing.
         """
         self.path = path
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
-        self._descriptor = os.open(path, flags, 0o644)
+        self._descriptor = open_own(path)
         self._end = 0
         self._checksum = 0
         self._open = True
@@ -147,6 +146,22 @@ class LineFile:
         if self._open:
             self._open = False
             os.close(self._descriptor)
+
+
+def open_own(path: Path) -> int:
+    """Open or create a run's file for reading and writing; never one elsewhere, to which a link leads.
+
+    Raises:
+        RunDirectoryError: there is a link in its place.
+        OSError: it cannot be opened.
+    """
+    if path.is_symlink():
+        raise RunDirectoryError(
+            f"{path} is a symbolic link, and a run writes into its own directory only. Remove it, or give log_dir the "
+            "directory that is meant."
+        )
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
+    return os.open(path, flags, 0o644)
 
 
 def sync_directory(directory: Path) -> None:

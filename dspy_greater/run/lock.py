@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from dspy_greater.errors import RunDirectoryError
 from dspy_greater.notices import warn_caller
+from dspy_greater.run.lines import open_own
 
 _TAKEN = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
 _LOCKED_BYTE = 1 << 30  # beyond the text, which others may then read on Windows too
@@ -62,10 +63,10 @@ class DirectoryLock:
         Where the file system has no locks, warns and goes on without one.
 
         Raises:
-            RunDirectoryError: another run holds the lock; names its process and its host.
+            RunDirectoryError: another run holds the lock; names its process and its host. Or the lock file is a link.
             OSError: the lock file cannot be written.
         """
-        descriptor = os.open(directory / "journal.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = open_own(directory / "journal.lock")
         try:
             _take_or_explain(descriptor, directory)
             owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})

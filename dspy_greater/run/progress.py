@@ -20,6 +20,7 @@ from dspy_greater.run.events import (
     StepTaken,
     Validated,
 )
+from dspy_greater.run.stop import BY_FILE, StopFile
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -150,7 +151,8 @@ class Listeners:
     """Several listeners as one.
 
     A listener that raises is reported in a warning and not called again: no fault of a callback ends a search.
-    Ctrl-C passes. One that returns exactly `False` asks for the end of the search, which `stopped` then tells.
+    Ctrl-C passes. One that returns exactly `False` asks for the end of the search, and so does a `StopFile`;
+    `stopped_by` tells which of them did.
 
     Example:
         >>> from dspy_greater.run.events import Warned
@@ -161,17 +163,25 @@ class Listeners:
         [Warned(message='careful')]
     """
 
-    def __init__(self, listeners: Iterable[Listener] = ()) -> None:
+    def __init__(self, listeners: Iterable[Listener] = (), stop_file: StopFile | None = None) -> None:
         """They are called in this order."""
         self._listeners: list[Listener] = list(listeners)
-        self.stopped = False
+        self._stop_file = stop_file
+        self.stopped_by: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the search is to end now; looks for the file."""
+        if self.stopped_by is None and self._stop_file is not None and self._stop_file.seen():
+            self.stopped_by = BY_FILE
+        return self.stopped_by is not None
 
     def emit(self, event: Event, *, replayed: bool = False) -> None:
         """Tell every listener; one that is replayed from a journal has stopped what it could when it was new."""
         for listener in tuple(self._listeners):
             try:
                 if listener(event) is False and not replayed:
-                    self.stopped = True
+                    self.stopped_by = self.stopped_by or "callback"
             except Exception as error:  # a user's callback may raise anything
                 self._listeners = [other for other in self._listeners if other is not listener]
                 _report(listener, event, error)

@@ -124,12 +124,12 @@ def _read(data: Any) -> Any:
 
 
 def _instance(name: object, found: dict[str, Any]) -> Any:
-    """Of the named class, with all of its fields and no others; one that was added later may be missing."""
+    """Of the named class, with its fields and no others; what was added later or is not compared may be missing."""
     kind = _CLASSES.get(name) if isinstance(name, str) else None
     if kind is None:
         raise EventFormatError(f"It has the type {name!r}, which is none of {', '.join(_CLASSES)}.")
     names = {field.name for field in fields(kind)}
-    needed = {field.name for field in fields(kind) if "later" not in field.metadata}
+    needed = {field.name for field in fields(kind) if field.compare and "later" not in field.metadata}
     if not needed <= set(found) <= names:
         missing, strange = sorted(needed - set(found)), sorted(set(found) - names)
         raise EventFormatError(f"It does not have the fields of {name}: missing {missing}, unknown {strange}.")

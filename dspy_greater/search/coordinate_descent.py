@@ -24,6 +24,7 @@ from dspy_greater.report.result import PredictorResult
 from dspy_greater.run.events import NotCalled, Warned
 from dspy_greater.run.journal import Journal
 from dspy_greater.run.progress import Listeners
+from dspy_greater.run.stop import by_signal
 from dspy_greater.search.predictor_search import PredictorSearch
 from dspy_greater.search.problem import Problem, Target
 from dspy_greater.search.seed_run import SeedRun, check_seed_run, kept_as_they_are, refuse_nameless_inputs, unused_error
@@ -36,15 +37,16 @@ _LOG = logging.getLogger(__name__)
 class Found:
     """What the searches of all predictors came to.
 
-    `out_of_budget` and `error` say in words what ended them early, if one of these did, `called_off` whether a callback
-    did. `unvalidated` is the error that kept what was found from being validated, if nothing was.
+    `out_of_budget` and `error` say in words what ended them early, if one of these did; `interrupted` and `called_off`
+    what it was, "interrupt", "SIGTERM", "callback" or "STOP file". `unvalidated` is the error that kept what was found
+    from being validated, if nothing was.
     """
 
     predictors: tuple[PredictorResult, ...]
-    interrupted: bool = False
+    interrupted: str | None = None
     out_of_budget: str | None = None
     error: str | None = None
-    called_off: bool = False
+    called_off: str | None = None
     unvalidated: Exception | None = None
 
 
@@ -62,10 +64,10 @@ class CoordinateDescent:
         self._program = problem.program
         self._results: list[PredictorResult] = []
         self._usage = UNUSED
-        self._interrupted = False
+        self._interrupted: str | None = None
         self._out_of_budget: str | None = None
         self._error: str | None = None
-        self._called_off = False
+        self._called_off: str | None = None
         self._unvalidated: Exception | None = None
         recorded = journal.recorded()
         self._student_ran = bool(recorded)
@@ -101,10 +103,10 @@ class CoordinateDescent:
         """A search whose seed is evaluated; None where there is none, and what earlier ones found is kept."""
         try:
             return self._begin(target)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             if not self._results:
                 raise
-            self._interrupted = True
+            self._interrupted = by_signal(interrupt)
         except CallMismatchError as error:  # only what the metric judges can be left out for it
             if error.predictor != target.site.name or target.field is not None or self._is_last_chance(target):
                 raise

@@ -7,7 +7,10 @@
 from __future__ import annotations
 
 import math
+import time
+from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from dspy_greater.errors import LossError, ProgramError
 from dspy_greater.objective.evaluator import Evaluator
@@ -23,7 +26,8 @@ def minimise(
 ) -> Iterator[tuple[SearchState, StepTaken, bool]]:
     """Algorithm 1: T steps from the seed instruction, each yielded with the state after it.
 
-    Fewer where `max_generated_tokens` or `max_metric_calls` is reached.
+    Fewer where `max_generated_tokens`, `max_metric_calls` or `max_seconds` is reached; what is recorded is replayed
+    whatever time it took.
 
     Args:
         search: the loss, the step and the settings.
@@ -41,12 +45,15 @@ def minimise(
     evaluator, settings = search.evaluator, search.settings
     positions, fixed = evaluator.layout.edits.positions, evaluator.layout.edits.fixed
     state = begin(seed, settings, editable=positions(seed.token_ids), usage=usage, fixed=fixed)
-    replay = iter(recorded)
+    replay = deque(recorded)
     known_by_text = {seed.instruction: seed}
     _refuse_many_errors(known_by_text.values(), settings, search.predictor)
-    while not state.finished(settings):
-        known = next(replay, None)
+    since = time.monotonic()
+    while (replay and state.step < settings.steps) or not state.finished(settings):
+        known = replay.popleft() if replay else None
         taken = known or _take(search, state)
+        now = time.monotonic()
+        taken, since = (taken if known else replace(taken, seconds=now - since)), now
         evaluated = [each.evaluation for each in taken.candidates if each.evaluation is not None]
         evaluator.recall([*evaluated, taken.chosen])
         known_by_text.update({each.instruction: each for each in (*evaluated, taken.chosen)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from dspy_greater.report.result import PredictorResult
 from dspy_greater.run.events import SearchStarted, StepTaken, Validated
 from dspy_greater.run.journal import Journal
 from dspy_greater.run.progress import Listeners
+from dspy_greater.run.stop import by_signal
 from dspy_greater.search.changed_rows import changed_rows
 from dspy_greater.search.loop import minimise
 from dspy_greater.search.problem import Problem, Target
@@ -38,7 +40,7 @@ class PredictorSearch:
         usage: what the searches of earlier predictors used of the budgets.
 
     Attributes:
-        interrupted: whether Ctrl-C ended the search.
+        interrupted: what ended the search, "interrupt" (Ctrl-C) or "SIGTERM", if one of them did.
         stopped_by: the error that ended it, if one did.
     """
 
@@ -72,7 +74,8 @@ class PredictorSearch:
         )
         self._steps: list[StepTaken] = []
         self._used_before = usage
-        self.interrupted = False
+        self._validation_seconds = 0.0
+        self.interrupted: str | None = None
         self.stopped_by: Exception | None = None
 
     def evaluate_seed(self) -> SeedRun | None:
@@ -90,7 +93,7 @@ class PredictorSearch:
                 evaluator.follow_again(self._seed, self._started.called_as)
             evaluator.recall([self._seed])
             return None
-        self._before = evaluator.spent()
+        self._before, self._began = evaluator.spent(), time.monotonic()
         self._seed, rollouts = evaluator.evaluate_seed()
         return SeedRun(tuple(rollouts), self._problem.train, self._problem.numbers)
 
@@ -108,28 +111,33 @@ class PredictorSearch:
                 self._target.refuse_long_answers(run.given_to(self._name), self._problem)
             warn_if_all_failed(run)
             spent = evaluator.spent(self._before)
-            self._started = SearchStarted(self._name, seed, settings.steps, spent, evaluator.called.description)
+            called, seconds = evaluator.called.description, time.monotonic() - self._began
+            self._started = SearchStarted(self._name, seed, settings.steps, spent, called, seconds)
         self._tell(self._started, record=run is not None)
-        self._state = begin(seed, settings, usage=self._used_before.after(self._started.spent))
+        self._state = begin(seed, settings, usage=self._used_before.after(self._started.spent, self._started.seconds))
 
     def run(self) -> None:
-        """Algorithm 1, from where a run stopped; Ctrl-C, callbacks or an error end it with what was found."""
+        """Algorithm 1, from where a run stopped; Ctrl-C, callbacks or an error end it with what was found.
+
+        All that is recorded is replayed first.
+        """
+        recorded = [event for event in self._recorded if isinstance(event, StepTaken)]
         searching = minimise(
             Search(self._evaluator, self._problem.settings, self._problem.step, self._name, self._problem.seed),
             self._started.seed,
-            recorded=[event for event in self._recorded if isinstance(event, StepTaken)],
+            recorded=recorded,
             usage=self._state.usage,
         )
-        if self._listeners.stopped:
+        if not recorded and self._listeners.stopped:
             return
         try:
             for self._state, step, fresh in searching:
                 self._steps.append(step)
                 self._tell(step, record=fresh)
-                if self._listeners.stopped:
+                if len(self._steps) >= len(recorded) and self._listeners.stopped:
                     return
-        except KeyboardInterrupt:
-            self.interrupted = True
+        except KeyboardInterrupt as interrupt:
+            self.interrupted = by_signal(interrupt)
         except Exception as error:  # whatever it is, hours of search may lie before it
             self.stopped_by = error
 
@@ -146,13 +154,14 @@ class PredictorSearch:
 
     @property
     def usage(self) -> Usage:
-        """What the searches used of the budgets up to now, those of earlier predictors included."""
-        return self._state.usage
+        """What the searches used of the budgets up to now, those of earlier predictors and this validation included."""
+        return self._state.usage.after({}, self._validation_seconds)
 
     @property
-    def called_off(self) -> bool:
-        """Whether a callback kept steps from being taken, or other predictors from being searched."""
-        return self._listeners.stopped and (self._state.step < self._problem.settings.steps or bool(self._rest))
+    def called_off(self) -> str | None:
+        """What kept steps from being taken, or other predictors from being searched: "callback" or "STOP file"."""
+        left = self._state.step < self._problem.settings.steps or bool(self._rest)
+        return self._listeners.stopped_by if left and not self._goes_on and self._listeners.stopped else None
 
     @property
     def _rest(self) -> list[str]:
@@ -160,11 +169,17 @@ class PredictorSearch:
         targets = self._problem.targets
         return [target.site.name for target in targets[targets.index(self._target) + 1 :]]
 
+    @property
+    def _goes_on(self) -> bool:
+        """Whether the journal says that the search of a later predictor has begun: what it found is not given up."""
+        begun = {event.predictor for event in self._journal.recorded() if isinstance(event, SearchStarted)}
+        return bool(begun.intersection(self._rest))
+
     def out_of_budget(self) -> str | None:
         """What the budget did not allow, in words; None when it allowed all."""
         settings, state, rest = self._problem.settings, self._state, self._rest
-        exhausted = state.usage.exhausted(settings)
-        if exhausted is None or (state.step >= settings.steps and not rest):
+        exhausted = state.usage.exhausted(settings) or (self.usage.exhausted(settings) if rest else None)
+        if exhausted is None or (state.step >= settings.steps and not rest) or self._goes_on:
             return None
         kept = f" Not searched, and left as they were: {', '.join(rest)}." if rest else ""
         return f"{exhausted}, after step {state.step} of {settings.steps} of predictor `{self._name}`.{kept}"
@@ -178,17 +193,18 @@ class PredictorSearch:
         known = [each for each in self._recorded if isinstance(each, Validated) and list(each.scores) == texts]
         try:
             validated = known[-1] if known else self._validated(texts)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             if self.interrupted:  # the second one
                 raise
-            self.interrupted = True
+            self.interrupted = by_signal(interrupt)
             return self.unvalidated(known_score)
+        self._validation_seconds = validated.seconds
         try:
             self._tell(validated, record=not known)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             if self.interrupted:
                 raise
-            self.interrupted = True
+            self.interrupted = by_signal(interrupt)
         except Exception as error:  # what was validated counts, whether or not it could be told
             self.stopped_by = self.stopped_by or error
         return self._result(validated)
@@ -199,7 +215,7 @@ class PredictorSearch:
         return self._result(Validated(self._name, {seed: known_score}, seed))
 
     def _validated(self, texts: Sequence[str]) -> Validated:
-        problem, before = self._problem, self._evaluator.spent()
+        problem, before, began = self._problem, self._evaluator.spent(), time.monotonic()
         runs: list[list[Rollout]] = []
         subscores = validation_scores(
             self._program,
@@ -221,6 +237,7 @@ class PredictorSearch:
             spent,
             dict(zip(texts, subscores, strict=True)),
             changed_rows(problem.validation, runs[0], runs[best]),
+            seconds=time.monotonic() - began,
         )
 
     def _finalists(self) -> list[str]:

@@ -38,7 +38,7 @@ from dspy_greater.search.variants import described_step
 from dspy_greater.settings import Settings
 
 # Settings that say how the work is done and not what comes out: a run may go on with others.
-_OF_THE_MACHINE = ("num_threads",)
+_OF_THE_MACHINE = ("num_threads", "max_seconds")
 
 
 Mode = Literal["rewrite", "append"]

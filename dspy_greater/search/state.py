@@ -7,7 +7,7 @@ replaying its recorded steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from dspy_greater.objective.types import Evaluation
 from dspy_greater.run.events import StepTaken
@@ -24,14 +24,16 @@ class Usage:
 
     generated_tokens: int = 0
     metric_calls: int = 0  # runs of the program on a row
+    seconds: float = field(default=0.0, compare=False)  # the validations of earlier predictors included
 
-    def after(self, spent: Mapping[str, int]) -> Usage:
+    def after(self, spent: Mapping[str, int], seconds: float = 0.0) -> Usage:
         """With what an event says that was spent.
 
-        >>> Usage(10, 1).after({"generated_tokens": 5, "runs": 2})
-        Usage(generated_tokens=15, metric_calls=3)
+        >>> Usage(10, 1).after({"generated_tokens": 5, "runs": 2}, seconds=0.5)
+        Usage(generated_tokens=15, metric_calls=3, seconds=0.5)
         """
-        return Usage(self.generated_tokens + spent.get("generated_tokens", 0), self.metric_calls + spent.get("runs", 0))
+        tokens, calls = spent.get("generated_tokens", 0), spent.get("runs", 0)
+        return Usage(self.generated_tokens + tokens, self.metric_calls + calls, self.seconds + seconds)
 
     def exhausted(self, settings: Settings) -> str | None:
         """Which budget is spent, in words."""
@@ -40,6 +42,8 @@ class Usage:
             return f"max_generated_tokens={tokens} was reached with {self.generated_tokens} tokens"
         if calls is not None and self.metric_calls >= calls:
             return f"max_metric_calls={calls} was reached with {self.metric_calls} calls"
+        if settings.max_seconds is not None and self.seconds >= settings.max_seconds:
+            return f"max_seconds={settings.max_seconds:g} was reached with {self.seconds:.1f} seconds"
         return None
 
 
@@ -120,7 +124,7 @@ def advance(
         if rewritten
         else _next_position(state, chosen, settings, positions(chosen.token_ids)),
         failed_steps=state.failed_steps + 1 if failed else 0,
-        usage=state.usage.after(step.spent),
+        usage=state.usage.after(step.spent, step.seconds),
         unchanged=0 if further else state.unchanged + 1,
         predictions=(*state.predictions, *step.predictions)[-_RECENT:],
     )

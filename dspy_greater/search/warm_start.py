@@ -7,14 +7,17 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from dspy_greater.errors import UnvalidatedError
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.predictors import predictors_of
-from dspy_greater.program.roundtrip import write_back
+from dspy_greater.program.roundtrip import saved, write_back
 from dspy_greater.program.validation import validation_scores, winner
 from dspy_greater.report.result import ValidatedProgram, WarmStart
+from dspy_greater.run.best import BestFile
+from dspy_greater.run.stop import by_signal
 from dspy_greater.search.problem import Problem
 from dspy_greater.stats import mean
 
@@ -54,7 +57,10 @@ def compile_warm(optimizer: Any, student: Any, problem: Problem, trainset: Seque
         if found == _instructions(student):  # nothing to lose
             raise
         return _unrefined(student, found, warmed, problem, error)
-    return _floored(student, best, found, warmed, problem)
+    kept = _floored(student, best, found, warmed, problem)
+    if kept.detailed_results.warm_start.undone and not math.isnan(kept.score):
+        BestFile(optimizer.log_dir, partial(saved, student)).settle(_instructions(student), kept.score)
+    return kept
 
 
 def _instructions(program: Any) -> dict[str, str]:
@@ -73,10 +79,11 @@ def _floored(student: Any, best: Any, found: dict[str, str], warmed: Any, proble
     own, last, details = _instructions(student), _instructions(best), best.detailed_results
     try:
         rows = _compared(problem, [own, last])
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if details.interrupted:  # the second one
             raise
-        rows, details = [(math.nan,), (math.nan,)], replace(details, interrupted=True)
+        details = replace(details, interrupted=True, stopped_by=by_signal(interrupt))
+        rows = [(math.nan,), (math.nan,)]
     except Exception as error:
         raise _unvalidated(best, details, error) from error
     scores = [mean(each) for each in rows]

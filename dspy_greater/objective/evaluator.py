@@ -38,7 +38,6 @@ from dspy_greater.program.rollout import (
     searching_copy,
 )
 from dspy_greater.program.sent import differences, refuse_differences, refuse_ignored_signature, warn_of_lost_thoughts
-from dspy_greater.prompt.gold import labels_as_text
 from dspy_greater.prompt.layout import Layout, Supervised
 from dspy_greater.settings import Settings
 from dspy_greater.stats import mean
@@ -216,12 +215,6 @@ class Evaluator:
         counted["generated_tokens"] += self._served_tokens
         counted["runs"] = self._runs
         return {name: count - (since[name] if since else 0) for name, count in counted.items()}
-
-    def labels(self, row: RowOutcome) -> dict[str, str]:
-        """What the row's example says is right, in words, by name."""
-        fields: Any = self._site.signature.output_fields
-        annotations = {name: each.annotation for name, each in fields.items()}
-        return labels_as_text(self._rows[row.row].labels().toDict(), annotations)
 
     def supervised(self, evaluated: Evaluation, *, reasoned: bool = True) -> list[Supervised]:
         """x ⊙ p ⊙ r ⊙ p_extract ⊙ y of every row on which the predictor was called, r empty if not `reasoned`."""

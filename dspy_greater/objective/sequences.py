@@ -15,7 +15,7 @@ from dspy_greater.program.predictors import PredictorSite
 from dspy_greater.program.rollout import Rollout, plain
 from dspy_greater.program.traced_run import calls_of
 from dspy_greater.program.tracing import Answer, PredictorCall
-from dspy_greater.prompt.gold import row_gold
+from dspy_greater.prompt.gold import labels_as_text, row_gold
 from dspy_greater.prompt.layout import Layout
 from dspy_greater.prompt.spans import Span, Supervised
 
@@ -48,13 +48,19 @@ class Examples:
     ) -> None:
         self._layout, self._site, self._field = layout, site, field
         self._golds = [_acceptable(site, field, row, example) for row, example in enumerate(rows)] if field else []
-        self._rows, self._limit, self._header_counts = len(rows), context_length, header_counts
+        self._rows, self._limit, self._header_counts = rows, context_length, header_counts
         self._openings = openings(site)
         self._headers = headers(site, field) if field else ()
         self._tails: dict[str, int] = {}  # inputs of a call -> tokens of its prompt behind the instruction
 
     def __len__(self) -> int:
-        return self._rows
+        return len(self._rows)
+
+    def labels(self, row: RowOutcome) -> dict[str, str]:
+        """What the row's example says is right, in words, by name."""
+        fields: Any = self._site.signature.output_fields
+        annotations = {name: each.annotation for name, each in fields.items()}
+        return labels_as_text(self._rows[row.row].labels().toDict(), annotations)
 
     def outcome(self, index: int, rollout: Rollout) -> RowOutcome:
         """What is kept of a run on row `index`; its loss is not taken yet."""

@@ -98,7 +98,7 @@ def _shown(at: StepContext, row: RowOutcome) -> str:
     lines = [f"{name}: {_shortened(value)}" for name, value in row.inputs.items()]
     if row.score < 1.0:
         lines += [f"It wrote: {_shortened(text)}" for text in row.written.values() if text]
-    labels = at.evaluator.labels(row)
+    labels = at.evaluator.examples.labels(row)
     return "\n".join([*lines, *(f"Right {name}: {_shortened(text)}" for name, text in labels.items())])
 
 

@@ -194,6 +194,7 @@ def numbers_in(found: Any) -> list[float]:
     return [*told, *chosen, *(each for step in steps for each in step.chosen.objective)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["default", "paper"])
 def test_a_search_with_acceptable_answers_finds_better_instructions_and_stays_finite(variant: str) -> None:
     rows = [row.copy(answer=[f"{row.answer} it", row.answer]) for row in planted_rows(8)]
@@ -264,6 +265,7 @@ def test_on_the_pocket_model_a_list_of_answers_is_searched() -> None:
 # --- gaps and values that do not fit, from end to end ---
 
 
+@pytest.mark.slow
 def test_none_is_trained_towards_where_it_is_a_value() -> None:
     signature = dspy.Signature("question -> reasoning, day: str | None", TEXTS[0])
     rows = [

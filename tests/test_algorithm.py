@@ -112,6 +112,7 @@ def upside_down(at: StepContext, current: Evaluation, stands: int, candidates: S
     return replace(found, tokens=found.tokens[::-1])
 
 
+@pytest.mark.slow
 def test_the_instruction_moves_to_the_best_of_those_selected_and_the_best_that_was_seen_is_returned() -> None:
     better = compiled(steps=8, engine=planted_engine(seed=1), rank=upside_down)
     details = better.detailed_results
@@ -149,6 +150,7 @@ def test_no_step_is_spent_on_a_position_that_cannot_be_edited() -> None:
     assert BEST in instruction_of(better).lower()
 
 
+@pytest.mark.slow
 def test_an_open_instruction_grows_by_one_token_until_its_sentence_ends() -> None:
     program = program_on(planted_engine(), instruction="count")
     better = optimizer(steps=7, train_rows=4).compile(program, ROWS[:4], valset=ROWS[4:8])

@@ -121,6 +121,7 @@ def test_other_weights_for_the_gradient_are_the_remedy() -> None:
     assert better.detailed_results.steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [("down_proj",), ("gate_proj", "up_proj", "down_proj"), ("v_proj",)])
 def test_layers_that_hold_back_a_part_of_the_gradient_are_named_in_a_warning(names: tuple[str, ...]) -> None:
     model = replaced(small_model(shared_tokenizer(), layers=2), NoBackward, *names)

@@ -108,6 +108,7 @@ def test_chance_asks_neither_gradient_nor_forecast_and_differs_with_the_seed(ste
     assert any(other != [tried(each) for each in taken] for other in others)
 
 
+@pytest.mark.slow
 def test_chance_tries_as_many_as_the_step_in_whose_place_it_stands() -> None:
     assert {len(tried(each)) for each in steps_taken(CHANCE)} == {1}
     assert {len(tried(each)) for each in steps_taken(CHANCE, selections=2)} == {2}

@@ -188,6 +188,7 @@ sys.exit(main({["speed", *TINY, "--repeats", "1", "--arms", "ours"]!r}))
 # --- the arms ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape not in ("pocket", "tiny")])
 def test_the_arms_agree_on_every_architecture(shape: str) -> None:
     engine = build(shape, device=CPU, dtype=torch.float32, small=True)

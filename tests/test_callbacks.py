@@ -67,6 +67,7 @@ def test_callbacks_and_listeners_are_two_names_for_the_same() -> None:
     assert heard == [(name, event) for event in happened for name in ("listener", "callback")]
 
 
+@pytest.mark.slow
 def test_a_callback_that_raises_is_warned_of_once_and_ends_nothing() -> None:
     heard: list[Event] = []
 
@@ -115,6 +116,7 @@ def test_dspys_own_callbacks_and_ours_do_not_meet() -> None:
 # --- stopping ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["default", "paper"])
 def test_false_stops_the_search_after_that_step_and_the_best_so_far_is_returned(variant: Any) -> None:
     whole = compiled(steps=5, variant=variant)
@@ -215,6 +217,7 @@ def interrupting(kind: type) -> Any:
     return listener
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
@@ -245,6 +248,7 @@ def told_of(better: Any) -> Any:
     return bits((details.iterations, details.finalists, details.validation, details.winner))
 
 
+@pytest.mark.slow
 def test_grad_sum_is_stopped_by_a_callback_and_goes_on_where_it_was(tmp_path: Path) -> None:
     heard: list[Any] = []
     better = summed(iterations=3, log_dir=tmp_path, callbacks=[stopping(IterationTaken, 0), heard.append])

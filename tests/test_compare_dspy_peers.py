@@ -208,6 +208,7 @@ def test_every_adapter_is_made_by_its_name_with_published_settings(name: str) ->
     assert 20 < len(made.about) <= 120
 
 
+@pytest.mark.slow
 def test_a_peer_finds_the_best_instruction_that_its_proposer_writes(peer: Any, tmp_path: Path) -> None:
     arena = Arena(tmp_path)
     found = arena.optimise(peer)
@@ -226,6 +227,7 @@ def test_a_peer_gets_our_rows_metric_and_seed_instruction(peer: Any, tmp_path: P
     assert any(SEED in asked.text for asked in arena.proposer.asked)
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_stopped_leaves_what_it_found(peer: Any, tmp_path: Path) -> None:
     whole = Arena(tmp_path / "whole")
     whole.optimise(peer)

@@ -490,6 +490,7 @@ def test_a_run_writes_one_row_for_every_cell_and_does_not_run_it_again(tmp_path:
     assert again == cells and all("finished before" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_what_an_optimizer_returns_is_judged_on_dev_and_tested_once(tmp_path: Path, enter: Any) -> None:
     enter("planted", lambda student, *_: with_text(student, FITTING))
     (cell,), _, _ = a_run(tmp_path, "planted")

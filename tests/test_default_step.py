@@ -270,6 +270,7 @@ def proven(count: int, *, sign: float = 1.0) -> tuple[Any, ...]:
     return tuple((float(n), (sign * n, 0.0)) for n in range(count))
 
 
+@pytest.mark.slow
 def test_once_forecasts_have_proven_themselves_only_what_promises_something_is_tried() -> None:
     objective, state, settings = searching(instruction="count it now.", selections=5)
     passed = [each for each in step_of(objective, state, settings).candidates if each.forecast is not None]
@@ -540,6 +541,7 @@ def test_reasonings_are_laid_out_as_the_instruction_would_be_sent() -> None:
 # --- moving on ---
 
 
+@pytest.mark.slow
 def test_a_search_that_walks_moves_to_what_it_tried_though_it_be_worse_and_returns_the_best() -> None:
     details = compiled(Fickle(), steps=8, train_rows=8, validation_rows=4).detailed_results
     before = [details.predictors[0].seed, *(step.chosen for step in details.steps)]

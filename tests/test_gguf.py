@@ -127,6 +127,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- the weights ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", list(CASES))
 def test_an_unquantised_file_is_the_model_that_was_written_also_when_it_comes_from_the_cache(
     case: str, tmp_path: Path, cache: Path
@@ -404,6 +405,7 @@ def test_a_file_that_is_cut_off_anywhere_says_so(plain: Path, tmp_path: Path) ->
         refused(short, r"short\.gguf' is cut off or damaged.* it has \d+ bytes\. Download it again")
 
 
+@pytest.mark.slow
 def test_a_damaged_header_is_an_error_of_ours_or_harmless(plain: Path, tmp_path: Path) -> None:
     data, path, source = plain.read_bytes(), tmp_path / "damaged.gguf", random.Random(0)
     fields = [data.find(key.encode()) for key in read_header(plain).fields]

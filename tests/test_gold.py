@@ -500,6 +500,7 @@ def test_labels_are_told_in_words_without_what_is_missing() -> None:
     assert labels_as_text({"answer": []}, {"answer": str}) == {}
 
 
+@pytest.mark.slow
 def test_a_row_with_a_set_has_the_same_identity_in_every_process() -> None:
     code = (
         "import dspy; from dspy_greater.program.fingerprint import fingerprint; "

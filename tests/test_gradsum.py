@@ -280,6 +280,7 @@ def test_what_was_spent_is_exactly_what_was_asked() -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run() -> None:
     def run(seed: int) -> Any:
         details = optimizer(seed=seed).compile(program(), TRAIN, valset=VALIDATION).detailed_results

@@ -100,6 +100,7 @@ def moody(script: Any, every: int) -> Any:
     return answer
 
 
+@pytest.mark.slow
 def test_malformed_answers_are_asked_again_and_counted() -> None:
     judge, gradient = text_lm(moody(judge_script, 3)), text_lm(moody(gradient_script, 2))
     editor = text_lm(moody(editor_script, 1))
@@ -419,6 +420,7 @@ def test_a_budget_on_tokens_is_kept() -> None:
     assert 1 <= len(details.iterations) < 20
 
 
+@pytest.mark.slow
 def test_a_larger_budget_is_never_a_shorter_run() -> None:
     lengths = [len(compiled(max_lm_calls=limit).detailed_results.iterations) for limit in (40, 90, 140, 400)]
     assert lengths == sorted(lengths) and lengths[0] == 0 and lengths[-1] == 3

@@ -264,6 +264,7 @@ def textual(versions: list[str], **settings: Any) -> GradSumTeleprompter:
     return GradSumTeleprompter("Count fruit.", judge_lm=text_lm(answer), **options)
 
 
+@pytest.mark.slow
 def test_a_warm_start_gives_the_seed_that_gradients_refine() -> None:
     student = program_on(planted_engine())
     first = textual(["Please list it now.", "Hurry."])

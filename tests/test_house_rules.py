@@ -126,6 +126,7 @@ def test_modules_fit_in_four_hundred_lines() -> None:
     assert not {name: length for name, length in lengths.items() if length > LONGEST_MODULE}
 
 
+@pytest.mark.slow
 def test_functions_fit_in_sixty_lines() -> None:
     assert not broken(long_functions, SIZED)
 

@@ -178,6 +178,7 @@ def test_a_candidate_that_the_metric_cannot_score_is_only_a_bad_one(value: Any) 
     assert len(errors) == 1 and str(errors.pop()).startswith("the metric ")
 
 
+@pytest.mark.slow
 def test_a_candidate_that_cannot_be_laid_out_is_only_a_bad_one(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Layout.supervised
 
@@ -328,6 +329,7 @@ LATE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", LATE, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("variant", ["default", "paper"])
 def test_an_error_of_any_kind_in_a_late_step_returns_the_best_so_far(
@@ -356,6 +358,7 @@ def test_an_error_before_anything_was_found_is_raised_as_it_is(
     assert found.value is error
 
 
+@pytest.mark.slow
 def test_what_a_failed_step_held_in_memory_is_given_back_before_the_validation(monkeypatch: pytest.MonkeyPatch) -> None:
     import dspy_greater.search.predictor_search as predictor_search
 
@@ -386,6 +389,7 @@ def test_what_a_failed_step_held_in_memory_is_given_back_before_the_validation(m
         assert compiled(Solver(engine_that()), selections=30).score == 1.0
 
 
+@pytest.mark.slow
 def test_a_step_that_cannot_be_recorded_returns_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
     error = GreaterError("a field holds a value of another type")
     monkeypatch.setattr(Journal, "append", failing_at(3, error, Journal.append))
@@ -440,6 +444,7 @@ def test_a_first_interrupt_after_the_validation_returns_what_was_validated() -> 
     assert worth_of(instruction_of(better)) > 0
 
 
+@pytest.mark.slow
 def test_a_run_that_an_error_ended_goes_on_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     whole = compiled(Solver(engine_that()), steps=4)
@@ -606,6 +611,7 @@ def test_a_predictor_that_is_no_longer_called_under_what_was_found_before_it_is_
     assert better.score == 1.0
 
 
+@pytest.mark.slow
 def test_an_interrupt_in_the_second_seeds_run_keeps_the_first_predictor() -> None:
     def metric(example: Any, prediction: Any, trace: Any = None) -> float:
         if validated:
@@ -620,6 +626,7 @@ def test_an_interrupt_in_the_second_seeds_run_keeps_the_first_predictor() -> Non
     assert [each.name for each in better.detailed_results.predictors] == ["first.predict"]
 
 
+@pytest.mark.slow
 def test_an_interrupt_in_the_second_validation_keeps_the_score_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     import dspy_greater.search.predictor_search as predictor_search
 
@@ -698,6 +705,7 @@ def test_a_last_comparison_that_fails_leaves_what_was_found_in_the_error(monkeyp
     assert found.value.detailed_results.predictors[0].seed_instruction == COUNTING
 
 
+@pytest.mark.slow
 def test_an_interrupt_in_the_last_comparison_keeps_the_student_and_a_second_one_raises(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

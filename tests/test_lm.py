@@ -228,6 +228,7 @@ def test_asynchronous_calls_share_a_batch(monkeypatch: Any) -> None:
 # ---- batches
 
 
+@pytest.mark.slow
 def test_concurrent_calls_share_a_batch_and_change_no_answer(monkeypatch: Any) -> None:
     lm = tiny_lm()
     questions = [f"Question {i} " * (1 + i % 5) for i in range(24)]
@@ -438,6 +439,7 @@ def test_weights_that_changed_since_saving_are_an_error(tmp_path: Path) -> None:
         LocalEngine.load_state({**state, "origin": {**state["origin"], "revision": "other"}})
 
 
+@pytest.mark.slow
 def test_with_one_seed_different_prompts_draw_differently_and_the_same_prompt_draws_again() -> None:
     lm = local_lm((tiny_model("llama"), tiny_tokenizer()), temperature=1.0, seed=7, cache=False, max_tokens=12)
     questions = [f"Question number {number}?" for number in range(6)]

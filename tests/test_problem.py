@@ -415,6 +415,7 @@ def test_where_gold_values_are_needed_predictors_without_are_named_and_keep_thei
     assert better.score == 1.0
 
 
+@pytest.mark.slow
 def test_a_program_that_is_compiled_again_and_again_does_not_grow() -> None:
     engine = ScriptedEngine(obedient_script)
     program = program_on(engine)
@@ -425,6 +426,7 @@ def test_a_program_that_is_compiled_again_and_again_does_not_grow() -> None:
         assert not [names for names in attached if "candidate_programs" in names or "detailed_results" in names]
 
 
+@pytest.mark.slow
 def test_two_compiles_at_once_on_one_model_find_what_each_finds_alone() -> None:
     engine = ScriptedEngine(obedient_script)
     students = [program_on(engine, instruction=text) for text in (SEED, "Please count.")]

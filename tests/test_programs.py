@@ -181,6 +181,7 @@ def test_each_of_two_models_is_searched_with_its_own_weights() -> None:
     assert first.counters.backward_tokens > 0 and second.counters.backward_tokens > 0
 
 
+@pytest.mark.slow
 def test_a_predictor_on_a_model_without_weights_stays_and_the_others_improve() -> None:
     def remote(asked: Any) -> str:
         return answer_with(asked["question"], asked["hint"])
@@ -255,6 +256,7 @@ def test_json_and_demonstrations_are_searched_without_gold_values_too() -> None:
     assert (better.detailed_results.seed_score, better.score) == (0.0, 1.0)
 
 
+@pytest.mark.slow
 def test_better_together_runs_the_default_variant_without_gold_values() -> None:
     program = program_on(obeying(obedient_script))
     together = dspy.BetterTogether(metric=answer_is_label, g=optimizer(metric=answer_is_label, **TRY_ALL))
@@ -279,6 +281,7 @@ def test_a_predictor_that_is_called_on_some_rows_only_learns_from_those() -> Non
     assert better.score == 1.0
 
 
+@pytest.mark.slow
 def test_a_metric_that_gives_parts_of_a_point_is_climbed() -> None:
     def graded(example: Any, prediction: Any, trace: Any = None) -> float:
         return 0.2 + 0.6 * (prediction.answer == example.label)

@@ -71,6 +71,7 @@ def validated(program: Any) -> dict[str, float]:
 # ---- 1. never worse than the seed
 
 
+@pytest.mark.slow
 @BOTH
 def test_the_seed_is_returned_when_every_candidate_is_worse_on_the_validation_rows(variant: str) -> None:
     def overfitted(prompt: str) -> str:
@@ -89,6 +90,7 @@ def test_the_seed_is_returned_when_every_candidate_is_worse_on_the_validation_ro
     assert better.score == details.seed_score == 1.0
 
 
+@pytest.mark.slow
 def test_a_tie_on_the_validation_rows_keeps_the_seed() -> None:
     engine = ScriptedEngine(lambda prompt: chat_answer(reasoning="I look.", answer="yes"), model=planted_engine().model)
     better = compiled(engine, selections=30)
@@ -163,6 +165,7 @@ def test_the_loss_is_taken_behind_exactly_the_tokens_that_the_model_was_given(ad
             assert prompt in engine.asked
 
 
+@pytest.mark.slow
 def test_the_prompts_that_were_generated_from_are_those_that_dspy_sends_afterwards() -> None:
     engine = ScriptedEngine(obedient_script, model=planted_engine().model)
     better = compiled(engine, selections=30)
@@ -187,6 +190,7 @@ def test_the_random_states_are_left_alone() -> None:
     assert random_states() == before
 
 
+@pytest.mark.slow
 def test_the_result_does_not_depend_on_the_global_random_states() -> None:
     first = compiled()
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
@@ -295,6 +299,7 @@ def test_a_run_that_was_killed_goes_on_to_the_bit_identical_result(tmp_path: Pat
     assert [event.step for event in heard if isinstance(event, StepTaken)] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_first_step_goes_on_too(tmp_path: Path) -> None:
     def listener(event: Any) -> None:
         if isinstance(event, SearchStarted):
@@ -305,6 +310,7 @@ def test_a_run_that_was_killed_before_its_first_step_goes_on_too(tmp_path: Path)
     assert record(compiled(log_dir=tmp_path)) == record(compiled())
 
 
+@pytest.mark.slow
 def test_recorded_steps_are_not_computed_again(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         compiled(steps=4, log_dir=tmp_path, listeners=[killed_after(2)])
@@ -316,6 +322,7 @@ def test_recorded_steps_are_not_computed_again(tmp_path: Path) -> None:
     assert bits(finished.steps) == bits(resumed.steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [1, 40, 1000])
 def test_a_torn_last_line_costs_that_step_only(tmp_path: Path, cut: int) -> None:
     whole = compiled(steps=2, log_dir=tmp_path / "whole")
@@ -540,11 +547,13 @@ def test_an_interrupt_before_anything_was_found_raises() -> None:
         compiled(steps=50, listeners=[interrupting((SearchStarted, 0))])
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_can_be_continued(tmp_path: Path) -> None:
     compiled(steps=3, log_dir=tmp_path, listeners=[interrupting((StepTaken, 0))])
     assert record(compiled(steps=3, log_dir=tmp_path)) == record(compiled(steps=3))
 
 
+@pytest.mark.slow
 def test_an_interrupt_in_the_second_predictor_keeps_what_the_first_one_gained() -> None:
     model = planted_engine().model
     engine = ScriptedEngine(
@@ -624,6 +633,7 @@ def test_a_second_run_in_the_same_directory_fails_at_once_and_names_the_first(tm
     assert len(tried) == 1 and better.score == 1.0
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_the_journal_and_not_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = compiled(steps=3)
     original, written = lines.LineFile.append, []
@@ -663,6 +673,7 @@ def test_reasoning_that_never_ends_is_bounded_and_still_scored() -> None:
     assert details.steps[0].candidates
 
 
+@pytest.mark.slow
 def test_special_tokens_inside_the_rows_are_searched_as_plain_text() -> None:
     rows = [
         dspy.Example(question=f"{row.question} <|end|>", answer=row.answer).with_inputs("question") for row in TRAIN
@@ -673,6 +684,7 @@ def test_special_tokens_inside_the_rows_are_searched_as_plain_text() -> None:
     assert better.score == 1.0
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_steps_and_another_seed_other_rows() -> None:
     first, again, other = compiled(), compiled(), compiled(seed=1)
     assert record(first) == record(again)

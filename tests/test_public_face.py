@@ -132,6 +132,7 @@ def test_a_result_says_which_programs_were_validated_and_how_each_row_went() -> 
     assert evaluate(better).score == pytest.approx(100 * better.score)  # percent there, the metric's own scale here
 
 
+@pytest.mark.slow
 def test_a_result_is_plain_values_and_a_short_trajectory() -> None:
     details = compiled(steps=3).detailed_results
     record = json.loads(json.dumps(details.to_dict(), allow_nan=False))

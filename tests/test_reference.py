@@ -222,6 +222,7 @@ def test_on_the_planted_model_the_search_is_the_reference(variant: str, seed: in
     assert_is_the_reference(run)
 
 
+@pytest.mark.slow
 def test_an_open_instruction_grows_as_in_the_reference_and_starts_over_at_its_longest() -> None:
     [run] = searched(planted(1, "count"), ROWS[:3], variant=PAPER, steps=5, max_instruction_tokens=3, finalists=5)
     assert assert_is_the_reference(run) >= {"inserted", "another round", "worse"}

@@ -134,6 +134,7 @@ def test_every_term_equals_central_differences_of_the_expected_loss(kind: Any, t
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS)
 def test_the_linear_model_is_taken_where_it_is_asked_for(point: Point) -> None:
     model = tiny_model(dtype=torch.float64)

@@ -596,6 +596,7 @@ def with_own(signature: Any = ANSWERS, demos: Sequence[Any] = ()) -> Any:
     return program
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["demos", "signature", "adapter"])
 def test_what_a_call_brings_along_is_searched_as_if_the_predictor_had_it(case: str) -> None:
     shown = [dspy.Example(each) for each in SHOWN]
@@ -616,6 +617,7 @@ class Killed(BaseException):
     """Stands for a process that dies."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", [chosen, hinted], ids=["demonstrations", "signature"])
 def test_a_search_that_follows_its_calls_goes_on_where_it_was_killed(tmp_path: Path, body: Body) -> None:
     def fresh() -> Any:
@@ -703,6 +705,7 @@ def test_programs_that_wait_move_in_lockstep_like_all_others() -> None:
     assert engine.batches == [len(ROWS)] * 3
 
 
+@pytest.mark.slow
 def test_a_program_that_waits_is_searched_as_one_that_does_not() -> None:
     engine = planted_engine()
     waits, own = Waits(), program_of(asking())

@@ -40,6 +40,7 @@ def value_of(event: Any) -> Any:
 # --- the same in every bit ---
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(events)
 def test_every_event_comes_back_from_json_bit_for_bit(event: Event) -> None:

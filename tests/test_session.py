@@ -57,6 +57,7 @@ def drafts(model: Model, search: int) -> list[tuple[Tokens, Tokens]]:
     ]
 
 
+@pytest.mark.slow
 def test_searches_at_once_in_threads_get_what_each_gets_alone() -> None:
     engine = engine_for(tiny_model())
     expected = [drafts(engine, search) for search in range(SEARCHES)]
@@ -75,6 +76,7 @@ def test_searches_at_once_in_threads_get_what_each_gets_alone() -> None:
         assert list(pool.map(work, range(SEARCHES))) == alone
 
 
+@pytest.mark.slow
 def test_a_session_that_ends_leaves_the_others_what_they_keep() -> None:
     engine = engine_for(tiny_model())
     with engine.session() as outlives:
@@ -90,6 +92,7 @@ def test_a_session_that_ends_leaves_the_others_what_they_keep() -> None:
         assert again.prefilled_tokens < (engine.counters - before).prefilled_tokens
 
 
+@pytest.mark.slow
 def test_what_somebody_still_holds_of_a_session_keeps_no_states_alive() -> None:
     engine = engine_for(tiny_model())
     with engine.session() as session:

@@ -33,6 +33,7 @@ def tokens_of(runs: list[Reasoning]) -> list[int]:
     return [len(call.token_ids) for run in runs for call in run.sequences]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("max_batch_tokens", [8_192, 150, 1])
 def test_a_shared_segment_gives_what_reading_every_row_on_its_own_gives(

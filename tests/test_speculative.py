@@ -59,6 +59,7 @@ def spoiled(texts: Sequence[Sequence[int]], at: int) -> list[tuple[int, ...]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.9}, {"temperature": 1.3, "top_p": 0.8}])
 def test_rows_generate_the_same_with_right_half_right_and_wrong_drafts(kind: Any, options: dict[str, Any]) -> None:
@@ -154,6 +155,7 @@ def test_drafts_belong_to_their_session() -> None:
         assert forwards(engine) == without
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30).map(tuple), max_size=8, unique=True), st.data())
 def test_the_draft_is_of_the_prompt_that_ends_most_like_the_one_asked_about(

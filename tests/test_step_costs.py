@@ -140,6 +140,7 @@ def test_a_step_whose_candidates_are_all_known_generates_nothing() -> None:
 # --- forward and backward passes ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selections", [1, 3])
 def test_a_backward_pass_sees_each_example_once_however_many_candidates_there_are(selections: int) -> None:
     engine = planted_engine()

@@ -69,6 +69,7 @@ def test_keywords_alone_work_as_dspy_calls_an_optimizer(engine: Any) -> None:
     assert worth_of(instruction_of(better)) > 0
 
 
+@pytest.mark.slow
 def test_an_optimizer_may_be_used_again_for_another_program(engine: Any) -> None:
     again = optimizer()
     first = again.compile(program_on(engine), TRAIN, valset=VALIDATION)
@@ -77,6 +78,7 @@ def test_an_optimizer_may_be_used_again_for_another_program(engine: Any) -> None
     assert bits(first.detailed_results.steps) == bits(second.detailed_results.steps)
 
 
+@pytest.mark.slow
 def test_an_lm_in_a_context_is_used_like_a_configured_one(engine: Any) -> None:
     program = dspy.ChainOfThought(dspy.Signature("question -> answer", SEED))
     with dspy.context(lm=local_lm(engine, cache=False, max_tokens=64)):
@@ -119,6 +121,7 @@ def test_the_searchs_own_listeners_hear_every_event_in_order(engine: Any) -> Non
     assert heard[-1].winner == instruction_of(better)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [8, 24])  # of eight rows BetterTogether leaves none for validation
 def test_better_together_runs_it_among_its_optimizers(engine: Any, rows: int) -> None:
     program = program_on(engine)
@@ -170,6 +173,7 @@ def test_the_result_tells_every_step_of_the_papers_variant(engine: Any) -> None:
     assert engine.tokenizer.decode([first.current_token]).strip() == "Please"
 
 
+@pytest.mark.slow
 def test_the_result_tells_every_step(engine: Any) -> None:
     details = compiled(engine, steps=3).detailed_results
     assert [step.step for step in details.steps] == [0, 1, 2]
@@ -220,6 +224,7 @@ def test_the_cost_is_told_by_phase_and_adds_up(engine: Any) -> None:
     assert phases["seed"]["backward_tokens"] == phases["validation"]["backward_tokens"] == 0
 
 
+@pytest.mark.slow
 def test_the_search_stops_after_the_step_that_reaches_the_budget_and_says_so(engine: Any) -> None:
     whole = compiled(engine, steps=4).detailed_results
     seed, first = whole.predictors[0].seed_spent["generated_tokens"], whole.steps[0].spent["generated_tokens"]
@@ -237,6 +242,7 @@ def test_the_search_stops_after_the_step_that_reaches_the_budget_and_says_so(eng
     assert whole.out_of_budget is None
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_reached_in_the_last_step_took_nothing_away(engine: Any) -> None:
     whole = compiled(engine, steps=1).detailed_results
     spent = sum(whole.spent_by_phase[name]["generated_tokens"] for name in ("seed", "search"))
@@ -479,6 +485,7 @@ def test_two_predictors_with_gold_values_are_optimised_in_turn(models: str) -> N
     assert {step.predictor for step in better.detailed_results.steps} == {"first.predict", "second.predict"}
 
 
+@pytest.mark.slow
 def test_each_model_gets_the_gradients_and_prompts_of_its_own_predictor_only() -> None:
     first = ScriptedEngine(checked_script)
     second = ScriptedEngine(checked_script, name="second")
@@ -488,6 +495,7 @@ def test_each_model_gets_the_gradients_and_prompts_of_its_own_predictor_only() -
     assert first.counters.backward_tokens > 0 and second.counters.backward_tokens > 0
 
 
+@pytest.mark.slow
 def test_the_earlier_predictors_new_instruction_is_in_force_while_the_next_is_searched() -> None:
     engine = ScriptedEngine(checked_script, model=planted_engine().model)
     program = Checked(engine, engine)
@@ -506,6 +514,7 @@ def test_a_predictor_whose_turn_comes_after_the_budget_is_spent_keeps_its_instru
     assert instruction_of(better.second) == SEED
 
 
+@pytest.mark.slow
 def test_the_budget_counts_all_models_and_all_predictors() -> None:
     model = planted_engine().model
 
@@ -540,6 +549,7 @@ def test_a_predictor_under_two_names_is_optimised_once(engine: Any) -> None:
     assert instruction_of(better.one) == instruction_of(better.same) != SEED
 
 
+@pytest.mark.slow
 def test_a_bare_predict_without_reasoning_is_optimised_too() -> None:
     engine = ScriptedEngine(lambda prompt: obedient_script(prompt).split("\n\n", 1)[1], model=planted_engine().model)
     program = dspy.Predict(dspy.Signature("question -> answer", SEED))

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dspy_greater.errors import GreaterError, ProgramError, RunDirectoryError
-from dspy_greater.report.file import NAME, write_page
+from dspy_greater.report.file import NAME
+from dspy_greater.run.files import replace_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +71,7 @@ def _export(given: argparse.Namespace) -> str:
 
 def _written(text: str, path: Path) -> str:
     try:
-        write_page(text, path)
+        replace_text(path, text)
     except OSError as error:
         raise RunDirectoryError(
             f"{path} cannot be written: {error.strerror or error}. Give another file with --out."

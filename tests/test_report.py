@@ -30,6 +30,7 @@ from dspy_greater.report.page import page
 from dspy_greater.report.style import STYLE
 from dspy_greater.run import lines
 from dspy_greater.run.events import SearchStarted, StepTaken, Validated, Warned
+from dspy_greater.run.files import replace_text
 from dspy_greater.run.record import Record, read_record
 from dspy_greater.run.serialise import from_json, to_json
 from dspy_greater.stats import spearman
@@ -369,7 +370,7 @@ def test_no_link_is_followed_and_nothing_that_is_no_file_is_read(run: tuple[Path
     victim = tmp_path / "victim"
     victim.write_text("mine")
     (tmp_path / "report.html").symlink_to(victim)
-    report_file.write_page("new", tmp_path / "report.html")
+    replace_text(tmp_path / "report.html", "new")
     assert victim.read_text() == "mine" and (tmp_path / "report.html").read_text() == "new"
     assert not (tmp_path / "report.html").is_symlink()
 
@@ -380,11 +381,11 @@ def test_no_link_is_followed_and_nothing_that_is_no_file_is_read(run: tuple[Path
 def test_writing_takes_at_most_a_hundredth_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now, spent = [0.0], [0.0]
 
-    def slow(text: str, path: Path) -> None:
+    def slow(path: Path, text: str) -> None:
         now[0] += 2.0
         spent[0] += 2.0
 
-    monkeypatch.setattr(report_file, "write_page", slow)
+    monkeypatch.setattr(report_file, "replace_text", slow)
     monkeypatch.setattr(report_file.time, "monotonic", lambda: now[0])
     with ReportFile(tmp_path, {}, {}) as report:
         report(STARTED)
@@ -399,10 +400,10 @@ def test_writing_takes_at_most_a_hundredth_of_the_run(tmp_path: Path, monkeypatc
 def test_a_report_that_cannot_be_written_is_a_warning_and_the_program_is_returned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(text: str, path: Path) -> None:
+    def full(path: Path, text: str) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report_file, "write_page", full)
+    monkeypatch.setattr(report_file, "replace_text", full)
     with pytest.warns(RuntimeWarning, match="No space left on device"):
         better = optimizer(steps=1, log_dir=tmp_path).compile(program_on(planted_engine()), TRAIN, valset=VALIDATION)
     assert len(better.detailed_results.steps) == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from dspy_greater.notices import warn_caller
 from dspy_greater.report.data import report_of
 from dspy_greater.report.page import page
 from dspy_greater.run.events import BeamStarted, BeamValidated, Event, SearchStarted, Warned
+from dspy_greater.run.files import replace_text
 from dspy_greater.run.record import Record
 
 NAME = "report.html"
@@ -87,22 +87,6 @@ class ReportFile:
         self._stale = False  # also where it fails: once is enough
         began = time.monotonic()
         record = Record(self._identity, self._versions, tuple(self._events))
-        write_page(page(report_of(record)), self._folder / NAME)
+        replace_text(self._folder / NAME, page(report_of(record)))
         now = time.monotonic()
         self._not_before = now + _SHARE * (now - began)
-
-
-def write_page(text: str, path: Path) -> None:
-    """Put a page where it belongs, as a whole; a link that stands there is replaced and not followed.
-
-    Raises:
-        OSError: it could not be written.
-    """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with open(partial, "x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from dspy_greater.run.events import (
     StepTaken,
     Validated,
 )
+from dspy_greater.run.files import replace_text
 
 NAME = "best.json"
 PROGRAM_NAME = "best_program.json"
@@ -120,21 +120,3 @@ class BestFile:
                 NAME,
             )
             return None
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Put a file with this text in the place of whatever has this name; a link is replaced and not followed.
-
-    Raises:
-        OSError: it could not be written.
-    """
-    partial = path.with_name(f".{path.name}.partial")  # of one name, so that a kill leaves no more than one behind
-    partial.unlink(missing_ok=True)
-    try:
-        with open(partial, "x", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-        os.replace(partial, path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise

@@ -39,7 +39,7 @@ class StepTaken:
     chosen: Evaluation  # the instruction after the step
     reason: str  # why, in words
     spent: dict[str, int]  # this step: the engines' counters, and `runs`, of the program on a row
-    current_text: str = ""  # of the current token; empty where a token is appended
+    current_text: str = ""  # of the current token, or of all where it is rewritten; empty where a token is appended
     seconds: float = field(default=0.0, compare=False, repr=False)  # since the event before
 
     @property

@@ -25,6 +25,7 @@ from dspy_greater.run.lock import DirectoryLock
 from dspy_greater.run.serialise import JSON, from_json, to_json
 from dspy_greater.run.software import installed
 
+NAME = "journal.jsonl"
 FORMAT = "dspy_greater journal"
 VERSION = 2  # 1: events without a type at every part of them
 _MOST_DIFFERENCES = 20
@@ -77,7 +78,7 @@ class Journal:
             with ExitStack() as resources:
                 folder.mkdir(parents=True, exist_ok=True)
                 resources.callback(DirectoryLock.acquire(folder).release)
-                file = LineFile(folder / "journal.jsonl")
+                file = LineFile(folder / NAME)
                 resources.callback(file.close)
                 recorded, begun_with = _begin_or_resume(file, identity)
                 lines.sync_directory(folder)

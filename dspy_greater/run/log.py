@@ -86,9 +86,6 @@ class StepLog:
         return self._best.score
 
 
-ALL_OF_IT = "(all of it)"  # what a rewritten instruction replaces
-
-
 def edit_of(step: StepTaken) -> str:
     """What a step did to the instruction: `old -> new`, one of them empty for a token more or less.
 
@@ -98,9 +95,7 @@ def edit_of(step: StepTaken) -> str:
         "' hard' kept"
     """
     parts = edit_parts(step)
-    if parts is None:
-        return f"{step.current_text!r} kept"
-    return f"rewritten as {parts[1]!r}" if parts[0] == ALL_OF_IT else f"{parts[0]!r} -> {parts[1]!r}"
+    return f"{step.current_text!r} kept" if parts is None else f"{parts[0]!r} -> {parts[1]!r}"
 
 
 def edit_parts(step: StepTaken) -> tuple[str, str] | None:
@@ -122,8 +117,6 @@ def edit_parts(step: StepTaken) -> tuple[str, str] | None:
 
 def candidate_edit(step: StepTaken, candidate: Candidate) -> tuple[str, str]:
     """The text that a candidate would take out of the instruction, and what it would put there."""
-    if candidate.edit == "rewrite":
-        return ALL_OF_IT, candidate.text
     old = "" if candidate.edit == "insert" else step.current_text
     if candidate.origin == "phrase" and old:  # the event names the first of the tokens that it replaces
         old += " ..."

@@ -16,10 +16,8 @@ from typing import Any, cast
 from dspy_greater.errors import EventFormatError, RunDirectoryError
 from dspy_greater.run import lines
 from dspy_greater.run.events import Event
-from dspy_greater.run.journal import FORMAT, VERSION
+from dspy_greater.run.journal import FORMAT, NAME, VERSION
 from dspy_greater.run.serialise import from_json
-
-NAME = "journal.jsonl"
 
 
 @dataclass(frozen=True)

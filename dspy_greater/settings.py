@@ -11,6 +11,9 @@ pass over the rows of the candidates, and one over at most `proposal_draws` x
 That is `variant="paper"`. The default variant looks at `positions_ahead` positions. At each it reads short contexts,
 makes up to two forward and backward passes over `replayed` sequences, for replacements and insertions, and up to
 `forecasts` forward passes over them, and one more a step; appending costs no run.
+All that is bounded by `forecast_share` of what the step's runs cost, counted in tokens (`search.prices`): on a CPU a
+step of one candidate usually looks at one position, with a handful of reasonings. Phrases write up to 8 tokens each,
+and the first step and every tenth writes up to `written` x (`max_instruction_tokens` + 32) tokens of instructions.
 Once its forecasts have proven themselves it tries fewer than μ candidates; while they do not come true,
 about one step in `explore_every` makes neither forecasts nor gradients.
 

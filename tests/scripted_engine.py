@@ -26,6 +26,7 @@ from dspy_greater.model.engine import Engine
 from dspy_greater.model.fast.session import Session
 from dspy_greater.model.interface import Generation, GenerationRequest, Tokens
 
+RUN_FILES = ["best.json", "best_program.json", "journal.jsonl", "journal.lock", "report.html"]  # of a log_dir
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"

@@ -21,7 +21,7 @@ from any_event import bits
 from chat_families import KINDS, TEMPLATES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scripted_engine import instruction_of, optimizer, planted_engine, planted_rows, program_on
+from scripted_engine import RUN_FILES, instruction_of, optimizer, planted_engine, planted_rows, program_on
 from test_journal import HAPPENED, IDENTITY, recorded, write
 from test_layout import ADAPTERS, SIGNATURE, layout_for
 
@@ -368,8 +368,10 @@ def test_a_pickle_in_a_run_directory_is_never_opened(tmp_path: Path) -> None:
         "STOP",
         "best.json",
         "best_program.json",
+        "report.html",
         ".best.json.partial",
         ".best_program.json.partial",
+        ".report.html.partial",
     ],
 )
 def test_a_link_out_of_a_run_directory_is_never_written_through(tmp_path: Path, name: str, there: str) -> None:
@@ -429,12 +431,6 @@ def test_markup_in_rows_is_text_wherever_it_is_written(tmp_path: Path) -> None:
     seed = better.detailed_results.predictors[0].seed
     assert all(str(row.inputs["question"]).endswith(marked) for row in seed.rows)
     assert bits(again.detailed_results.steps) == bits(better.detailed_results.steps)
-    assert sorted(each.name for each in tmp_path.iterdir()) == [
-        "best.json",
-        "best_program.json",
-        "journal.jsonl",
-        "journal.lock",
-        "report.html",
-    ]
+    assert sorted(each.name for each in tmp_path.iterdir()) == RUN_FILES
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and "&lt;script&gt;alert" in page

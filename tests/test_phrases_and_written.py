@@ -194,7 +194,7 @@ def test_a_written_instruction_that_is_better_is_taken_and_the_search_goes_on_fr
     assert all(each.gradient is None for each in first.candidates)
     assert any(each.forecast is not None for each in first.candidates)
     assert first.chosen.score > result.seed.score
-    assert edit_of(first) == f"rewritten as 'Now {BEST} and add.'"
+    assert edit_of(first) == f"{SEED!r} -> 'Now {BEST} and add.'"
     assert result.origin == "written" or instruction_of(better) != first.chosen.instruction
 
 

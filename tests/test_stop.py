@@ -17,6 +17,7 @@ import dspy
 import pytest
 from any_event import bits
 from scripted_engine import (
+    RUN_FILES,
     SEED,
     Checked,
     ScriptedEngine,
@@ -386,13 +387,7 @@ def test_the_program_on_disk_is_the_one_that_is_returned_and_dspy_loads_it(tmp_p
     loaded = dspy.ChainOfThought("question -> answer")
     loaded.load(tmp_path / "best_program.json")
     assert instruction_of(loaded) == instruction_of(better) != SEED
-    assert sorted(each.name for each in tmp_path.iterdir()) == [
-        "best.json",
-        "best_program.json",
-        "journal.jsonl",
-        "journal.lock",
-        "report.html",
-    ]
+    assert sorted(each.name for each in tmp_path.iterdir()) == RUN_FILES
 
 
 def test_where_the_student_is_as_good_as_both_optimizers_it_is_what_lies_on_disk(tmp_path: Path) -> None:

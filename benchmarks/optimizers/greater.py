@@ -1,8 +1,7 @@
 """This package's own optimizer, in the variants that the comparison tells apart.
 
 - `greater`: `GReaTerTeleprompter` in its default variant and at the paper's sizes (`auto=None`: 105 steps, 50 rows), so
-  that the budget ends the search and not a preset. It reads 8 reasonings for 3 candidates a step where the default
-  reads 24 for 6: the budget counts what is read like what is written (docs/LOG.md has the figures, of other seeds).
+  that the budget ends the search and not a preset.
 - `greater-paper`: Algorithm 1 of GReaTer (arXiv 2412.09722) with the paper's values.
 - `greater-no-reasoning`: the paper's ablation. It is `greater-paper` in all but the gradient, which is taken of the
   answer alone, without the reasoning before it.
@@ -35,8 +34,8 @@ class Greater:
     """
 
     name = "greater"
-    about = "GReaTerTeleprompter, default variant, 105 steps, 50 rows, forecasts from 8 reasonings for 3 candidates"
-    defaults: dict[str, Any] = {"auto": None, "replayed": 8, "forecasts": 3}
+    about = "GReaTerTeleprompter, default variant, 105 steps, 50 rows"
+    defaults: dict[str, Any] = {"auto": None}
 
     def __init__(self, **settings: Any) -> None:
         self._settings = {**self.defaults, **settings}

@@ -89,6 +89,10 @@ class TokenEdits:
         first = self._tokens_of_fixed(old) if self.fixed else 0
         return tuple(position for position in self.legal.positions(old) if position >= first)
 
+    def length(self, ids: Sequence[int]) -> int:
+        """How many tokens count towards the longest length: all, or those behind the fixed text."""
+        return len(self.positions(ids)) if self.fixed else len(ids)
+
     # ---------------------------------------------------------------------- edits
 
     def splice(self, ids: Sequence[int], start: int, stop: int, tokens: Sequence[int]) -> Edited | None:

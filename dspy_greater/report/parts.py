@@ -172,8 +172,11 @@ def _arrow(old: str, new: str) -> Markup:
 
 
 def _token(tag: str, text: str) -> Markup:
-    """A token with its blanks to be seen; nothing where a token was put in or taken out."""
-    return element(tag, text.replace(" ", "␣"), dir="auto") if text else element("span", "nothing", class_="soft")
+    """A token with the blanks around it to be seen; nothing where a token was put in or taken out."""
+    core = text.strip(" ")
+    before, _, after = text.partition(core) if core else (text, "", "")
+    shown = f"{'␣' * len(before)}{core}{'␣' * len(after)}"
+    return element(tag, shown, dir="auto") if text else element("span", "nothing", class_="soft")
 
 
 def _steps(search: Search) -> Markup | None:

@@ -9,12 +9,11 @@ from typing import Any
 
 from dspy_greater.errors import ProgramError
 from dspy_greater.objective.types import Evaluation
-from dspy_greater.report.figures import summed
+from dspy_greater.report.figures import fidelity, summed
 from dspy_greater.report.plain_values import finite, step_as_dict
 from dspy_greater.report.plots import Plotted
 from dspy_greater.run.events import IterationTaken, StepTaken
 from dspy_greater.run.log import edit_of
-from dspy_greater.stats import spearman
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,12 @@ class PredictorResult:
     @property
     def fidelity(self) -> float:
         """Spearman's ρ between predicted and realised change of all tried candidates; nan for fewer than 3."""
-        pairs = [pair for step in self.steps for pair in step.predictions]
-        return spearman([told for told, _ in pairs], [came for _, came in pairs])
+        return fidelity(self.name, self.steps).rank_correlation
 
     @property
     def fidelity_by_step(self) -> tuple[float, ...]:
         """The same within each step; nan where fewer than 3 candidates were tried."""
-        pairs = [step.predictions for step in self.steps]
-        return tuple(spearman([told for told, _ in each], [came for _, came in each]) for each in pairs)
+        return fidelity(self.name, self.steps).by_step
 
     @property
     def origin(self) -> str:

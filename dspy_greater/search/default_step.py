@@ -173,11 +173,14 @@ class DefaultStep:
         """Whole instructions and their forecasts; they have no position, and so no slopes."""
         seen = self._glance(at)
         replay = self._replay(at, seen, random)
-        told = self.forecast is not None and at.settings.forecasts > 0 and bool(replay.reasonings)
-        forecaster = self.forecast(at, replay) if told and self.forecast is not None else None
-        rounds = seen.rounds(len(written))
+        forecaster, rounds = self._forecaster(at, replay), seen.rounds(len(written))
         forecasts = race(forecaster, at, replay, written, rounds) if forecaster is not None else {}
         return _Look(at, written, {}, written, forecasts)
+
+    def _forecaster(self, at: StepContext, replay: Replay) -> Forecaster | None:
+        if self.forecast is None or at.settings.forecasts == 0 or not replay.reasonings:
+            return None
+        return self.forecast(at, replay)
 
     def _glance(self, at: StepContext) -> Glance:
         """Chance costs nothing."""
@@ -193,6 +196,7 @@ class DefaultStep:
         selection = select(at.current, evaluated, stays=look.rewrites)
         state = look.at.state
         stands = [] if state.appends() else [at.current.token_ids[state.position]]
+        replaced = at.current.instruction if look.rewrites else at.model.tokenizer.decode(stands)
         return StepTaken(
             predictor=at.predictor,
             step=state.step,
@@ -202,16 +206,15 @@ class DefaultStep:
             chosen=selection.chosen,
             reason=selection.reason,
             spent=at.evaluator.spent(before),
-            current_text=at.model.tokenizer.decode(stands),
+            current_text=replaced,
         )
 
     def _look_ahead(self, at: StepContext, seen: Glance, random: Random) -> list[_Look]:
         """Slopes and forecasts at the next few positions; at one alone where nothing is forecast."""
         replay = self._replay(at, seen, random)
-        forecasts = self.forecast is not None and at.settings.forecasts > 0 and bool(replay.reasonings)
-        count = seen.positions if forecasts else 1
+        forecaster = self._forecaster(at, replay)
+        count = seen.positions if forecaster is not None else 1
         ahead = positions_ahead(at.state, at.settings, at.evaluator.layout.edits.positions(at.current.token_ids), count)
-        forecaster = self.forecast(at, replay) if forecasts and self.forecast is not None else None
         looks: list[_Look] = []
         for state in ahead:
             here = replace(at, state=state)

@@ -87,8 +87,7 @@ def _proposed(at: StepContext, kinds: Collection[Kind], *, new: bool) -> tuple[E
 def _legal(at: StepContext, kinds: Collection[Kind], *, new: bool, editable: bool) -> Legal:
     """What a token can become at the position; None when that is nothing, or nothing new."""
     ids, position, edits = at.current.token_ids, at.state.position, at.evaluator.layout.edits
-    length = len(edits.positions(ids)) if edits.fixed else len(ids)
-    grows = length < at.settings.max_instruction_tokens
+    grows = edits.length(ids) < at.settings.max_instruction_tokens
 
     def legal(token: int) -> tuple[tuple[Kind, Instruction], ...] | None:
         found: list[tuple[Kind, tuple[tuple[int, ...], str] | None]] = []

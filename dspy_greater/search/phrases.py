@@ -78,7 +78,6 @@ def _edits(at: StepContext, phrase: tuple[int, ...], likelihood: float) -> list[
         spliced = edits.splice(ids, position, behind, phrase)
         if spliced is None or at.evaluator.knows(spliced[1]):
             continue
-        longer = len(edits.positions(spliced[0]) if edits.fixed else spliced[0])
-        if longer <= at.settings.max_instruction_tokens:
+        if edits.length(spliced[0]) <= at.settings.max_instruction_tokens:
             found.append(Edit(kind, phrase, Instruction(*spliced), likelihood, origin="phrase"))
     return found

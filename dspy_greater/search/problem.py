@@ -33,6 +33,7 @@ from dspy_greater.prompt.gold import row_gold
 from dspy_greater.prompt.layout import Layout
 from dspy_greater.run.serialise import JSON
 from dspy_greater.search.context import Case, refuse_long_answers, refuse_long_prompts
+from dspy_greater.search.prices import write_price
 from dspy_greater.search.step import Step
 from dspy_greater.search.variants import described_step
 from dspy_greater.settings import Settings
@@ -110,6 +111,7 @@ class Problem:
                 "field": target.field,
                 "weights": target.engine.identity,
                 "mode": "append" if target.append else "rewrite",
+                "write_price": write_price(target.engine, self.settings),
             }
         settings = asdict(self.settings)
         return {

@@ -118,6 +118,6 @@ def _edit(at: StepContext, text: str) -> Edit | None:
     if written is None or at.evaluator.knows(written[1]):
         return None
     ids, text = written
-    if len(edits.positions(ids) if edits.fixed else ids) > at.settings.max_instruction_tokens:
+    if edits.length(ids) > at.settings.max_instruction_tokens:
         return None
     return Edit("rewrite", ids, Instruction(ids, text), math.nan, origin="written")

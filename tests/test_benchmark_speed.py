@@ -224,6 +224,7 @@ def test_the_released_schedule_does_the_work_that_is_described(spent: dict[str, 
     assert done["gradient"].lm_head_rows == done["gradient"].prefilled_tokens == done["gradient"].backward_tokens
 
 
+@pytest.mark.slow
 def test_the_plain_schedule_is_batched_and_reuses_nothing(spent: dict[str, dict[str, Counters]]) -> None:
     done = spent["plain"]
     assert done["reasoning"].generated_tokens == (1 + MU) * ROWS * REASONING

@@ -358,6 +358,7 @@ def test_importing_the_package_brings_in_neither_torch_nor_dspy() -> None:
     assert loaded_after(f"import {PACKAGE}; dir({PACKAGE})", DSPY_FAMILY | TORCH_FAMILY) == []
 
 
+@pytest.mark.slow
 def test_the_dspy_side_brings_in_no_torch() -> None:
     assert (
         loaded_after(
@@ -367,6 +368,7 @@ def test_the_dspy_side_brings_in_no_torch() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_token_level_core_works_where_dspy_is_not_installed() -> None:
     core = of_folders(*TOKEN_CORE)
     code = f"""

@@ -260,6 +260,7 @@ def test_a_peer_writes_nothing_outside_its_directory(
     assert dict(os.environ) == environment
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in TEXTUAL if name != "simba"])  # without a row that varies, no rule
 def test_a_peer_goes_on_where_the_program_fails_on_many_rows(name: str, tmp_path: Path) -> None:
     class Babbling(Obedient):
@@ -274,6 +275,7 @@ def test_a_peer_goes_on_where_the_program_fails_on_many_rows(name: str, tmp_path
     assert instruction_of(found) == BEST
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEXTUAL)
 def test_the_same_seed_makes_the_same_search(name: str, tmp_path: Path) -> None:
     runs = []

@@ -181,6 +181,7 @@ def test_every_fault_of_the_table_has_its_tests(fault: str) -> None:
 # --- disk ---
 
 
+@pytest.mark.slow
 def test_a_folder_that_becomes_read_only_costs_no_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = compiled(steps=3)
 
@@ -227,6 +228,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return write(tmp_path_factory.mktemp("whole")).read_bytes()
 
 
+@pytest.mark.slow
 @settings(many, max_examples=1000)
 @given(st.lists(changes, min_size=1, max_size=3))
 def test_whatever_happens_to_a_journal_it_holds_its_beginning_or_says_that_it_is_damaged(
@@ -263,6 +265,7 @@ values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(many, max_examples=600)
 @given(st.lists(values, min_size=1, max_size=2))
 def test_lines_that_say_what_they_like_make_events_or_an_error(said: list[Any]) -> None:
@@ -304,6 +307,7 @@ pieces = st.one_of(
 anything = st.lists(pieces, max_size=6).map("".join)
 
 
+@pytest.mark.slow
 @settings(many, max_examples=600)
 @given(
     kind=st.sampled_from(KINDS),

@@ -354,6 +354,7 @@ def test_a_template_of_ones_own_is_set_on_what_was_loaded(tmp_path: Path) -> Non
     assert len(lm("Hi")) == 1
 
 
+@pytest.mark.slow
 def test_identity_follows_the_bytes_of_the_file_and_the_type(tmp_path: Path) -> None:
     path = write(tmp_path / "model.gguf")
     first = shared_engine(path)
@@ -541,6 +542,7 @@ def no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf, "_unpack", never)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_was_kept_is_what_was_unpacked_bit_by_bit(

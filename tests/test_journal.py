@@ -141,6 +141,7 @@ def test_an_event_of_the_wrong_type_leaves_the_journal_as_it_was(tmp_path: Path)
 # --- a journal that is torn or damaged ---
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_byte_leaves_a_beginning_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda file: None)  # thousands of them
     path = write(tmp_path)

@@ -406,6 +406,7 @@ def test_a_validation_that_cannot_be_recorded_counts(monkeypatch: pytest.MonkeyP
     assert better.score == 1.0 and worth_of(instruction_of(better)) > 0
 
 
+@pytest.mark.slow
 def test_a_journal_or_a_bar_that_cannot_be_closed_does_not_cost_the_program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -108,6 +108,7 @@ def search(**knobs: Any) -> list[StepTaken]:
     return list(result.detailed_results.predictors[0].steps)
 
 
+@pytest.mark.slow
 def test_a_search_within_its_share_reads_and_differentiates_less_and_says_so_in_its_counts() -> None:
     bounded, free = search(), search(forecast_share=0)
     for name in ("prefilled_tokens", "backward_tokens"):
@@ -115,6 +116,7 @@ def test_a_search_within_its_share_reads_and_differentiates_less_and_says_so_in_
     assert all(any(each.forecast is not None for each in step.candidates) for step in bounded)
 
 
+@pytest.mark.slow
 def test_the_same_search_comes_again_and_another_price_is_another_run(tmp_path: Any) -> None:
     told = [[each.forecast for step in search() for each in step.candidates] for _ in range(2)]
     assert told[0] == told[1]

@@ -295,6 +295,7 @@ def test_text_of_a_run_is_text_on_the_page_whatever_it_says(run: tuple[Path, Any
         assert shown.count(text) > 10
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(any_events, max_size=6), st.dictionaries(st.text(), st.text() | st.none(), max_size=3))
 def test_any_journal_makes_a_page(happened: list[Any], identity: dict[str, Any]) -> None:

@@ -99,6 +99,7 @@ def hostile(port: int) -> str:
     return page(report_of(Record({"metric": attacks, "predictors": {attacks: {"weights": attacks}}}, {}, events)))
 
 
+@pytest.mark.slow
 def test_no_request_leaves_the_page(tmp_path: Path) -> None:
     with counting_server() as (port, heard):
         source = tmp_path / "hostile.html"
@@ -127,6 +128,7 @@ def test_nothing_sticks_out_at_any_width_whatever_is_on_the_page(width: int, tmp
     assert width - 20 <= int(found.group(1)) <= width
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_page_follows_the_readers_choice_of_light_and_dark(width: int, tmp_path: Path) -> None:
     source = tmp_path / "report.html"

@@ -90,6 +90,7 @@ def handler() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.slow
 @on_posix
 @pytest.mark.usefixtures("handler")
 @pytest.mark.parametrize("variant", ["default", "paper"])
@@ -148,6 +149,7 @@ def test_sigterm_in_a_first_optimizer_returns_what_that_one_found() -> None:
     assert (better.detailed_results.stopped_by, len(better.detailed_results.steps)) == ("SIGTERM", 2)
 
 
+@pytest.mark.slow
 @on_posix
 @pytest.mark.usefixtures("handler")
 def test_the_callers_handler_is_back_after_every_end() -> None:
@@ -213,6 +215,7 @@ def test_a_search_in_another_thread_leaves_signals_alone() -> None:
 # --- a file named STOP ---
 
 
+@pytest.mark.slow
 def test_a_stop_file_ends_the_search_after_the_step_that_it_is_in_and_is_removed(tmp_path: Path) -> None:
     stop = tmp_path / "STOP"
     better = compiled(steps=5, log_dir=tmp_path, callbacks=[at(StepTaken, 1, stop.touch)])
@@ -223,6 +226,7 @@ def test_a_stop_file_ends_the_search_after_the_step_that_it_is_in_and_is_removed
     assert found(compiled(steps=5, log_dir=tmp_path)) == found(compiled(steps=5))
 
 
+@pytest.mark.slow
 def test_a_stop_file_that_was_there_before_takes_no_step_says_so_and_is_removed(tmp_path: Path) -> None:
     compiled(steps=4, log_dir=tmp_path, callbacks=[lambda e: False if getattr(e, "step", 0) == 1 else None])
     (tmp_path / "STOP").write_text("not read")
@@ -242,6 +246,7 @@ def test_a_stop_file_where_nothing_is_left_to_stop_is_only_removed(tmp_path: Pat
     assert not (tmp_path / "STOP").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [StepTaken, Validated])
 def test_a_stop_file_in_the_first_predictor_leaves_the_second_as_it_was(tmp_path: Path, kind: type) -> None:
     better = two_predictors(log_dir=tmp_path, callbacks=[at(kind, 1, (tmp_path / "STOP").touch)])
@@ -250,6 +255,7 @@ def test_a_stop_file_in_the_first_predictor_leaves_the_second_as_it_was(tmp_path
     assert found(two_predictors(log_dir=tmp_path)) == found(two_predictors())
 
 
+@pytest.mark.slow
 def test_what_a_later_predictor_has_recorded_is_not_given_up_for_a_stop_file(tmp_path: Path) -> None:
     def callback(event: Any) -> Any:
         return False if isinstance(event, StepTaken) and event.predictor == "second.predict" else None
@@ -327,6 +333,7 @@ def test_the_step_that_reaches_max_seconds_is_the_last(
         )
 
 
+@pytest.mark.slow
 def test_a_resumed_run_counts_the_seconds_that_were_recorded_and_more_of_them_let_it_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from dspy_greater.errors import LayoutError
 from dspy_greater.prompt.layout import Layout
 
 
+@pytest.mark.slow
 @quick
 @given(
     kind=st.sampled_from(KINDS),

@@ -42,7 +42,7 @@ TASK ?= navigate
 demo: install
 	OMP_NUM_THREADS=$(RUN_THREADS) $(BIN)/python examples/quickstart.py --task $(TASK) $(if $(BBH),--bbh $(BBH))
 
-TEST = OMP_NUM_THREADS=$(TEST_THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
+TEST = OMP_NUM_THREADS=$(TEST_THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal
 
 test: install
 	$(TEST) $(PYTEST_ARGS)

@@ -10,6 +10,7 @@ from importlib import import_module
 # name -> (module with a `main(argv)` that returns the exit code, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
     "ls": ("benchmarks.harness.list_command", "which tasks and optimizers there are"),
+    "screen": ("benchmarks.harness.screen_command", "on which tasks an instruction matters to a model"),
     "run": ("benchmarks.harness.run_command", "optimizers on tasks, at equal budgets"),
     "report": ("benchmarks.report.command", "tables and curves from the finished cells of a run"),
     "transfer": ("benchmarks.report.transfer_command", "instructions found on one model, evaluated on another"),

@@ -103,9 +103,9 @@ def from_flags(flags: argparse.Namespace) -> RunConfig:
         if not given.get(name):
             raise SettingsError(f"Which {name}? Give --{name}; `python -m benchmarks ls` lists them.")
     values: dict[str, Any] = dict(given)
-    values["tasks"] = _chosen(given["tasks"], registry.names(), "task")
-    values["optimizers"] = _chosen(given["optimizers"], optimizers.names(), "optimizer")
-    values["model_args"] = _arguments(given.get("model_args", {}))
+    values["tasks"] = chosen(given["tasks"], registry.names(), "task")
+    values["optimizers"] = chosen(given["optimizers"], optimizers.names(), "optimizer")
+    values["model_args"] = arguments(given.get("model_args", {}))
     values["budget"] = budget_of(given.get("budget", "small"))
     values["seeds"] = _seeds(given.get("seeds", (0,)))
     for name in ("out", "data_dir"):
@@ -162,7 +162,7 @@ def _listed(value: Any) -> list[str]:
     return [str(part).strip() for part in parts if str(part).strip()]
 
 
-def _chosen(value: Any, known: Sequence[str], what: str) -> tuple[str, ...]:
+def chosen(value: Any, known: Sequence[str], what: str) -> tuple[str, ...]:
     """Names and patterns -> names, in the order in which they were given, each once."""
     found: list[str] = []
     for part in _listed(value):
@@ -183,7 +183,7 @@ def _seeds(value: Any) -> tuple[int, ...]:
         raise SettingsError(f"--seeds {value}: give whole numbers with commas between.") from error
 
 
-def _arguments(value: Any) -> dict[str, Any]:
+def arguments(value: Any) -> dict[str, Any]:
     """`key=value,key=value` -> a mapping; values are read as JSON where they can be."""
     if isinstance(value, Mapping):
         return dict(value)

@@ -1,0 +1,167 @@
+"""`python -m benchmarks screen`: on which tasks does an instruction matter to this model? Only training rows are read.
+
+    python -m benchmarks screen --tasks 'bbh:*' --model FILE.gguf --model-args max_tokens=300 --limit 24 \\
+        --data-dir DIR --out runs/screen
+
+Each task is run with the seed instruction and with a few plain ones that say nothing of the task. A task is worth
+optimising where the seed leaves room, and where what the instruction says moves the score. One line a task goes to
+OUT/screen.jsonl, and a table to OUT/screen.md; the same command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import dspy
+
+from benchmarks.harness import config
+from benchmarks.harness.judging import accuracy
+from benchmarks.harness.models import TaskModel, task_model
+from benchmarks.harness.run import seeded
+from benchmarks.tasks.registry import load, names
+from benchmarks.tasks.task import Task
+from dspy_greater.errors import GreaterError
+
+FILE, TABLE = "screen.jsonl", "screen.md"
+PLAIN = (
+    "Given the fields `question`, produce the fields `answer`.",  # what DSPy writes where nobody wrote an instruction
+    "Think step by step, then give only the final answer.",
+    "Read the question carefully, check each part of it, and answer with exactly what is asked for.",
+)
+
+
+@dataclass(frozen=True)
+class Screened:
+    """One task on training rows.
+
+    Attributes:
+        task: its name.
+        rows: how many training rows it was run on.
+        seed: of the split.
+        accuracies: instruction -> share of rows that are right, the task's seed instruction first.
+        unreadable: instruction -> share of rows without an answer that could be read.
+        read: tokens of prompts, of all runs together.
+        written: tokens generated.
+        seconds: of all runs.
+    """
+
+    task: str
+    rows: int
+    seed: int
+    accuracies: Mapping[str, float]
+    unreadable: Mapping[str, float]
+    read: int
+    written: int
+    seconds: float
+
+    @property
+    def at_first(self) -> float:
+        """The seed instruction's accuracy."""
+        return next(iter(self.accuracies.values()))
+
+    @property
+    def spread(self) -> float:
+        """Between the best and the worst of the instructions."""
+        return max(self.accuracies.values()) - min(self.accuracies.values())
+
+
+def main(argv: Sequence[str]) -> int:
+    """Screen the tasks: 0 when all were, 2 for settings that cannot work."""
+    flags = _parser().parse_args(argv)
+    try:
+        _screen_all(flags)
+    except GreaterError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+def screen(task: Task, model: TaskModel, *, seed: int, threads: int) -> Screened:
+    """The task's training rows with its seed instruction and with the plain ones."""
+    read = model.counters()
+    started = time.monotonic()
+    accuracies: dict[str, float] = {}
+    unreadable: dict[str, float] = {}
+    adapter = dspy.ChatAdapter(use_json_adapter_fallback=False)
+    for instruction in (task.seed_instruction, *PLAIN):
+        program = task.make_program()
+        for predictor in program.predictors():
+            predictor.signature = predictor.signature.with_instructions(instruction)
+        with dspy.context(lm=model.judge, adapter=adapter, num_threads=threads), seeded(seed):
+            found = accuracy(program, task.train, task.metric, threads)
+        accuracies[instruction] = found.accuracy
+        unreadable[instruction] = found.failed / len(task.train)
+    spent = model.counters() - read
+    return Screened(
+        task=task.name,
+        rows=len(task.train),
+        seed=seed,
+        accuracies=accuracies,
+        unreadable=unreadable,
+        read=spent.prefilled_tokens,
+        written=spent.generated_tokens,
+        seconds=round(time.monotonic() - started, 1),
+    )
+
+
+def table(found: Sequence[Screened]) -> str:
+    """Markdown, the task on which instructions matter most first."""
+    lines = [
+        "| task | rows | seed instruction | best plain one | spread | no answer found | tokens written a row |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for each in sorted(found, key=lambda each: (-each.spread, each.task)):
+        written = each.written / (each.rows * len(each.accuracies))
+        lines.append(
+            f"| {each.task} | {each.rows} | {each.at_first:.0%} | {max(each.accuracies.values()):.0%} "
+            f"| {each.spread:.0%} | {next(iter(each.unreadable.values())):.0%} | {written:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _screen_all(flags: argparse.Namespace) -> None:
+    chosen = config.chosen(flags.tasks, names(), "task")
+    flags.out.mkdir(parents=True, exist_ok=True)
+    path = flags.out / FILE
+    found = _known(path)
+    model: TaskModel | None = None
+    for name in chosen:
+        if name in found:
+            continue
+        model = model or task_model(flags.model, config.arguments(flags.model_args))
+        task = load(name, data_dir=flags.data_dir, seed=flags.seed, limit=flags.limit)
+        found[name] = each = screen(task, model, seed=flags.seed, threads=flags.threads)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(each)) + "\n")
+        sys.stdout.write(f"{name}: {each.at_first:.0%}, spread {each.spread:.0%}, {each.seconds:.0f} s\n")
+        sys.stdout.flush()
+    (flags.out / TABLE).write_text(table([found[name] for name in chosen]), encoding="utf-8")
+    sys.stdout.write((flags.out / TABLE).read_text(encoding="utf-8"))
+
+
+def _known(path: Path) -> dict[str, Screened]:
+    if not path.is_file():
+        return {}
+    lines = [Screened(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return {each.task: each for each in lines}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks screen", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tasks", default="bbh:*", help="names with commas between; patterns too (default: bbh:*)")
+    parser.add_argument("--model", default="pocket", help="'pocket', a directory, a GGUF file or a hub id")
+    parser.add_argument("--model-args", default={}, help="key=value with commas between: dtype, max_tokens, ...")
+    parser.add_argument("--limit", type=int, default=24, help="training rows of a task (default 24)")
+    parser.add_argument("--seed", type=int, default=0, help="of the split (default 0)")
+    parser.add_argument("--threads", type=int, default=32, help="rows under way at a time (default 32)")
+    parser.add_argument("--data-dir", type=Path, help="directory with bbh/, gsm8k/ and folio/; the hub without it")
+    parser.add_argument("--out", type=Path, default=Path("runs/screen"), help="where the lines and the table go")
+    return parser

@@ -409,16 +409,22 @@ def test_streaming_is_refused() -> None:
 # --- models ---
 
 
-def test_a_served_task_model_is_charged_by_the_usage_that_it_reports() -> None:
-    class Inner:
-        def complete(self, request: lm15.Request) -> lm15.Response:
-            usage = lm15.Usage(input_tokens=30, output_tokens=4)
-            return lm15.Response(
-                id=None, model=request.model, message=lm15.Message.assistant("hi"), finish_reason="stop", usage=usage
-            )
+class Answering:
+    """A server's model that says "hi", and what that cost."""
 
+    supports_function_calling = supports_reasoning = supports_response_schema = False
+    supported_params = frozenset({"temperature", "max_tokens"})
+
+    def complete(self, request: lm15.Request) -> lm15.Response:
+        usage = lm15.Usage(input_tokens=30, output_tokens=4)
+        return lm15.Response(
+            id=None, model=request.model, message=lm15.Message.assistant("hi"), finish_reason="stop", usage=usage
+        )
+
+
+def test_a_served_task_model_is_charged_by_the_usage_that_it_reports() -> None:
     budget = Budget(60)
-    counted = models.CountedEngine(Inner(), budget.add_served, budget.check)
+    counted = models.CountedEngine(Answering(), budget.add_served, budget.check)
     lm = dspy.LM("local/served", engine=counted, cache=False)
     assert [lm("a"), lm("b")] == [["hi"], ["hi"]]
     assert budget.spent.charged == 68
@@ -431,6 +437,32 @@ def test_a_proposer_on_the_same_weights_has_an_account_of_its_own(pocket: models
     lm = models.prompt_model("dspy-greater/pocket", 0, budget)
     ask(lm, max_tokens=4)
     assert budget.spent.charged == 0 and budget.proposer.calls == 1 and budget.proposer.completion_tokens == 4
+
+
+def test_a_proposer_that_is_the_task_model_is_charged_and_refused_once_the_budget_is_spent(
+    pocket: models.TaskModel,
+) -> None:
+    budget = Budget(20, counters=pocket.counters)
+    lm = models.prompt_model("self", 0, budget, pocket)
+    ask(lm, max_tokens=4)
+    written, read = budget.proposer.completion_tokens, budget.proposer.prompt_tokens
+    assert (budget.proposer.calls, written) == (1, 4)
+    assert budget.spent.generated == 4 and budget.spent.prefilled == read and budget.spent.charged >= 20
+    with pytest.raises(BudgetSpent):
+        ask(lm, max_tokens=5)
+
+
+def test_a_served_proposer_that_is_the_task_model_is_charged_by_its_usage() -> None:
+    served = models.TaskModel("openai/x", "openai/x", dspy.LM("local/x", engine=Answering(), cache=False), None)
+    budget = Budget(1000)
+    lm = models.prompt_model("self", 0, budget, served)
+    lm("a")
+    assert budget.spent.charged == budget.proposer.prompt_tokens + budget.proposer.completion_tokens == 34
+
+
+def test_a_proposer_that_is_the_task_model_needs_one() -> None:
+    with pytest.raises(SettingsError, match="'self' is the task model, and there is none here"):
+        models.prompt_model("self", 0, Budget(1))
 
 
 def test_an_argument_that_means_nothing_to_the_model_is_refused() -> None:

@@ -3,7 +3,8 @@
 Charged are tokens of the task model: generated + prefilled + 2 x backward. A token that a gradient went back
 through is thus counted three times, once in the forward pass (it was prefilled) and twice in the backward pass.
 In-process models are read from the engine's own counters, whoever made it compute; of a served model the usage that
-it reports counts. What the proposer reads and writes is counted beside it, and charged to nobody.
+it reports counts. What the proposer reads and writes is counted beside it, and charged to nobody, unless it is the task
+model itself (`--prompt-model self`).
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ class Budget:
 
     @property
     def proposer(self) -> Usage:
-        """What the proposer read and wrote; not charged."""
+        """What the proposer read and wrote; charged only where it is the task model itself."""
         return self._proposer
 
     @property

@@ -30,7 +30,7 @@ class RunConfig:
         optimizers: names.
         model: the task model; `pocket`, a directory or a hub id, or a LiteLLM name with `api_base`.
         model_args: how to load and sample it.
-        prompt_model: `phrasebook`, or any LiteLLM name.
+        prompt_model: `phrasebook`, `self` for the task model, or any LiteLLM name.
         budget: charged tokens for each cell.
         seeds: one cell for each.
         limit: the most rows of each split.
@@ -79,7 +79,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--model-args", help="key=value with commas between: device, dtype, temperature, max_tokens, ..."
     )
     parser.add_argument(
-        "--prompt-model", help="proposer of textual optimizers: 'phrasebook' (default) or a LiteLLM name"
+        "--prompt-model",
+        help="proposer of textual optimizers: 'phrasebook' (default), 'self' for the task model, whose tokens are then "
+        "charged, or a LiteLLM name",
     )
     parser.add_argument("--budget", help=f"charged tokens for each cell: {budgets}, or a number (500k, 2M)")
     parser.add_argument("--seeds", help="whole numbers with commas between (default 0)")

@@ -16,6 +16,7 @@ from dspy_greater import local_lm
 from dspy_greater.errors import SettingsError
 from dspy_greater.lm.local import AsyncLocalEngine, LocalEngine
 
+SELF = "self"
 _LOADING = ("device", "dtype", "revision", "trust_remote_code")
 _SAMPLING = ("temperature", "max_tokens", "top_p", "stop", "seed")
 
@@ -160,23 +161,48 @@ def task_model(name: str, arguments: Mapping[str, Any]) -> TaskModel:
     return TaskModel(name, judge.engine.engine.identity, judge, judge.engine.engine, kept)
 
 
-def prompt_model(name: str, seed: int, budget: Budget) -> dspy.LM:
+def prompt_model(name: str, seed: int, budget: Budget, model: TaskModel | None = None) -> dspy.LM:
     """The proposer of one cell, whose tokens are counted in the budget's books.
 
     Args:
-        name: `phrasebook`, or any LiteLLM name; weights in this process go by `dspy-greater/NAME`.
+        name: `phrasebook`; `self` for the task model, whose tokens are charged whatever they are written for; or any
+            LiteLLM name; weights in this process go by `dspy-greater/NAME`, with an account of their own.
         seed: of the phrasebook's draws.
         budget: of the cell.
+        model: the task model, which `self` needs.
+
+    Raises:
+        SettingsError: `self` without a task model.
     """
-    if name == PHRASEBOOK:
-        inner: Any = PhrasebookEngine(seed)
+    check: Callable[[], None] | None = None
+    if name == SELF:
+        if model is None:
+            raise SettingsError("The proposer 'self' is the task model, and there is none here.")
+        inner, add, check = _itself(model, budget)
+    elif name == PHRASEBOOK:
+        inner, add = PhrasebookEngine(seed), budget.add_proposer
     elif name.startswith("dspy-greater/"):
-        inner = _own_account(name.removeprefix("dspy-greater/"))
+        inner, add = _own_account(name.removeprefix("dspy-greater/")), budget.add_proposer
     else:
-        inner = dspy.LM(name, cache=False)
-    counted = CountedEngine(inner, budget.add_proposer)
-    model = f"local/{PHRASEBOOK}" if name == PHRASEBOOK else name
-    return dspy.LM(model, engine=counted, async_engine=CountedAsyncEngine(counted), cache=False)
+        inner, add = dspy.LM(name, cache=False), budget.add_proposer
+    counted = CountedEngine(inner, add, check)
+    if name == PHRASEBOOK:
+        name = f"local/{PHRASEBOOK}"
+    elif model is not None and name == SELF:
+        name = model.judge.model  # a request names the model that it is for
+    return dspy.LM(name, engine=counted, async_engine=CountedAsyncEngine(counted), cache=False)
+
+
+def _itself(model: TaskModel, budget: Budget) -> tuple[Any, Callable[[Usage], None], Callable[[], None]]:
+    """The task model as proposer: what it computes in this process is charged by its counters, a server's by usage."""
+
+    def add(usage: Usage) -> None:
+        budget.add_proposer(usage)
+        if model.engine is None:
+            budget.add_served(usage)
+
+    inner: Any = model.judge.copy(cache=False) if model.engine is None else LocalEngine(model.engine)
+    return inner, add, budget.check
 
 
 def _own_account(name: str) -> LocalEngine:

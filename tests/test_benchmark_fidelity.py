@@ -13,11 +13,13 @@ import dspy
 import pytest
 
 from benchmarks.fidelity import command
-from benchmarks.fidelity.command import INSTRUCTIONS, MIDWAY, exact_match, main
+from benchmarks.fidelity.command import INSTRUCTIONS, MIDWAY, main
 from benchmarks.fidelity.measure import Measured, Plan, positions
 from benchmarks.fidelity.rankings import RANKINGS
 from benchmarks.fidelity.table import LINEARISES, correlation, interval, linearisation_table, share_of_best_gain, table
 from benchmarks.steps import by_answer_gradient
+from benchmarks.tasks.answers import metric_of
+from benchmarks.tasks.bbh import normaliser
 from dspy_greater import local_lm
 from dspy_greater.objective.replay import Replay, advantages
 from dspy_greater.pocket.tasks import generate, work_out
@@ -89,7 +91,9 @@ def test_the_rankings_are_those_by_which_the_searches_choose(instruction: str) -
     plan = Plan("navigate", instruction, 0, positions=2, candidates=4, settings=Settings())
     seen = 0
     with dspy.context(lm=local_lm("pocket")):
-        for at, _ in positions(plan, [each.with_inputs("question") for each in rows], exact_match):
+        for at, _ in positions(
+            plan, [each.with_inputs("question") for each in rows], metric_of(normaliser("bbh:navigate"))
+        ):
             here, texts = at.here, [each.instruction.text for each in at.edits]
             stands = here.current.token_ids[here.state.position]
             replay = Replay(at.own, tuple(advantages(at.own, baseline_scale=here.settings.baseline_scale)))
@@ -106,6 +110,9 @@ def test_the_rankings_are_those_by_which_the_searches_choose(instruction: str) -
             }.items():
                 assert list(RANKINGS[name](at)) == pytest.approx(expected, rel=1e-3, abs=1e-6), name
             assert paper != answer
+            read = here.evaluator.engine.counters
+            RANKINGS["re-weighted scoring, optimism 1"](at)
+            assert here.evaluator.engine.counters == read, "what one ranking has read, another reads no more"
             seen += 1
     assert seen == 2
 
@@ -149,7 +156,7 @@ def test_midway_positions_are_not_taken_for_those_of_a_seed(tmp_path: Path, monk
     monkeypatch.setattr(command, "measure", measured_at)
     monkeypatch.setattr(command, "_rows", lambda *_: [])
     asked = ["--data-dir", str(tmp_path), "--tasks", "navigate", "--out", str(tmp_path / "out")]
-    for more in (["--instructions", *MIDWAY["navigate"]], ["--midway"], ["--midway"]):
+    for more in (["--instructions", *MIDWAY["navigate"]], ["--midway"], ["--midway", "--model-args", "max_tokens=60"]):
         assert main([*asked, *more]) == 0
     assert seen == [(each, None) for each in MIDWAY["navigate"]] + [
         (each, INSTRUCTIONS[0]) for each in MIDWAY["navigate"]
@@ -166,3 +173,16 @@ def test_a_task_without_midway_instructions_is_named(tmp_path: Path) -> None:
 def test_a_directory_without_the_task_is_named(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"There is no .*navigate.json. --data-dir names the directory"):
         main(["--data-dir", str(tmp_path), "--tasks", "navigate", "--out", str(tmp_path / "out")])
+
+
+def test_rankings_are_chosen_by_pattern_and_a_stranger_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[list[str]] = []
+    monkeypatch.setattr(command, "measure", lambda *asked: chosen.append(asked[-1]) or [])
+    monkeypatch.setattr(command, "_rows", lambda *_: [])
+    asked = ["--data-dir", str(tmp_path), "--tasks", "navigate", "--instructions", "Go.", "--out", str(tmp_path / "x")]
+    assert main([*asked, "--rankings", "random", "whole*"]) == 1  # nothing was measured
+    assert chosen == [["whole, centroid", "whole, current", "random"]]
+    with pytest.raises(SystemExit, match="There is no ranking 'best'. There are: re-weighted scoring; "):
+        main([*asked, "--rankings", "best"])

@@ -9,9 +9,11 @@ linearises. Positions that were measured are written at once; called again, the 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import math
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +25,10 @@ import dspy
 from benchmarks.fidelity.measure import Measured, Plan, measure
 from benchmarks.fidelity.rankings import RANKINGS
 from benchmarks.fidelity.table import correlation, interval, linearisation_table, share_of_best_gain, table
-from dspy_greater import local_lm
+from benchmarks.harness import config
+from benchmarks.harness.models import task_model
+from benchmarks.tasks.answers import metric_of
+from benchmarks.tasks.bbh import normaliser
 from dspy_greater.pocket.tasks import TASKS
 from dspy_greater.settings import Settings
 
@@ -60,21 +65,26 @@ MIDWAY: Mapping[str, Sequence[str]] = {
 def main(argv: Sequence[str]) -> int:
     """Measure what is missing and print the table."""
     arguments = _parser().parse_args(argv)
-    with dspy.context(lm=local_lm(arguments.model)):
-        return _measure(arguments)
+    rankings = _chosen(arguments.rankings)
+    judge = task_model(arguments.model, config.arguments(arguments.model_args)).judge
+    with dspy.context(lm=judge, adapter=dspy.ChatAdapter(use_json_adapter_fallback=False)):
+        return _measure(arguments, rankings)
 
 
-def _measure(arguments: argparse.Namespace) -> int:
+def _measure(arguments: argparse.Namespace, rankings: Sequence[str]) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     done = _read(arguments.out / "positions.jsonl")
     for plan in _plans(arguments):
         if any(_key(at) == _key(plan) for at in done):
             continue
         rows = _rows(plan, arguments)
-        found = list(measure(plan, rows, exact_match, list(RANKINGS)))
+        started = time.monotonic()
+        found = list(measure(plan, rows, metric_of(normaliser(f"bbh:{plan.task}")), rankings))
+        seconds = time.monotonic() - started
         done += found
         _append(arguments.out / "positions.jsonl", found)
-        sys.stderr.write(f"{plan.task}, {plan.instruction!r}, seed {plan.seed}: {len(found)} positions\n")
+        said = f"{len(found)} positions, {seconds:.0f} s"
+        sys.stderr.write(f"{plan.task}, {plan.instruction!r}, seed {plan.seed}: {said}\n")
     if not done:
         sys.stderr.write("Nothing was measured: no position had candidates.\n")
         return 1
@@ -83,11 +93,6 @@ def _measure(arguments: argparse.Namespace) -> int:
     (arguments.out / "summary.json").write_text(json.dumps(_summary(done, arguments), indent=2) + "\n")
     sys.stdout.write(text + "\n")
     return 0
-
-
-def exact_match(example: dspy.Example, prediction: dspy.Prediction, trace: object = None) -> bool:
-    """Whether the answer is the gold one, case and blanks aside."""
-    return str(prediction.answer).strip().lower() == str(example.answer).strip().lower()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--positions", type=int, default=3, help="of each instruction, at most")
     parser.add_argument("--candidates", type=int, default=10, help="at each position, at most")
     parser.add_argument("--rows", type=int, default=24)
-    parser.add_argument("--model", default="pocket")
+    parser.add_argument("--model", default="pocket", help="'pocket' (default), a directory, a GGUF file or a hub id")
+    parser.add_argument("--model-args", default={}, help="key=value with commas between: dtype, max_tokens, ...")
+    parser.add_argument("--rankings", nargs="+", default=["*"], help="by name or pattern, such as 'whole*' random")
     parser.add_argument("--out", type=Path, default=Path("runs/fidelity"))
     return parser
 
@@ -119,6 +126,14 @@ def _plans(arguments: argparse.Namespace) -> list[Plan]:
         for task in tasks
         for instruction in (MIDWAY[task] if arguments.midway else arguments.instructions)
     ]
+
+
+def _chosen(patterns: Sequence[str]) -> list[str]:
+    """Rankings by name or pattern, in the order of the table."""
+    for pattern in patterns:
+        if not fnmatch.filter(RANKINGS, pattern):
+            sys.exit(f"There is no ranking {pattern!r}. There are: {'; '.join(RANKINGS)}.")
+    return [name for name in RANKINGS if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def _key(at: Plan | Measured) -> tuple[str, str, int, str | None]:

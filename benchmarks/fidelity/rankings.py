@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 from typing import Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from dspy_greater.estimators.off_policy import Likelihood, forecast, likelihoods
 from dspy_greater.estimators.paper_gradient import paper_gradient
 from dspy_greater.estimators.score_gradient import score_gradient
-from dspy_greater.objective.replay import Reasoning, Replay, advantages
+from dspy_greater.objective.replay import ReasonedSequence, Reasoning, Replay, advantages
 from dspy_greater.search.edits import Edit
 from dspy_greater.search.step import StepContext
 
@@ -28,6 +28,7 @@ class Position:
     edits: tuple[Edit, ...]
     own: tuple[Reasoning, ...]  # of the current instruction
     replayed: tuple[Reasoning, ...]  # and of some that were tried elsewhere
+    known: dict[tuple[ReasonedSequence, ...], Likelihood] = field(default_factory=dict)  # what any ranking has read
 
     @property
     def tokens(self) -> list[int]:
@@ -150,4 +151,8 @@ def _value(at: Position, point: Point) -> Tensor:
 
 
 def _read(at: Position, runs: Sequence[Reasoning]) -> list[Likelihood]:
-    return likelihoods(at.here.model, runs, answer_temperature=at.here.settings.answer_temperature)
+    """Likelihoods of the runs; one that a ranking has read is not read again for another."""
+    missing = [run for run in runs if run.sequences not in at.known]
+    found = likelihoods(at.here.model, missing, answer_temperature=at.here.settings.answer_temperature)
+    at.known.update(zip((run.sequences for run in missing), found, strict=True))
+    return [at.known[run.sequences] for run in runs]

@@ -85,11 +85,13 @@ def agreement(at: Measured, gradient: str) -> float:
 def linearisation_table(measured: Sequence[Measured]) -> str:
     """Markdown: how far a linear model of each kind agrees with what it is a model of, and that with what came.
 
-    Positions that an earlier version measured without the exact change are left out.
+    Positions that were measured without the exact change are left out, and gradients that were not asked for.
     """
     lines = ["| gradient | of | ρ with it, 95 % interval | ρ of it with what came |", f"|{' --- |' * 4}"]
     for gradient, exact in LINEARISES.items():
         both = [at for at in measured if {gradient, exact} <= at.predicted.keys()]
+        if not both:
+            continue
         within, came = interval(_all(both, gradient, agreement)), interval(_all(both, exact, correlation))
         lines.append(f"| {gradient} | {exact} | {_shown(within)} | {_shown(came)} |")
     return "\n".join(lines)

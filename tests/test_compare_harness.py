@@ -731,7 +731,7 @@ def test_a_dry_run_says_what_would_be_run_and_runs_nothing(tmp_path: Path, capsy
     ]
     assert main(flags) == 0
     out = capsys.readouterr().out
-    assert out.count("to run") == 2 and "bbh:navigate · seed · seed 1" in out
+    assert out.count(": to run") == 2 and "bbh:navigate · seed · seed 1" in out
     assert not (tmp_path / "o").exists()
 
 

@@ -39,7 +39,8 @@ class RunConfig:
         threads: rows under way at a time.
         time_limit: seconds for an optimizer in a cell, as a last resort.
         retry_errors: run cells again that failed.
-        dry_run: only say what would be run.
+        dry_run: only say what would be run, and what it takes.
+        plan: the model and the device in numbers, for `dry_run`; see `benchmarks.harness.plan`. In the YAML file alone.
     """
 
     tasks: tuple[str, ...]
@@ -56,6 +57,7 @@ class RunConfig:
     time_limit: float = 3600.0
     retry_errors: bool = False
     dry_run: bool = False
+    plan: Mapping[str, Any] = field(default_factory=dict)
 
     def keys(self) -> list[CellKey]:
         """The cells, task by task and seed by seed, so that optimizers that are compared run side by side."""
@@ -91,7 +93,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="rows under way at a time (default 32)")
     parser.add_argument("--time-limit", type=float, help="seconds an optimizer may take in a cell (default 3600)")
     parser.add_argument("--retry-errors", action="store_true", default=None, help="run cells again that failed")
-    parser.add_argument("--dry-run", action="store_true", default=None, help="say what would be run, and run nothing")
+    parser.add_argument("--dry-run", action="store_true", default=None, help="say what would be run, and what it takes")
 
 
 def from_flags(flags: argparse.Namespace) -> RunConfig:

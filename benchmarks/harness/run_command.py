@@ -60,14 +60,19 @@ def main(argv: Sequence[str]) -> int:
 def _dry_run(settings: RunConfig, say: Callable[[str], None]) -> int:
     """Say of every cell whether it would be run; an optimizer that cannot be loaded is found here as well."""
     from benchmarks.harness.cells import FILE, read
+    from benchmarks.harness.plan import told
     from benchmarks.optimizers import make
 
     finished = {cell.key: cell for cell in read(settings.out / FILE)}
     for name in settings.optimizers:
         make(name)
+    left = 0
     for key in settings.keys():
         known = finished.get(key)
         again = known is not None and known.error is not None and settings.retry_errors
         state = "to run" if known is None or again else "failed before" if known.error else "finished"
+        left += state == "to run"
         say(f"{key.text}, {key.model}, {key.proposer}, {key.budget:,} tokens: {state}")
+    for line in told(settings, left):
+        say(line)
     return 0

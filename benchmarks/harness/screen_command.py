@@ -23,7 +23,7 @@ import dspy
 from benchmarks.harness import config
 from benchmarks.harness.judging import accuracy
 from benchmarks.harness.models import TaskModel, task_model
-from benchmarks.harness.run import seeded
+from benchmarks.harness.run import quiet, seeded
 from benchmarks.tasks.registry import load, names
 from benchmarks.tasks.task import Task
 from dspy_greater.errors import GreaterError
@@ -136,7 +136,8 @@ def _screen_all(flags: argparse.Namespace) -> None:
             continue
         model = model or task_model(flags.model, config.arguments(flags.model_args))
         task = load(name, data_dir=flags.data_dir, seed=flags.seed, limit=flags.limit)
-        found[name] = each = screen(task, model, seed=flags.seed, threads=flags.threads)
+        with quiet(flags.out):
+            found[name] = each = screen(task, model, seed=flags.seed, threads=flags.threads)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(each)) + "\n")
         sys.stdout.write(f"{name}: {each.at_first:.0%}, spread {each.spread:.0%}, {each.seconds:.0f} s\n")

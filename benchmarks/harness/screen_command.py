@@ -32,7 +32,6 @@ FILE, TABLE = "screen.jsonl", "screen.md"
 PLAIN = (
     "Given the fields `question`, produce the fields `answer`.",  # what DSPy writes where nobody wrote an instruction
     "Think step by step, then give only the final answer.",
-    "Read the question carefully, check each part of it, and answer with exactly what is asked for.",
 )
 
 

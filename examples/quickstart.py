@@ -85,11 +85,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="navigate", help=f"pocket tasks: {', '.join(TASKS)}")
     parser.add_argument("--bbh", type=Path, help="directory with the BIG-Bench Hard files")
-    parser.add_argument("--model", default="pocket", help="'pocket', a path or a hub id")
+    parser.add_argument("--model", default="pocket", help="'pocket', a directory, a GGUF file or a hub id")
+    parser.add_argument("--max-tokens", type=int, default=1024, help="that the model writes for one row at most")
     parser.add_argument("--instruction", default="Answer the question.", help="the instruction to start from")
     parser.add_argument("--auto", default="light", choices=("light", "medium", "heavy"))
     parser.add_argument("--variant", default="default", choices=("default", "paper"))
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--train-rows", type=int, help="rows to search on (default: the preset's)")
+    parser.add_argument("--validation-rows", type=int, help="rows to choose on (default: the preset's)")
+    parser.add_argument("--max-seconds", type=float, help="the search ends after so long, and returns what it has")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test-rows", type=int, default=100)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
@@ -108,13 +112,16 @@ def main() -> None:
     train, validation = rest[: len(rest) // 3], rest[len(rest) // 3 :]
     print(f"rows: {source}; {len(rest)} for the search, {len(test)} for the test")
 
-    dspy.configure(lm=local_lm(arguments.model))
+    dspy.configure(lm=local_lm(arguments.model, max_tokens=arguments.max_tokens))
     program = dspy.ChainOfThought(dspy.Signature("question -> answer", arguments.instruction))
     optimizer = GReaTerTeleprompter(
         metric=exact_match,
         variant=arguments.variant,
         auto=arguments.auto,
         steps=arguments.steps,
+        train_rows=arguments.train_rows,
+        validation_rows=arguments.validation_rows,
+        max_seconds=arguments.max_seconds,
         seed=arguments.seed,
         progress=True,
     )

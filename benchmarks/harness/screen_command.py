@@ -130,11 +130,9 @@ def _screen_all(flags: argparse.Namespace) -> None:
     path = flags.out / FILE
     found = _known(path)
     model: TaskModel | None = None
-    for name in chosen:
-        if name in found:
-            continue
-        model = model or task_model(flags.model, config.arguments(flags.model_args))
-        task = load(name, data_dir=flags.data_dir, seed=flags.seed, limit=flags.limit)
+    missing = [name for name in chosen if name not in found]  # rows that are not there are found out before any is run
+    for task in [load(name, data_dir=flags.data_dir, seed=flags.seed, limit=flags.limit) for name in missing]:
+        name, model = task.name, model or task_model(flags.model, config.arguments(flags.model_args))
         with quiet(flags.out):
             found[name] = each = screen(task, model, seed=flags.seed, threads=flags.threads)
         with path.open("a", encoding="utf-8") as file:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -45,11 +45,11 @@ class Asker:
         self._meter, self._servers, self._retries, self._threads = meter, servers, retries, threads
 
     def ask(
-        self, module: Module, lm: Any, questions: Sequence[Question[Answer]], *, strict: bool = False
+        self, module: Module, lm: Any, questions: Sequence[Question[Answer]], *, must: Sequence[int] = ()
     ) -> Answers[Answer]:
         """The answers, whatever the LM writes; only an outage, the budget and the user can end this.
 
-        With `strict` the server has to answer every question, if in vain.
+        `must` are questions that may not stay without any answer of the server's.
 
         Raises:
             BudgetSpent: the questions, or those to ask again, do not fit into the budget.
@@ -62,9 +62,10 @@ class Asker:
             if not open_questions:
                 break
             self._meter.admit(len(open_questions))
+            has_to = {place for place, index in enumerate(open_questions) if index in must}
             jobs = [(questions[index], attempt, failures.get(index)) for index in open_questions]
             with self._meter.counting(module):
-                tries = self._tried(lm, jobs, strict=strict)
+                tries = self._tried(lm, jobs, must=has_to)
             for index, tried in zip(open_questions, tries, strict=True):
                 found[index] = tried.answer
                 failures.pop(index, None)
@@ -76,7 +77,7 @@ class Asker:
         return Answers(tuple(found), failures)
 
     def _tried(
-        self, lm: Any, jobs: Sequence[tuple[Question[Answer], int, str | None]], *, strict: bool
+        self, lm: Any, jobs: Sequence[tuple[Question[Answer], int, str | None]], *, must: Container[int]
     ) -> list[_Tried[Answer]]:
         """Each question asked once; those that a server did not answer until it does."""
 
@@ -87,7 +88,7 @@ class Asker:
             fresh = lm.copy(cache=False) if getattr(lm, "cache", False) else lm
             return ask(fresh, [jobs[index] for index in indices])
 
-        return self._servers.settled(ask(lm, jobs), again, strict=strict)
+        return self._servers.settled(ask(lm, jobs), again, must=must)
 
 
 @dataclass(frozen=True)

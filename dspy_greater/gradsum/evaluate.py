@@ -38,12 +38,12 @@ class Evaluator:
     Args:
         task: program, rows, criteria and metric.
         rows: the rows that indices refer to.
-        strict: no row may stay without an answer of the program's language models.
+        floor: how many of the rows that are asked for first may not stay without an answer.
     """
 
-    def __init__(self, task: Task, rows: Sequence[Any], asker: Asker, meter: Meter, *, strict: bool = False) -> None:
+    def __init__(self, task: Task, rows: Sequence[Any], asker: Asker, meter: Meter, *, floor: int = 0) -> None:
         self._task, self._rows, self._asker, self._meter = task, rows, asker, meter
-        self._strict = strict
+        self._floor = range(floor)
         fields = [field for site in task.sites for field in site.signature.output_fields.items()]
         self._annotations = {name: info.annotation for name, info in fields}
         self._latest: tuple[Rollout, ...] = ()
@@ -94,7 +94,7 @@ class Evaluator:
             def again(indices: Sequence[int]) -> list[Rollout]:
                 return run([(uncached(runs[at][0]), runs[at][1]) for at in indices])
 
-            done = task.servers.settled(run(runs), again, probe=self._probe(), strict=self._strict)
+            done = task.servers.settled(run(runs), again, probe=self._probe(), must=self._floor)
             refuse_dead_lm(done, len({row for _, row in pairs}), self._probe())
         meter.add("generation", runs=len(runs))
         self._latest = tuple(done)
@@ -143,7 +143,9 @@ class Evaluator:
         task = self._task
         asked = [index for index, output in enumerate(outputs) if output.error is None and task.criteria is not None]
         questions = [Question(Judge, self._case(outputs[index]), self._verdict) for index in asked]
-        answers = self._asker.ask("evaluation", task.judge_lm, questions, strict=self._strict)
+        answers = self._asker.ask(
+            "evaluation", task.judge_lm, questions, must=[at for at, index in enumerate(asked) if index in self._floor]
+        )
         if asked and not self._meter.spent()["evaluation"]["answered"]:
             raise JudgeError(
                 f"The judge gave no usable verdict on any of {len(asked)} outputs, each asked "

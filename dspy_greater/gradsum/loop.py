@@ -123,7 +123,7 @@ class Loop:
         """
         self._meter.lift_limits()
         task = self._task
-        validation = Evaluator(task, task.validation, self._asker, self._meter, strict=True)
+        validation = Evaluator(task, task.validation, self._asker, self._meter, floor=len(task.validation))
         outputs = validation.evaluate(finalists, range(len(task.validation)))
         refuse_useless_metric(*([output.error for output in each] for each in outputs), rows="validation rows")
         return outputs

@@ -40,9 +40,9 @@ class Rollout:
     """One run of a program on one row: the last call of each predictor, and the metric's score.
 
     `error` says why the run or the metric failed; such a row has the failure score. `failure` is the kind of that
-    error, and `source` says who raised it. `feedback` is the metric's, and `trace` every call in its order. `faults` are
-    those of servers that the program or the metric asked: where there are any, nobody answered, and the score says
-    nothing.
+    error, and `source` says who raised it. `feedback` is the metric's, and `trace` every call in its order.
+    `faults` are those of servers that the program or the metric asked: where there are any, nobody answered, and
+    the score says nothing.
     """
 
     calls: Mapping[str, PredictorCall]

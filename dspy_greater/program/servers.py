@@ -2,8 +2,8 @@
 
 A row that no model answered is no row: it is asked again, past all caches, until it is answered, or until
 `max_outage_seconds` have gone by without any answer; then `OutageError` ends whatever the row was for. What tells
-an outage from a prompt that a server cannot take is a run that worked before: where that is answered, and the row is
-not, again and again, the row is the prompt's fault.
+an outage from a prompt that a server cannot take is a run that worked before: where that is answered, and the row
+times out or breaks the server, again and again, the row is the prompt's fault.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -21,6 +21,7 @@ from dspy_greater.program.faults import ServerFault
 
 _LOG = logging.getLogger(__name__)
 _STRIKES = 3  # times that a row is asked again in vain while what worked before is answered
+_OF_PROMPTS = ("server error", "timeout")  # what a prompt may bring about
 _PASSING = ("rate limit", "server error", "timeout")  # worth waiting for where no server has ever answered
 FIRST_WAIT = 0.2  # seconds; doubled from one try to the next
 LONGEST_WAIT = 30.0
@@ -93,7 +94,7 @@ class Servers:
         again: Callable[[Sequence[int]], Sequence[Outcome]],
         *,
         probe: Callable[[], Asked] | None = None,
-        strict: bool = False,
+        must: Container[int] = (),
     ) -> list[Outcome]:
         """What came of asking, once everything is answered.
 
@@ -101,7 +102,7 @@ class Servers:
             done: what came of it at first.
             again: asks those with these indices again, past all caches.
             probe: asks what was answered before; by default one of `done` that was.
-            strict: nothing may stay unanswered. Otherwise what only the prompt can be blamed for may.
+            must: indices that may not stay without an answer, whatever they ask.
 
         Raises:
             OutageError: no answer came for `max_outage_seconds`.
@@ -116,11 +117,11 @@ class Servers:
         while waiting:
             tries.wait(found[waiting[0]].faults[-1])
             left = self._ask(found, again, waiting[:1])
-            alive = not left or (not strict and probe is not None and not self._unanswered([probe()], [0]))
+            alive = not left or (probe is not None and not self._unanswered([probe()], [0]))
             rest = self._ask(found, again, waiting[1:]) if alive else waiting[1:]
             tries.count(progress=len(left) + len(rest) < len(waiting), alive=alive)
             waiting = [*rest, *left]  # another one first, the next time
-            if tries.strikes >= _STRIKES and not any(_is_limit(found[index]) for index in waiting):
+            if tries.strikes >= _STRIKES and not any(at in must or not _of_prompt(found[at]) for at in waiting):
                 break
         tries.over()
         return found
@@ -168,8 +169,8 @@ class _Tries:
             raise OutageError(
                 f"No language model answered for {now - self._since:.0f} seconds, and max_outage_seconds="
                 f"{self._limit:g} ({fault.kind}); the last that was heard is {fault.text[:500]}\nAn outage says "
-                "nothing of an instruction, so what was under way is given up. See to the server, or leave the row out that it "
-                "cannot take. A run with a log_dir goes on from its last step once that works."
+                "nothing of an instruction, so what was under way is given up. See to the server, or leave out the row "
+                "that it cannot take. A run with a log_dir goes on from its last step once that works."
             )
         time.sleep(min(max(self._delay, fault.retry_after or 0.0), left))
 
@@ -190,5 +191,5 @@ def _asking(again: Callable[[Sequence[int]], Sequence[Outcome]], index: int) -> 
     return lambda: again([index])[0]
 
 
-def _is_limit(asked: Asked) -> bool:
-    return any(fault.kind == "rate limit" for fault in asked.faults)
+def _of_prompt(asked: Asked) -> bool:
+    return all(fault.kind in _OF_PROMPTS for fault in asked.faults)

@@ -43,7 +43,8 @@ def validation_scores(
 
     Raises:
         MetricError: the metric failed on every row of every finalist, so that its zeros compare nothing.
-        OutageError: a server gave no answer on a row, for longer than the run waits.
+        OutageError: a server gave no answer on a row of the first finalist, or on no row at all, for longer than the
+            run waits.
         ProgramError: the language model never answered.
     """
     programs = [searching_copy(program, texts) for texts in finalists]
@@ -62,7 +63,7 @@ def validation_scores(
     def again(indices: Sequence[int]) -> list[Rollout]:
         return ran([(uncached(pairs[at][0]), pairs[at][1]) for at in indices])
 
-    done = run.servers.settled(ran(pairs), again, strict=True)  # a row without an answer would compare nothing
+    done = run.servers.settled(ran(pairs), again, must=range(len(rows)))  # the floor is the student's
     refuse_dead_lm(done, len(rows))
     rollouts = [done[start : start + len(rows)] for start in range(0, len(done), len(rows))]
     refuse_useless_metric(*([each.error for each in group] for group in rollouts), rows="validation rows")

@@ -16,8 +16,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Fault = Literal["die", "refuse", "429", "429 now", "500", "503", "html", "empty", "no choices", "garbage", "hang"]
+Fault = Literal["die", "429", "429 now", "500", "503", "html", "empty", "no choices", "garbage", "hang"]
 Answerer = Callable[[Sequence[Mapping[str, Any]]], str]  # messages -> the answer's text
+Faults = Callable[[int, str], "Fault | None"]  # number and body of a request -> what it meets
 FAULTS: tuple[Fault, ...] = ("die", "429", "429 now", "500", "503", "html", "empty", "no choices", "garbage", "hang")
 
 _HTML = b"<!doctype html><html><body><h1>It works!</h1></body></html>"
@@ -128,12 +129,12 @@ class StandIn:
 class FaultProxy:
     """Forwards to `upstream`, and does something else where `faults` says so.
 
-    `faults` is asked with the number of the chat request, from 0, and says which fault it meets, or None.
+    `faults` is asked with the number of the chat request, from 0, and its body, and says which fault it meets, or None.
     `seen` holds what every chat request met.
     """
 
     upstream: str
-    faults: Callable[[int], Fault | None] = lambda number: None
+    faults: Faults = lambda number, body: None
     hang: float = 60.0
     retry_after: str = "1"
     url: str = ""
@@ -153,8 +154,8 @@ class FaultProxy:
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                fault = proxy.next_fault()
-                if fault in ("die", "refuse"):
+                fault = proxy.next_fault(body.decode())
+                if fault == "die":
                     self.close_connection = True
                     return
                 if fault == "hang":
@@ -173,10 +174,10 @@ class FaultProxy:
             finally:
                 self._ended.set()
 
-    def next_fault(self) -> Fault | None:
+    def next_fault(self, body: str) -> Fault | None:
         """What the next chat request meets."""
         with self._lock:
-            fault = self.faults(len(self.seen))
+            fault = self.faults(len(self.seen), body)
             self.seen.append(fault)
         return fault
 
@@ -196,11 +197,11 @@ class FaultProxy:
                 connection.close()
 
 
-def outage(start: int, *, seconds: float, fault: Fault = "503") -> Callable[[int], Fault | None]:
+def outage(start: int, *, seconds: float, fault: Fault = "503") -> Faults:
     """A fault that begins with request `start` and lasts so many seconds."""
     began: list[float] = []
 
-    def faults(number: int) -> Fault | None:
+    def faults(number: int, body: str) -> Fault | None:
         if number < start:
             return None
         began.append(time.monotonic())
@@ -209,6 +210,11 @@ def outage(start: int, *, seconds: float, fault: Fault = "503") -> Callable[[int
     return faults
 
 
-def every(count: int, fault: Fault) -> Callable[[int], Fault | None]:
+def every(count: int, fault: Fault) -> Faults:
     """A fault that every `count`-th request meets, the first one not among them."""
-    return lambda number: fault if number % count == count - 1 else None
+    return lambda number, body: fault if number % count == count - 1 else None
+
+
+def between(start: int, stop: float, fault: Fault) -> Faults:
+    """A fault that the requests from `start` up to `stop` meet."""
+    return lambda number, body: fault if start <= number < stop else None

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from json import JSONDecodeError
 from typing import Any, Literal
 
-import httpx
 from dspy.utils.exceptions import (
     LMAuthError,
     LMBillingError,
@@ -141,9 +140,9 @@ def _kind(error: BaseException, chain: list[BaseException]) -> FaultKind | None:
         return "malformed" if error.status is None or error.status < 300 else _by_status(error.status)
     if isinstance(error, LMError):
         return None  # what it was raised from may say more
-    if isinstance(error, (TimeoutError, httpx.TimeoutException)):
+    if isinstance(error, TimeoutError):
         return "timeout"
-    if isinstance(error, (ConnectionError, httpx.TransportError)):
+    if isinstance(error, ConnectionError):
         return "unreachable"
     return _by_status(getattr(error, "status_code", None))
 

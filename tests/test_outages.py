@@ -27,7 +27,6 @@ from dspy_greater.errors import GreaterError, OutageError, ProgramError, Unvalid
 from dspy_greater.program import servers
 from dspy_greater.program.faults import ServerFault
 from dspy_greater.program.servers import Servers
-from dspy_greater.run.journal import Journal
 
 TRAIN, VALIDATION = planted_rows(24)[:4], planted_rows(24)[8:12]
 MODEL = planted_engine().model
@@ -186,19 +185,10 @@ def test_a_server_that_dies_in_a_step_leaves_no_trace_in_the_journal_and_the_run
     proxy.faults = between(SEED_RUN + STEP + 1, math.inf, "503")
     with pytest.raises(UnvalidatedError, match="after step 1 of 2 of predictor `predict`: OutageError: No language mo"):
         compiled(student(proxy.url), max_outage_seconds=0.3, log_dir=tmp_path)
-    with Journal.open(tmp_path, json_identity(tmp_path)) as journal:
-        recorded = journal.recorded()
-    assert [type(each).__name__ for each in recorded] == ["SearchStarted", "StepTaken"]
-    assert bits(recorded[1]) == bits(undisturbed.detailed_results.steps[0])
+    kept = (tmp_path / "journal.jsonl").read_text()
+    assert [kept.count(f'"{kind}"') for kind in ("SearchStarted", "StepTaken", "Validated")] == [1, 1, 0]
     proxy.faults = between(0, 0, "503")
     assert same_steps(compiled(student(proxy.url), max_outage_seconds=7.0, log_dir=tmp_path), undisturbed)
-
-
-def json_identity(folder: Path) -> Any:
-    import json
-
-    [header, *_] = (folder / "journal.jsonl").read_text().splitlines()
-    return json.loads(header[header.index("{") :])["identity"]
 
 
 def same_steps(found: Any, undisturbed: Any) -> bool:
@@ -207,11 +197,11 @@ def same_steps(found: Any, undisturbed: Any) -> bool:
 
 
 def test_a_server_that_is_back_for_the_final_comparison_returns_what_was_found(proxy: FaultProxy) -> None:
-    proxy.faults = outage_of_a_step = between(SEED_RUN + STEP + 1, SEED_RUN + STEP + 9, "503")
+    proxy.faults = between(SEED_RUN + STEP + 1, SEED_RUN + STEP + 4, "503")
     with pytest.warns(RuntimeWarning, match="ended early, after step 1 of 2 of predictor `predict`: OutageError"):
         found = compiled(student(proxy.url), max_outage_seconds=0.0)
     details = found.detailed_results
-    assert outage_of_a_step and len(details.steps) == 1 and details.score >= details.seed_score
+    assert len(details.steps) == 1 and details.score >= details.seed_score
     assert "OutageError" in details.stopped_by
 
 
@@ -229,7 +219,7 @@ def test_where_a_row_of_the_seeds_final_comparison_is_not_answered_nothing_is_re
 
 
 def test_a_row_that_breaks_the_server_again_and_again_is_a_mistake_as_before(proxy: FaultProxy) -> None:
-    row = TRAIN[1].question
+    row = f"]]\\n{TRAIN[1].question}\\n"
     proxy.faults = lambda number, body: "500" if row in body else None
     with pytest.warns(RuntimeWarning, match="The program failed on 1 of 4 training rows, which count as mistakes"):
         details = compiled(student(proxy.url)).detailed_results
@@ -292,7 +282,8 @@ def test_two_servers_with_one_name_never_share_answers(proxy: FaultProxy, model:
     compiled(student(proxy.url, cache=True))
     assert len(model.asked) == asked  # the same server is not asked twice
     with StandIn(lambda messages: "nothing that parses").serving() as other:
-        assert compiled(student(other.url, cache=True)).score == 0.0
+        with pytest.warns(RuntimeWarning, match="The program failed on all 4 training rows"):
+            assert compiled(student(other.url, cache=True)).score == 0.0
         assert other.asked
 
 

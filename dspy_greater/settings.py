@@ -95,7 +95,7 @@ class Settings:
     max_metric_calls: int | None = None  # runs of the program on a row, counted and bounded in the same way
     max_seconds: float | None = None  # of the whole search, without the final validation
     max_outage_seconds: float = 300.0  # without an answer from a server, after which the run stops; 0 waits for none
-    request_timeout: float = 300.0  # seconds that a server may take for an answer, where the LM has no timeout itself
+    request_timeout: float = 600.0  # seconds that a server may take for an answer, where the LM has no timeout itself
 
     @classmethod
     def of(cls, auto: Auto | None, **overrides: object) -> Settings:

@@ -46,7 +46,7 @@ class GradSumSettings:
     max_lm_tokens: int | None = None  # prompt and completion tokens of the whole run
     max_seconds: float | None = None  # after which no iteration begins; recorded ones count when a run is resumed
     max_outage_seconds: float = 300.0  # without an answer from a server, after which the run stops; 0 waits for none
-    request_timeout: float = 300.0  # seconds that a server may take for an answer, where the LM has no timeout itself
+    request_timeout: float = 600.0  # seconds that a server may take for an answer, where the LM has no timeout itself
 
     @classmethod
     def of(cls, auto: Auto | None, **overrides: object) -> GradSumSettings:

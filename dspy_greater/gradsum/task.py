@@ -12,12 +12,12 @@ from dspy_greater.errors import MetricError, ProgramError, SettingsError
 from dspy_greater.gradsum.settings import GradSumSettings
 from dspy_greater.metric import Metric, RowMetric
 from dspy_greater.notices import warn_caller
+from dspy_greater.program.asked_lm import for_search
 from dspy_greater.program.dataset import as_list, check_examples, numbers_in, split
 from dspy_greater.program.fingerprint import described, described_lm, fingerprint
 from dspy_greater.program.inputs import refuse_strange_inputs
 from dspy_greater.program.predictors import PredictorSite, predictors_of, refuse_unusable
 from dspy_greater.program.rollout import pin_lms, renamed
-from dspy_greater.program.served_lm import for_search
 from dspy_greater.program.servers import Servers
 from dspy_greater.run.serialise import JSON
 

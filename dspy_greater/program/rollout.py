@@ -18,11 +18,11 @@ from dspy_greater.errors import ProgramError
 from dspy_greater.lm.local import LocalEngine
 from dspy_greater.lm.request import PROVIDER
 from dspy_greater.metric import Score
+from dspy_greater.program.asked_lm import for_search
 from dspy_greater.program.copies import with_instructions
 from dspy_greater.program.failures import Failure
 from dspy_greater.program.faults import ServerFault, ServerUsage, is_served
 from dspy_greater.program.predictors import predictor_names, predictors_of
-from dspy_greater.program.served_lm import for_search
 from dspy_greater.program.servers import Spent
 from dspy_greater.program.traced_run import Result, carrying, hearing_faults, trace_calls
 from dspy_greater.program.tracing import PredictorCall

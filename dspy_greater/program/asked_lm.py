@@ -13,13 +13,15 @@ from typing import Any
 
 import dspy
 
+from dspy_greater.lm.served import ServerPool
 from dspy_greater.program.faults import is_served
 
 
 def for_search(lm: Any, *, weights: str = "", timeout: float | None = None) -> Any:
     """A copy of an LM on a server whose cached answers are of this server and these weights alone.
 
-    In-process LMs, and those whose engine or `forward` is somebody's own, are returned as they are.
+    In-process LMs, and those whose engine or `forward` is somebody's own, are returned as they are. A `served_lm` has
+    its timeout itself.
 
     Args:
         lm: the LM; it is not changed.
@@ -40,7 +42,7 @@ def for_search(lm: Any, *, weights: str = "", timeout: float | None = None) -> A
         # No part of a request: DSPy keeps it to tell cached answers apart.
         digest = hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
         changes["rollout_id"] = f"dspy_greater/{digest[:24]}"
-    if timeout is not None and lm.kwargs.get("timeout") is None:
+    if timeout is not None and isinstance(lm.engine, str) and lm.kwargs.get("timeout") is None:
         changes["timeout"] = timeout
     if not changes:
         return lm
@@ -55,6 +57,8 @@ def address_of(lm: Any) -> str:
     >>> address_of(dspy.LM("openai/model", base_url="http://127.0.0.1:8000/v1/"))
     'http://127.0.0.1:8000/v1'
     """
+    if isinstance(lm.engine, ServerPool):
+        return " ".join(sorted(lm.engine.api_bases))
     kwargs = getattr(lm, "kwargs", None) or {}
     provider = str(lm.model).split("/", 1)[0].upper()
     variables = (f"{provider}_API_BASE", f"{provider}_BASE_URL")
@@ -64,6 +68,6 @@ def address_of(lm: Any) -> str:
 
 def _is_dspys_own(lm: Any) -> bool:
     kind, own = type(lm), dspy.LM
-    if not isinstance(lm, own) or not isinstance(lm.engine, str):
+    if not isinstance(lm, own) or not isinstance(lm.engine, (str, ServerPool)):
         return False
     return (kind.forward, kind.aforward) == (own.forward, own.aforward) and not {"forward", "aforward"} & set(vars(lm))

@@ -136,6 +136,7 @@ def pose(
         editor_lm=editor_lm,
         settings=options.settings,
         seed=options.seed,
+        servers=Servers(options.settings.max_outage_seconds),
         numbers=numbers_in(train, trainset),
     )
     _check_budget(task)

@@ -86,7 +86,7 @@ def server_fault(error: BaseException | None) -> ServerFault | None:
     True
     """
     chain = list(causes(error))
-    kinds = [found for each in chain if (found := _kind(each, chain)) is not None]
+    kinds: list[FaultKind] = [found for each in chain if (found := _kind(each, chain)) is not None]
     if not kinds:
         return None
     waits = [each.retry_after for each in chain if isinstance(each, LMError) and each.retry_after is not None]

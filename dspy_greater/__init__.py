@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dspy_greater.errors import GreaterError
     from dspy_greater.gradsum import GradSum, GradSumTeleprompter
     from dspy_greater.lm.local import local_lm
+    from dspy_greater.lm.served import served_lm
     from dspy_greater.optimizer import GReaTer, GReaTerTeleprompter
     from dspy_greater.settings import Settings
 
@@ -37,6 +38,7 @@ __all__ = [
     "Settings",
     "__version__",
     "local_lm",
+    "served_lm",
 ]
 
 _HOME = {
@@ -47,6 +49,7 @@ _HOME = {
     "GreaterError": "errors",
     "Settings": "settings",
     "local_lm": "lm",
+    "served_lm": "lm",
 }
 
 

@@ -60,6 +60,10 @@ class UnvalidatedError(GreaterError, RuntimeError):
         self.program, self.detailed_results = program, detailed_results
 
 
+class OutageError(GreaterError, ConnectionError):
+    """A language model on a server gave no answer for as long as the run may wait; nothing can be said of a prompt."""
+
+
 class WeightsError(GreaterError, ValueError):
     """No open weights are known for a predictor's LM, or they could not be loaded."""
 

@@ -18,7 +18,7 @@ from dspy_greater.metric import Metric
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.dataset import as_list
 from dspy_greater.program.rendering import ProgramPrompts
-from dspy_greater.program.rollout import engines_behind
+from dspy_greater.program.rollout import asks_servers, engines_behind
 from dspy_greater.program.roundtrip import saved, write_back
 from dspy_greater.report.file import ReportFile
 from dspy_greater.report.result import CompileResult, what_stopped
@@ -210,12 +210,18 @@ class _Meter:
 
     def result(self, found: Found) -> CompileResult:
         spent = [asdict(engine.counters - before) for engine, before in self._before]
+        totals = {name: sum(part[name] for part in spent) for name in spent[0]}
+        served = self._problem.servers.spent
+        totals["generated_tokens"] += served.generated_tokens
+        if asks_servers(self._problem.program):
+            totals["prompt_tokens"] = served.prompt_tokens
         return CompileResult(
             predictors=found.predictors,
             train_rows=len(self._problem.train),
             validation_rows=len(self._problem.validation),
             seconds=time.monotonic() - self._started,
-            spent={name: sum(part[name] for part in spent) for name in spent[0]},
+            spent=totals,
+            faults=self._problem.servers.faults,
             interrupted=found.interrupted is not None,
             out_of_budget=found.out_of_budget,
             stopped_by=found.error

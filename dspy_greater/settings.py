@@ -28,7 +28,11 @@ of a server, and the final validation: at most (`finalists` + 1) x `validation_r
 `max_seconds` bounds it by the clock, from the seed's evaluation on; here the validations of earlier predictors count,
 and the final one comes on top. The search stops after the first step that reaches it. A resumed run counts the seconds
 that its journal records; replaying them costs none, and no recorded step is given up. With more of them an
-interrupted run may go on; the other two belong to the run, as does every other setting but `num_threads`.
+interrupted run may go on; the other two belong to the run, as does every other setting but `num_threads` and the two
+of servers.
+
+Where the LM is a server, a call may take `request_timeout` seconds, and after DSPy's own retries a row that was not
+answered is asked again for `max_outage_seconds` (`program.servers`): then the step is given up, and the run stops.
 """
 
 from __future__ import annotations
@@ -90,6 +94,8 @@ class Settings:
     max_generated_tokens: int | None = None  # of the whole search, without the validation; see above
     max_metric_calls: int | None = None  # runs of the program on a row, counted and bounded in the same way
     max_seconds: float | None = None  # of the whole search, without the final validation
+    max_outage_seconds: float = 300.0  # without an answer from a server, after which the run stops; 0 waits for none
+    request_timeout: float = 600.0  # seconds that a server may take for an answer, where the LM has no timeout itself
 
     @classmethod
     def of(cls, auto: Auto | None, **overrides: object) -> Settings:
@@ -112,6 +118,7 @@ class Settings:
         check_seconds(self.max_seconds)
         if not _is_finite(self.failure_score):
             raise SettingsError(f"failure_score={self.failure_score!r}: give a finite number.")
+        check_waits(self)
         for name in _NOT_NEGATIVE:
             value = getattr(self, name)
             if not _is_finite(value) or value < 0:
@@ -158,6 +165,8 @@ class Knobs(TypedDict, total=False):
     max_generated_tokens: int | None
     max_metric_calls: int | None
     max_seconds: float | None
+    max_outage_seconds: float | None
+    request_timeout: float | None
 
 
 def spelled_out(knobs: type) -> Callable[[Function], Function]:
@@ -250,6 +259,19 @@ def check_seconds(seconds: object) -> None:
     """
     if seconds is not None and (not _is_finite(seconds) or cast("float", seconds) <= 0):
         raise SettingsError(f"max_seconds={seconds!r}: give a positive number of seconds, or None for any time.")
+
+
+def check_waits(settings: Any) -> None:
+    """Raises `SettingsError` where `max_outage_seconds` or `request_timeout` is no such number of seconds.
+
+    >>> check_waits(Settings(max_outage_seconds=0))
+    """
+    if not _is_finite(settings.max_outage_seconds) or settings.max_outage_seconds < 0:
+        raise SettingsError(
+            f"max_outage_seconds={settings.max_outage_seconds!r}: give a number of seconds that is not negative."
+        )
+    if not _is_finite(settings.request_timeout) or settings.request_timeout <= 0:
+        raise SettingsError(f"request_timeout={settings.request_timeout!r}: give a positive number of seconds.")
 
 
 def _text_of(annotation: Any) -> str:

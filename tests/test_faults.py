@@ -148,6 +148,27 @@ FAULTS: dict[str, dict[str, tuple[str, ...]]] = {
         "test_problem.py": ("test_two_compiles_at_once_on_one_model_find_what_each_finds_alone",),
         "test_session.py": ("test_searches_at_once_in_threads_get_what_each_gets_alone",),
     },
+    "a server that does not answer, or answers what is no language model's": {
+        "test_outages.py": (
+            "test_a_fault_in_the_middle_of_a_step_changes_nothing",
+            "test_answers_that_are_no_language_models_are_no_mistakes_of_the_program",
+            "test_a_server_that_dies_in_a_step_leaves_no_trace_in_the_journal_and_the_run_goes_on",
+            "test_where_a_row_of_the_seeds_final_comparison_is_not_answered_nothing_is_returned_as_better",
+            "test_a_judge_that_dies_is_no_mistake_of_the_program",
+        ),
+        "test_served_outages.py": ("test_a_restart_of_the_server_in_the_middle_of_a_step_changes_nothing",),
+        "test_gradsum_outages.py": (
+            "test_an_outage_ends_the_loop_before_the_iteration_is_recorded_and_the_run_goes_on",
+            "test_a_verdict_on_the_students_output_is_never_made_up",
+        ),
+        "test_served_lm.py": ("test_a_server_that_fails_is_left_out_and_taken_back",),
+    },
+    "two servers with one name": {
+        "test_outages.py": (
+            "test_two_servers_with_one_name_never_share_answers",
+            "test_other_weights_behind_the_same_name_never_replay_old_answers",
+        ),
+    },
     "callbacks that raise": {
         "test_callbacks.py": ("test_a_callback_that_raises_is_warned_of_once_and_ends_nothing",),
     },

@@ -243,7 +243,7 @@ def test_one_pair_of_prompts_and_row_that_is_too_long_is_no_dead_server() -> Non
 
     task = posed_task(program(picky))
     meter = Meter()
-    evaluator = Evaluator(task, ROWS, Asker(meter, retries=0, threads=1), meter)
+    evaluator = Evaluator(task, ROWS, Asker(meter, task.servers, retries=0, threads=1), meter)
     evaluator.evaluate([{"predict": SEED}], [0, 1, 2])
     evaluator.evaluate([{"predict": "Level 9."}], [3])
     [[output]] = evaluator.evaluate([{"predict": SEED}], [3])

@@ -28,7 +28,7 @@ from dspy_greater.errors import MetricError, ProgramError
 from dspy_greater.metric import RowMetric
 from dspy_greater.program.rollout import pin_lms, roll_out, searching_copy
 from dspy_greater.program.traced_run import carrying
-from dspy_greater.program.validation import validation_scores
+from dspy_greater.program.validation import Validating, validation_scores
 
 ROWS = planted_rows(6)
 MATCH = RowMetric(exact_match)
@@ -332,7 +332,7 @@ def test_a_metric_that_fails_on_all_validation_rows_of_all_finalists_is_refused(
     with pytest.raises(
         MetricError, match="The metric failed on all 6 validation rows; on the first, the metric raised AttributeError"
     ):
-        validation_scores(program, finalists, ROWS, RowMetric(metric), threads=1)
+        validation_scores(program, finalists, ROWS, RowMetric(metric), run=Validating(threads=1))
 
 
 def test_a_pinned_program_carries_the_lm_it_would_use_now() -> None:
@@ -376,5 +376,5 @@ def test_validation_runs_programs_as_they_are_deployed_and_the_search_does_not()
     metric = RowMetric(lambda example, prediction, trace=None: True)
     roll_out([program], [row], metric, threads=1)
     roll_out([program], [row], metric, threads=1, deployed=True)
-    validation_scores(program, [{}], [row], metric, threads=1)
+    validation_scores(program, [{}], [row], metric, run=Validating(threads=1))
     assert seen == [False, True, True]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import dspy
@@ -14,7 +15,15 @@ from dspy_greater.gradsum.ask import Asker, Question
 from dspy_greater.gradsum.meter import Meter
 from dspy_greater.gradsum.modules import Judge
 from dspy_greater.gradsum.task import Prompts, Task
-from dspy_greater.program.rollout import Rollout, refuse_dead_lm, run_pairs, run_uncached, searching_copy, unscored
+from dspy_greater.program.rollout import (
+    Rollout,
+    refuse_dead_lm,
+    run_pairs,
+    run_uncached,
+    searching_copy,
+    uncached,
+    unscored,
+)
 from dspy_greater.prompt.gold import labels_as_text
 from dspy_greater.run.events import Output
 from dspy_greater.stats import mean
@@ -29,10 +38,12 @@ class Evaluator:
     Args:
         task: program, rows, criteria and metric.
         rows: the rows that indices refer to.
+        floor: how many of the rows that are asked for first may not stay without an answer.
     """
 
-    def __init__(self, task: Task, rows: Sequence[Any], asker: Asker, meter: Meter) -> None:
+    def __init__(self, task: Task, rows: Sequence[Any], asker: Asker, meter: Meter, *, floor: int = 0) -> None:
         self._task, self._rows, self._asker, self._meter = task, rows, asker, meter
+        self._floor = range(floor)
         fields = [field for site in task.sites for field in site.signature.output_fields.items()]
         self._annotations = {name: info.annotation for name, info in fields}
         self._latest: tuple[Rollout, ...] = ()
@@ -54,6 +65,7 @@ class Evaluator:
             BudgetSpent: they do not fit into the budget.
             JudgeError: the judge gave no usable verdict on any of them.
             MetricError: the metric returned something that is not a score, the first time; later that is a mistake.
+            OutageError: a server gave no answer for longer than the run waits.
             ProgramError: the program's language model could not be called, not even once, nor where it had answered.
         """
         wanted = [(prompts, row) for prompts in beam for row in rows]
@@ -71,13 +83,18 @@ class Evaluator:
         runs = [(programs[_key(prompts)], self._rows[row]) for prompts, row in pairs]
         metric = unscored if task.metric is None else task.metric.late if self._known else task.metric
         with meter.counting("generation"):
-            done = run_pairs(
-                runs,
-                metric,
+            run = partial(
+                run_pairs,
+                metric=metric,
                 threads=task.settings.num_threads,
                 refuse_dead=False,
                 failure_score=task.settings.failure_score,
             )
+
+            def again(indices: Sequence[int]) -> list[Rollout]:
+                return run([(uncached(runs[at][0]), runs[at][1]) for at in indices])
+
+            done = task.servers.settled(run(runs), again, probe=self._probe(), must=self._floor)
             refuse_dead_lm(done, len({row for _, row in pairs}), self._probe())
         meter.add("generation", runs=len(runs))
         self._latest = tuple(done)
@@ -126,7 +143,9 @@ class Evaluator:
         task = self._task
         asked = [index for index, output in enumerate(outputs) if output.error is None and task.criteria is not None]
         questions = [Question(Judge, self._case(outputs[index]), self._verdict) for index in asked]
-        answers = self._asker.ask("evaluation", task.judge_lm, questions)
+        answers = self._asker.ask(
+            "evaluation", task.judge_lm, questions, must=[at for at, index in enumerate(asked) if index in self._floor]
+        )
         if asked and not self._meter.spent()["evaluation"]["answered"]:
             raise JudgeError(
                 f"The judge gave no usable verdict on any of {len(asked)} outputs, each asked "

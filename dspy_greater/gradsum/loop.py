@@ -43,7 +43,7 @@ class Loop:
     def __init__(self, task: Task, meter: Meter, uncalled: Iterable[str] = ()) -> None:
         settings = task.settings
         self._task, self._meter = task, meter
-        self._asker = Asker(meter, retries=settings.retries, threads=settings.num_threads)
+        self._asker = Asker(meter, task.servers, retries=settings.retries, threads=settings.num_threads)
         self._training = Evaluator(task, task.train, self._asker, meter)
         self.uncalled = frozenset(uncalled)
         self._sites = {site.name: site for site in task.edited if site.name not in self.uncalled}
@@ -118,11 +118,12 @@ class Loop:
         Raises:
             JudgeError: the judge gave no usable verdict.
             MetricError: the metric failed on every row.
+            OutageError: a server gave no answer for longer than the run waits.
             ProgramError: the language model never answered.
         """
         self._meter.lift_limits()
         task = self._task
-        validation = Evaluator(task, task.validation, self._asker, self._meter)
+        validation = Evaluator(task, task.validation, self._asker, self._meter, floor=len(task.validation))
         outputs = validation.evaluate(finalists, range(len(task.validation)))
         refuse_useless_metric(*([output.error for output in each] for each in outputs), rows="validation rows")
         return outputs

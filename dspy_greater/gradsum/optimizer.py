@@ -13,7 +13,7 @@ from typing import Any
 from dspy.teleprompt import Teleprompter
 from typing_extensions import Unpack
 
-from dspy_greater.errors import SettingsError, UnvalidatedError
+from dspy_greater.errors import OutageError, SettingsError, UnvalidatedError
 from dspy_greater.gradsum.evaluate import mean_score
 from dspy_greater.gradsum.loop import Loop
 from dspy_greater.gradsum.meter import Meter
@@ -232,6 +232,8 @@ class _Run:
         except Exception as error:
             if self._nothing_to_lose():
                 raise
+            if isinstance(error, OutageError):
+                self._task.servers.stop_waiting()
             self._stop(error, f"after iteration {len(self._loop.iterations)} of {self._task.settings.iterations}")
 
     def validate(self) -> GradSumResult:
@@ -269,6 +271,7 @@ class _Run:
             validation_rows=len(task.validation),
             seconds=time.monotonic() - self._started,
             spent_by_module=by_module,
+            faults=self._task.servers.faults,
             interrupted=self._interrupted is not None,
             out_of_budget=loop.out_of_budget,
             stopped_by=self.error

@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from dspy_greater.errors import SettingsError
 from dspy_greater.scalars import plain_scalar
-from dspy_greater.settings import Auto, check_seconds, check_whole_numbers, chosen_knobs, make_plain
+from dspy_greater.settings import Auto, check_seconds, check_waits, check_whole_numbers, chosen_knobs, make_plain
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class GradSumSettings:
     max_lm_calls: int | None = None  # of the whole run, the final comparison included
     max_lm_tokens: int | None = None  # prompt and completion tokens of the whole run
     max_seconds: float | None = None  # after which no iteration begins; recorded ones count when a run is resumed
+    max_outage_seconds: float = 300.0  # without an answer from a server, after which the run stops; 0 waits for none
+    request_timeout: float = 600.0  # seconds that a server may take for an answer, where the LM has no timeout itself
 
     @classmethod
     def of(cls, auto: Auto | None, **overrides: object) -> GradSumSettings:
@@ -63,6 +65,7 @@ class GradSumSettings:
         limits = {name: 1 for name in ("max_lm_calls", "max_lm_tokens") if getattr(self, name) is not None}
         check_whole_numbers(self, limits)
         check_seconds(self.max_seconds)
+        check_waits(self)
         low, high = self._scale()
         if low >= high:
             raise SettingsError(f"judge_scale={self.judge_scale!r}: give (worst, best) with worst below best.")
@@ -105,6 +108,8 @@ class GradSumKnobs(TypedDict, total=False):
     max_lm_calls: int | None
     max_lm_tokens: int | None
     max_seconds: float | None
+    max_outage_seconds: float | None
+    request_timeout: float | None
 
 
 _PRESETS: Mapping[Auto, Mapping[str, int]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import dspy
@@ -12,14 +12,18 @@ from dspy_greater.errors import MetricError, ProgramError, SettingsError
 from dspy_greater.gradsum.settings import GradSumSettings
 from dspy_greater.metric import Metric, RowMetric
 from dspy_greater.notices import warn_caller
+from dspy_greater.program.asked_lm import for_search
 from dspy_greater.program.dataset import as_list, check_examples, numbers_in, split
 from dspy_greater.program.fingerprint import described, described_lm, fingerprint
 from dspy_greater.program.inputs import refuse_strange_inputs
 from dspy_greater.program.predictors import PredictorSite, predictors_of, refuse_unusable
 from dspy_greater.program.rollout import pin_lms, renamed
+from dspy_greater.program.servers import Servers
 from dspy_greater.run.serialise import JSON
 
 Prompts = dict[str, str]  # predictor name -> instruction
+# Settings that say how the work is done and not what comes out: a run may go on with others.
+_OF_THE_MACHINE = ("max_seconds", "max_outage_seconds", "request_timeout")
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Task:
     settings: GradSumSettings
     seed: int
     numbers: tuple[int, ...] = ()  # which rows of the caller's trainset the training rows are
+    servers: Servers = field(default_factory=Servers)  # waits for answers that do not come
 
     @property
     def seed_prompts(self) -> Prompts:
@@ -58,7 +63,7 @@ class Task:
         """What must be the same for an interrupted run to be continued."""
         return {
             "optimizer": "GRAD-SUM",
-            "settings": {name: value for name, value in asdict(self.settings).items() if name != "max_seconds"},
+            "settings": {name: value for name, value in asdict(self.settings).items() if name not in _OF_THE_MACHINE},
             "seed": self.seed,
             "task_description": self.description,
             "criteria": self.criteria,
@@ -111,9 +116,12 @@ def pose(
     refuse_strange_inputs(student, trainset)
     refuse_strange_inputs(student, valset or (), name="valset")
     train, validation = split(trainset, valset, settings=options.settings, seed=options.seed)
-    program = pin_lms(student)
+    timeout = options.settings.request_timeout
+    program = pin_lms(student, timeout=timeout)
     sites = predictors_of(program)
-    judge_lm, gradient_lm, editor_lm = map(renamed, _resolved(options.lms, sites))
+    judge_lm, gradient_lm, editor_lm = (
+        for_search(renamed(lm), timeout=timeout) for lm in _resolved(options.lms, sites)
+    )
     task = Task(
         description=options.description,
         criteria=options.criteria,
@@ -128,6 +136,7 @@ def pose(
         editor_lm=editor_lm,
         settings=options.settings,
         seed=options.seed,
+        servers=Servers(options.settings.max_outage_seconds),
         numbers=numbers_in(train, trainset),
     )
     _check_budget(task)

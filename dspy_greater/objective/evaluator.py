@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from dataclasses import field as made_by
 from functools import partial
 from random import Random
 from typing import Any
@@ -30,14 +31,17 @@ from dspy_greater.program.copies import with_instructions
 from dspy_greater.program.predictors import PredictorSite
 from dspy_greater.program.rollout import (
     Rollout,
-    asked_of_servers,
+    asks_servers,
     engines_behind,
     refuse_dead_lm,
     run_pairs,
     run_uncached,
     searching_copy,
+    spent_on_servers,
+    uncached,
 )
 from dspy_greater.program.sent import differences, refuse_differences, refuse_ignored_signature, warn_of_lost_thoughts
+from dspy_greater.program.servers import Servers, Spent
 from dspy_greater.prompt.layout import Layout, Supervised
 from dspy_greater.settings import Settings
 from dspy_greater.stats import mean
@@ -65,6 +69,7 @@ class Objective:
         metric: the user's metric on the whole program's prediction.
         extractor: text between reasoning and answer.
         fixed: the leading text of the instruction that may not change.
+        servers: waits for answers that do not come, and counts them.
     """
 
     program: Any
@@ -74,6 +79,7 @@ class Objective:
     metric: RowMetric
     extractor: str | None = None
     fixed: str = ""
+    servers: Servers = made_by(default_factory=Servers)
 
 
 class Evaluator:
@@ -101,7 +107,8 @@ class Evaluator:
         self._laid_out: dict[tuple[int, str], tuple[ReasonedSequence, ...]] = {}
         self._engines = list({id(each): each for each in [engine, *engines_behind(objective.program)]}.values())
         self._first: Evaluation | None = None
-        self._runs = self._served_tokens = 0
+        self._runs, self._served, self._servers = 0, Spent(), objective.servers
+        self._asks_servers = asks_servers(objective.program)
 
     def _lay_out(self, called: CalledAs) -> None:
         self.called = called
@@ -169,8 +176,7 @@ class Evaluator:
         at = next((i for i, each in enumerate(rollouts) if brings_a_signature(each, name)), None)
         if at is not None:  # does it take the predictor's instruction along?
             copied = searching_copy(self._program, {name: f"{self._site.instruction} {_MORE}"})
-            [again] = run_pairs([(copied, self._rows[at])], self._metric, threads=1, refuse_dead=False)
-            self._count([again])
+            [again] = self._settled([(copied, self._rows[at])], partial(run_pairs, metric=self._metric, threads=1))
             asked = dict(copied.named_predictors())[name].signature.instructions
             refuse_ignored_signature(name, asked, scored_calls([again], name, every=True))
 
@@ -209,10 +215,12 @@ class Evaluator:
     def spent(self, since: Mapping[str, int] | None = None) -> dict[str, int]:
         """What was computed so far, or since an earlier answer: the counters of all engines, and `runs` on a row.
 
-        What a server wrote counts as generated tokens, too.
+        What a server wrote counts as generated tokens, too, and where one is asked, `prompt_tokens` are what it read.
         """
         counted = asdict(sum((engine.counters for engine in self._engines), Counters()))
-        counted["generated_tokens"] += self._served_tokens
+        counted["generated_tokens"] += self._served.generated_tokens
+        if self._asks_servers:
+            counted["prompt_tokens"] = self._served.prompt_tokens
         counted["runs"] = self._runs
         return {name: count - (since[name] if since else 0) for name, count in counted.items()}
 
@@ -270,30 +278,46 @@ class Evaluator:
         """Programs on rows; the session generates where they run on the very model whose instruction is evaluated."""
         generate = session.generate if engines_behind(self._program) == [self.engine] else None
         metric = self._metric if self._first is None else self._metric.late
-        threads = self._settings.num_threads
-        done = run_pairs(
-            pairs,
-            metric,
-            threads=threads,
-            refuse_dead=False,
+        run = partial(
+            run_pairs,
+            metric=metric,
+            threads=self._settings.num_threads,
             generate=generate,
             failure_score=self._settings.failure_score,
         )
-        self._count(done)
+        return self._settled(pairs, run)
+
+    def _settled(self, pairs: Sequence[tuple[Any, Any]], run: Callable[..., list[Rollout]]) -> list[Rollout]:
+        """The runs of programs on rows, once every row is answered, or is at fault itself."""
+        probe = None if self._first is None else partial(self._ask_again, self._first)
+
+        def again(indices: Sequence[int]) -> list[Rollout]:
+            return run([(uncached(pairs[at][0]), pairs[at][1]) for at in indices], refuse_dead=False)
+
+        done = self._servers.settled(run(pairs, refuse_dead=False), again, probe=probe)
+        self._runs += len(done)
+        self.count(done)
         return done
 
     def _probe(self, answered: Evaluation) -> Rollout:
-        row = min(answered.rows, key=lambda row: (row.error is not None, not row.written))
-        program = with_instructions(self._program, {self._site.name: answered.instruction})
-        probed = run_uncached(program, self._rows[row.row], threads=self._settings.num_threads)
-        self._count([probed])
+        probed = self._ask_again(answered)
+        self._runs += 1
+        self.count([probed])
         return probed
 
-    def _count(self, rollouts: Sequence[Rollout]) -> None:
-        self._runs += len(rollouts)
-        encode = self.engine.tokenizer.encode
-        answers = asked_of_servers(self._program, rollouts)
-        self._served_tokens += sum(len(encode(text, add_special_tokens=False)) for text in answers)
+    def _ask_again(self, answered: Evaluation) -> Rollout:
+        """The student's run on a row that it was answered on, past all caches."""
+        row = min(answered.rows, key=lambda row: (row.error is not None, not row.written))
+        program = with_instructions(self._program, {self._site.name: answered.instruction})
+        return run_uncached(program, self._rows[row.row], threads=self._settings.num_threads)
+
+    def count(self, rollouts: Sequence[Rollout]) -> None:
+        """Count what servers read and wrote in these runs."""
+        if self._asks_servers:
+            encode = partial(self.engine.tokenizer.encode, add_special_tokens=False)
+            spent = spent_on_servers(rollouts, lambda text: len(encode(text)))
+            self._served += spent
+            self._servers.count(spent)
 
     def _score(
         self, instructions: Sequence[Instruction], drafts: Sequence[Sequence[RowOutcome]], session: Model

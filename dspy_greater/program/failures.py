@@ -6,12 +6,13 @@ are its causes: an error that was raised `from` a language model's is the langua
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 from dspy.primitives.code_interpreter import CodeInterpreterError
 from dspy.utils.callback import BaseCallback
 from dspy.utils.exceptions import AdapterParseError, LMError
+
+from dspy_greater.program.faults import ServerFault, causes, empty_answer, is_served, server_fault
 
 Failure = Literal["parse", "lm", "setup", "program"]
 Part = Literal["lm", "tool", "interpreter", "predictor"]
@@ -23,9 +24,33 @@ class FailureListener(BaseCallback):
     def __init__(self) -> None:
         self._heard: list[tuple[BaseException, Part, str]] = []  # those that arose further inside come first
         self._tools: dict[str, str] = {}
+        self._served: dict[str, tuple[Any, Any]] = {}  # call id -> the LM on a server that is asked, and the messages
+        self._faults: list[ServerFault] = []
+
+    @property
+    def faults(self) -> tuple[ServerFault, ...]:
+        """What servers did instead of answering, call by call."""
+        return tuple(self._faults)
+
+    def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        if is_served(instance):
+            self._served[call_id] = instance, inputs.get("messages")
 
     def on_lm_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
         self.hear(exception, "lm")
+        served = self._served.pop(call_id, None)
+        if served is None:
+            return
+        fault = empty_answer(*served, outputs) if exception is None else server_fault(exception)
+        if fault is not None:
+            self._faults.append(fault)
+
+    def faults_behind(self, error: BaseException) -> tuple[ServerFault, ...]:
+        """What servers did instead of answering in a run that this error ended, called out of DSPy's hearing too."""
+        unheard = None
+        if self.is_lms(error) and not any(part == "lm" for _, part, _ in self._heard):
+            unheard = server_fault(error)
+        return self.faults if unheard is None else (*self.faults, unheard)
 
     def on_tool_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         self._tools[call_id] = str(getattr(instance, "name", ""))
@@ -79,18 +104,3 @@ class FailureListener(BaseCallback):
 
     def _passed(self, error: BaseException, where: Part) -> bool:
         return any(heard is error and part == where for heard, part, _ in self._heard)
-
-
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it was raised from, nearest first.
-
-    >>> error = KeyError("x")
-    >>> error.__cause__ = ValueError("y")
-    >>> list(causes(error))
-    [KeyError('x'), ValueError('y')]
-    """
-    seen: list[BaseException] = []
-    while error is not None and not any(error is each for each in seen):
-        seen.append(error)
-        yield error
-        error = error.__cause__

@@ -18,10 +18,13 @@ from dspy_greater.errors import ProgramError
 from dspy_greater.lm.local import LocalEngine
 from dspy_greater.lm.request import PROVIDER
 from dspy_greater.metric import Score
+from dspy_greater.program.asked_lm import for_search
 from dspy_greater.program.copies import with_instructions
 from dspy_greater.program.failures import Failure
+from dspy_greater.program.faults import ServerFault, ServerUsage, is_served
 from dspy_greater.program.predictors import predictor_names, predictors_of
-from dspy_greater.program.traced_run import Result, carrying, trace_calls
+from dspy_greater.program.servers import Spent
+from dspy_greater.program.traced_run import Result, carrying, hearing_faults, trace_calls
 from dspy_greater.program.tracing import PredictorCall
 
 if TYPE_CHECKING:
@@ -38,6 +41,8 @@ class Rollout:
 
     `error` says why the run or the metric failed; such a row has the failure score. `failure` is the kind of that
     error, and `source` says who raised it. `feedback` is the metric's, and `trace` every call in its order.
+    `faults` are those of servers that the program or the metric asked: where there are any, nobody answered, and
+    the score says nothing.
     """
 
     calls: Mapping[str, PredictorCall]
@@ -48,6 +53,7 @@ class Rollout:
     feedback: str | None = None
     trace: tuple[PredictorCall, ...] = ()
     prediction: Any = field(default=None, compare=False)
+    faults: tuple[ServerFault, ...] = ()
 
     @property
     def lm_failed(self) -> bool:
@@ -172,11 +178,26 @@ def engines_behind(program: Any) -> list[Engine]:
     return [local.engine for local in _local_engines(site.lm for site in predictors_of(program))]
 
 
-def asked_of_servers(program: Any, rollouts: Iterable[Rollout]) -> Iterator[str]:
-    """What language models that are not in-process answered in these runs, sample by sample, with their thoughts."""
-    served = {site.name for site in predictors_of(program) if _local_engine(site.lm) is None}
-    for call in (call for rollout in rollouts for call in rollout.trace if call.predictor in served):
-        yield from (text for answer in call.samples for text in (answer.thoughts, answer.text) if text)
+def asks_servers(program: Any) -> bool:
+    """Whether any predictor calls a language model that is not in-process."""
+    return any(is_served(site.lm) for site in predictors_of(program))
+
+
+def spent_on_servers(rollouts: Iterable[Rollout], estimate: Callable[[str], int]) -> Spent:
+    """What language models that are not in-process read and wrote in these runs, for any predictor.
+
+    Theirs is the count, thoughts included; `estimate` counts the tokens of what was written where they do not tell.
+    """
+    spent = Spent()
+    for call in (call for rollout in rollouts for call in rollout.trace):
+        asked = [(sent.usage, sent.answers) for sent in call.exchanges if is_served(sent.lm)]
+        for usage, answers in asked if call.exchanges else [(None, call.samples)]:
+            told = usage or ServerUsage()
+            written = told.generated_tokens
+            if written is None:
+                written = sum(estimate(text) for each in answers for text in (each.thoughts, each.text) if text)
+            spent += Spent(told.prompt_tokens or 0, written)
+    return spent
 
 
 def searching_copy(program: Any, texts: Mapping[str, str], seed: int = 0) -> Any:
@@ -195,15 +216,18 @@ def searching_copy(program: Any, texts: Mapping[str, str], seed: int = 0) -> Any
     return copied
 
 
-def pin_lms(program: Any) -> Any:
-    """A copy of the program in which every predictor holds the LM that it would use now, `renamed`.
+def pin_lms(program: Any, *, weights: Mapping[str, str] | None = None, timeout: float | None = None) -> Any:
+    """A copy of the program in which every predictor holds the LM that it would use now, `renamed` and `for_search`.
 
-    DSPy's settings are local to a thread; a predictor that carries its LM does not depend on them.
+    DSPy's settings are local to a thread; a predictor that carries its LM does not depend on them. `weights` has the
+    identity of the weights behind a predictor, where they are known, and `timeout` is that of a server's answer.
     """
     copied = with_instructions(program, {})
     sites = predictors_of(program)
-    now = {id(site.lm): site.lm for site in sites}
-    now = {key: renamed(lm) for key, lm in now.items()}  # what several predictors share they go on sharing
+    now = {id(site.lm): (site.lm, (weights or {}).get(site.name, "")) for site in reversed(sites)}
+    now = {  # what several predictors share they go on sharing
+        key: for_search(renamed(lm), weights=known, timeout=timeout) for key, (lm, known) in now.items()
+    }
     lms = {site.name: now[id(site.lm)] for site in sites}
     for name, predictor in copied.named_predictors():
         predictor.lm = lms.get(name, predictor.lm)
@@ -241,10 +265,20 @@ def _run(
     trace = trace_calls(program, row, deployed=deployed, names=names)
     calls = {call.predictor: call for call in trace.calls}
     if trace.error is not None:
-        return Rollout(calls, 0.0, trace.error, trace.failure, trace.source, trace=trace.calls)
-    score = metric(row, trace.prediction)
+        return Rollout(calls, 0.0, trace.error, trace.failure, trace.source, trace=trace.calls, faults=trace.faults)
+    score, faults = hearing_faults(lambda: metric(row, trace.prediction))
     failure, source = (None, None) if score.error is None else ("metric", "the metric")
-    return Rollout(calls, score.value, score.error, failure, source, score.feedback, trace.calls, trace.prediction)
+    return Rollout(
+        calls,
+        score.value,
+        score.error,
+        failure,
+        source,
+        score.feedback,
+        trace.calls,
+        trace.prediction,
+        (*trace.faults, *faults),
+    )
 
 
 def _all(run: Callable[..., Result], jobs: Sequence[tuple[Any, ...]], size: int) -> list[Result]:
@@ -288,12 +322,17 @@ def refuse_dead_lm(done: Sequence[Rollout], rows: int, probe: Callable[[], Rollo
 
 def run_uncached(program: Any, row: Any, *, threads: int) -> Rollout:
     """A run of a program on a row that asks its language models themselves, and never a cache."""
+    [rollout] = run_pairs([(uncached(program), row)], unscored, threads=threads, refuse_dead=False)
+    return rollout
+
+
+def uncached(program: Any) -> Any:
+    """A copy of the program whose language models do not answer from a cache."""
     copied = with_instructions(program, {})
     for _, predictor in copied.named_predictors():
         if getattr(predictor.lm, "cache", False):
             predictor.lm = predictor.lm.copy(cache=False)
-    [rollout] = run_pairs([(copied, row)], unscored, threads=threads, refuse_dead=False)
-    return rollout
+    return copied
 
 
 def unscored(example: Any, prediction: Any) -> Score:

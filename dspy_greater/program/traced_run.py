@@ -12,7 +12,8 @@ from typing import Any, ParamSpec, TypeVar
 import dspy
 
 from dspy_greater.errors import OUTCOMES
-from dspy_greater.program.failures import Failure
+from dspy_greater.program.failures import Failure, FailureListener
+from dspy_greater.program.faults import ServerFault
 from dspy_greater.program.predictors import predictor_names, search_adapter
 from dspy_greater.program.tracing import CallRecorder, PredictorCall, described
 
@@ -24,7 +25,8 @@ Result = TypeVar("Result")
 class CallTrace:
     """One run of a program on one example; `failure` says what kind of error ended it, None for none.
 
-    `source` says in words who raised it, and `exception` is the error itself.
+    `source` says in words who raised it, and `exception` is the error itself. `faults` are those of servers that
+    were asked, whether or not they ended the run.
     """
 
     calls: tuple[PredictorCall, ...]
@@ -33,6 +35,7 @@ class CallTrace:
     failure: Failure | None = None
     source: str | None = None
     exception: BaseException | None = field(default=None, compare=False, repr=False)
+    faults: tuple[ServerFault, ...] = ()
 
 
 def trace_calls(
@@ -70,8 +73,20 @@ def trace_calls(
             prediction = run_program(program, example.inputs())
         except OUTCOMES as error:  # whatever a program raises is an outcome of the run
             failure, source = recorder.failure_of(error), recorder.source_of(error)
-            return CallTrace(recorder.calls(), None, described(error), failure, source, error)
-    return CallTrace(recorder.calls(), prediction)
+            faults = recorder.faults_behind(error)
+            return CallTrace(recorder.calls(), None, described(error), failure, source, error, faults)
+    return CallTrace(recorder.calls(), prediction, faults=recorder.faults)
+
+
+def hearing_faults(function: Callable[[], Result]) -> tuple[Result, tuple[ServerFault, ...]]:
+    """What a function returns, and what servers that it asked did instead of answering.
+
+    >>> hearing_faults(lambda: 1)
+    (1, ())
+    """
+    listener = FailureListener()
+    with dspy.context(callbacks=[*dspy.settings.get("callbacks", []), listener]):
+        return function(), listener.faults
 
 
 def run_program(program: Any, inputs: Mapping[str, Any]) -> Any:

@@ -12,6 +12,7 @@ from dspy.adapters.utils import serialize_for_json
 from dspy.utils.exceptions import AdapterParseError
 
 from dspy_greater.program.failures import FailureListener
+from dspy_greater.program.faults import ServerUsage, is_served, usage_of
 
 # Keyword arguments of a predictor's call that are no inputs: DSPy reads them itself.
 PRIVILEGED = ("demos", "signature", "lm", "config")
@@ -31,7 +32,7 @@ class Exchange:
 
     `adapter`, `signature`, `demos` and `inputs` are what the messages were rendered from; `messages` are those that
     the language model was given, None where it was not asked in messages. `options` are the call's own settings of
-    the language model. `answers` holds one entry a sample.
+    the language model. `answers` holds one entry a sample, and `usage` what a server says that they cost.
     """
 
     adapter: Any
@@ -42,18 +43,19 @@ class Exchange:
     lm: Any
     options: Mapping[str, Any]
     answers: tuple[Answer, ...]
+    usage: ServerUsage | None = None
 
 
 @dataclass(frozen=True)
 class PredictorCall:
     """One call of one predictor: its inputs, and its parsed outputs or what the model wrote instead.
 
-    `completion` is the model's text, of its first sample where there are several; `outputs` holds the fields that
-    could be parsed from it; `error` is None for a call that succeeded, and `lm_failed` says whether the language model
-    could not be called. `thoughts` is what a server returned apart
-    from that text. `sent` is the call's first question to the language model (an adapter may ask again in another
-    way, which is another prompt), `given` the names among `demos`, `signature`, `lm` and `config` that the call was
-    given, and `context_lm` the language model of a `dspy.context` around the call, None without one.
+    `completion` is the model's text, of its first sample where there are several; `outputs` holds the fields that could
+    be parsed from it; `error` is None for a call that succeeded, and `lm_failed` says whether the language model
+    could not be called. `thoughts` is what a server returned apart from that text. `sent` is the call's first
+    question to the language model (an adapter may ask again in another way, which is another prompt), `exchanges`
+    all of them, `given` the names among `demos`, `signature`, `lm` and `config` that the call was given, and
+    `context_lm` the language model of a `dspy.context` around the call, None without one.
     """
 
     predictor: str
@@ -64,6 +66,7 @@ class PredictorCall:
     lm_failed: bool = False
     thoughts: str | None = None
     sent: Exchange | None = field(default=None, compare=False, repr=False)
+    exchanges: tuple[Exchange, ...] = field(default=(), compare=False, repr=False)
     given: tuple[str, ...] = field(default=(), compare=False, repr=False)
     context_lm: Any = field(default=None, compare=False, repr=False)
 
@@ -123,6 +126,7 @@ class CallRecorder(FailureListener):
             call.exchanges.append(exchange)
 
     def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        super().on_lm_start(call_id, instance, inputs)
         with self._lock:
             call = self._open.get(active_call())
             if call is None:
@@ -138,8 +142,9 @@ class CallRecorder(FailureListener):
         with self._lock:
             asked = self._asking.pop(call_id, None)
             if asked is not None:
-                asked.messages = _snapshot(asked.messages)  # a callback of the LM's own may have changed them
-                asked.answers = _answers(outputs)
+                sent, asked.answers = asked.messages, _answers(outputs)
+                asked.messages = _snapshot(sent)  # a callback of the LM's own may have changed them
+                asked.usage = usage_of(asked.lm, sent) if exception is None and is_served(asked.lm) else None
 
     def on_adapter_parse_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         with self._lock:
@@ -187,6 +192,7 @@ class _OpenExchange:
     lm: Any = None
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     answers: tuple[Answer, ...] = ()
+    usage: ServerUsage | None = None
     parsed: list[str] = field(default_factory=list[str])  # the texts that were parsed, the last one with `failure`
     failure: AdapterParseError | None = None
     values: Mapping[str, Any] = field(default_factory=dict[str, Any])  # what the first of these texts says
@@ -197,7 +203,15 @@ class _OpenExchange:
             return None
         messages = self.messages if isinstance(self.messages, tuple) else _snapshot(self.messages)
         return Exchange(
-            self.adapter, self.signature, self.demos, self.inputs, messages, self.lm, self.options, self.answers
+            self.adapter,
+            self.signature,
+            self.demos,
+            self.inputs,
+            messages,
+            self.lm,
+            self.options,
+            self.answers,
+            self.usage,
         )
 
     def read(self) -> Answer | None:
@@ -241,6 +255,7 @@ class _OpenCall:
             lm_failed=lm_failed,
             thoughts=None if answer is None else answer.thoughts,
             sent=first.closed(),
+            exchanges=tuple(each for one in self.exchanges if (each := one.closed()) is not None),
             given=self.given,
             context_lm=self.context_lm,
         )

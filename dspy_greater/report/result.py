@@ -124,11 +124,13 @@ class CompileResult(_Validated, Plotted):
 
     Scores are means of the metric, on the metric's own scale: 0.75 is what DSPy's `Evaluate` shows as 75.0 %.
     `spent` holds what the engines counted in this process: forwards, prefilled_tokens, generated_tokens,
-    padded_tokens, lm_head_rows and backward_tokens. `out_of_budget` says why the search ended early, if
-    `max_generated_tokens`, `max_metric_calls` or `max_seconds` did it; predictors that it did not come to keep their
-    instructions and are not among `predictors`. `stopped_by` is what ended it early: "interrupt" (Ctrl-C), "SIGTERM",
-    "STOP file", "callback", "budget", or where it ended and by which error; None when it took all its steps.
-    `interrupted` is true for the first two.
+    padded_tokens, lm_head_rows and backward_tokens. Where a predictor's LM is a server, what it says that it wrote is
+    among the generated_tokens, and prompt_tokens are what it read. `faults` counts its calls that came to nothing in
+    this process, whether or not they were answered later, by kind (`program.faults`). `out_of_budget` says why the
+    search ended early, if `max_generated_tokens`, `max_metric_calls` or `max_seconds` did it; predictors that it
+    did not come to keep their instructions and are not among `predictors`. `stopped_by` is what ended it early:
+    "interrupt" (Ctrl-C), "SIGTERM", "STOP file", "callback", "budget", or where it ended and by which error; None
+    when it took all its steps. `interrupted` is true for the first two.
     """
 
     predictors: tuple[PredictorResult, ...]
@@ -140,6 +142,7 @@ class CompileResult(_Validated, Plotted):
     warm_start: WarmStart | None = None
     out_of_budget: str | None = None
     stopped_by: str | None = None
+    faults: dict[str, int] = field(default_factory=dict[str, int])
     rendering: Any = field(default=None, compare=False, repr=False)  # of the program's prompts, see `prompt`
 
     def prompt(self, example: Mapping[str, Any] | None = None, predictor: str | None = None) -> list[dict[str, Any]]:
@@ -166,8 +169,7 @@ class CompileResult(_Validated, Plotted):
         """The cost of "seed", "search" and "validation" of all predictors, what an interrupted run spent included.
 
         Each holds the counters of `spent`, and `runs`: how often the program was run on a row. Its
-        `generated_tokens` of seed and search are what `max_generated_tokens` bounds; unlike those of `spent`,
-        they count what a server wrote.
+        `generated_tokens` of seed and search are what `max_generated_tokens` bounds.
         """
         phases = [each.spent_by_phase for each in self.predictors]
         return {name: summed(phase[name] for phase in phases) for name in ("seed", "search", "validation")}
@@ -238,7 +240,9 @@ class CompileResult(_Validated, Plotted):
             lines.append(f"  {each.seed_instruction!r} -> {each.instruction!r}")
         tokens = sum(phase.get("generated_tokens", 0) for phase in self.spent_by_phase.values())
         ended = "" if self.stopped_by is None else f"; stopped by {self.stopped_by}"
-        return "\n".join([*lines, f"{self.seconds:.0f} s, {tokens:,} tokens generated{ended}"])
+        return "\n".join(
+            [*lines, f"{self.seconds:.0f} s, {tokens:,} tokens generated{told_faults(self.faults)}{ended}"]
+        )
 
 
 @dataclass(frozen=True)
@@ -263,6 +267,7 @@ class GradSumResult(_Validated):
     out_of_budget: str | None = None  # why the loop ended early, if the budget did it
     stopped_by: str | None = None  # as in `CompileResult`; None when it took all iterations
     subscores: tuple[tuple[float, ...], ...] = ()  # of the finalists, row by row
+    faults: dict[str, int] = field(default_factory=dict[str, int])  # as in `CompileResult`
 
     @property
     def prompts(self) -> dict[str, str]:
@@ -295,7 +300,8 @@ class GradSumResult(_Validated):
             lines.append(f"  iteration {each.iteration + 1}: best {', '.join(f'{part:.3g}' for part in best)}")
         lines += [f"  {name}: {self.seed_prompts[name]!r} -> {text!r}" for name, text in self.prompts.items()]
         ended = "" if self.stopped_by is None else f"; stopped by {self.stopped_by}"
-        return "\n".join([*lines, f"{self.seconds:.0f} s, {self.spent.get('calls', 0):,} LM calls{ended}"])
+        calls = f"{self.spent.get('calls', 0):,} LM calls{told_faults(self.faults)}"
+        return "\n".join([*lines, f"{self.seconds:.0f} s, {calls}{ended}"])
 
     @property
     def seed_prompts(self) -> dict[str, str]:
@@ -327,6 +333,16 @@ def what_stopped(*, interrupted: str | None, called_off: str | None, out_of_budg
     return interrupted or called_off or (None if out_of_budget is None else "budget")
 
 
+def told_faults(faults: Mapping[str, int]) -> str:
+    """Calls that came to nothing, for a result that is printed; empty where there were none.
+
+    >>> told_faults({"rate limit": 2, "malformed": 1})
+    '; calls without an answer: 2 rate limit, 1 malformed'
+    """
+    told = ", ".join(f"{count} {kind}" for kind, count in faults.items())
+    return f"; calls without an answer: {told}" if told else ""
+
+
 def new_bests(predictor: PredictorResult) -> list[StepTaken]:
     """The steps that led to a new best training objective."""
     best, found = predictor.seed.objective, list[StepTaken]()
@@ -339,7 +355,7 @@ def new_bests(predictor: PredictorResult) -> list[StepTaken]:
 
 def _outcome(result: CompileResult | GradSumResult) -> dict[str, Any]:
     names = ("score", "seed_score", "best_idx", "val_aggregate_scores", "val_subscores", "train_rows")
-    names += ("validation_rows", "seconds", "spent", "stopped_by")
+    names += ("validation_rows", "seconds", "spent", "faults", "stopped_by")
     return {name: getattr(result, name) for name in names}
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from dspy_greater.errors import CallMismatchError, UnusedPredictorError
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.called import called_as, scored_calls
-from dspy_greater.program.failures import causes
+from dspy_greater.program.faults import causes
 from dspy_greater.program.rollout import searching_copy
 from dspy_greater.program.sent import differences, refuse_context_lms, refuse_differences
 from dspy_greater.report.result import PredictorResult

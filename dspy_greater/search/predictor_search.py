@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from dspy_greater.errors import LayoutError
+from dspy_greater.errors import LayoutError, OutageError
 from dspy_greater.metric import refuse_useless_metric
 from dspy_greater.notices import warn_caller
 from dspy_greater.objective.evaluator import Evaluator, Objective
@@ -67,6 +67,7 @@ class PredictorSearch:
                 metric=problem.metric,
                 extractor=problem.extractor,
                 fixed=target.fixed,
+                servers=problem.servers,
             ),
             engine=target.engine,
             settings=problem.settings,
@@ -140,6 +141,8 @@ class PredictorSearch:
             self.interrupted = by_signal(interrupt)
         except Exception as error:  # whatever it is, hours of search may lie before it
             self.stopped_by = error
+            if isinstance(error, OutageError):
+                self._problem.servers.stop_waiting()
 
     @property
     def found_something(self) -> bool:
@@ -222,10 +225,10 @@ class PredictorSearch:
             [{self._name: text} for text in texts],
             problem.validation,
             problem.metric,
-            threads=problem.settings.num_threads,
-            failure_score=problem.settings.failure_score,
+            run=problem.validating,
             heard=runs.extend,
         )
+        self._evaluator.count([each for group in runs for each in group])
         scores = [mean(each) for each in subscores]
         best = winner(scores)
         spent = self._evaluator.spent(before)

@@ -29,6 +29,8 @@ from dspy_greater.program.fingerprint import described, fingerprint
 from dspy_greater.program.inputs import refuse_strange_inputs, refuse_without_inputs
 from dspy_greater.program.predictors import PredictorSite, predictors_of, refuse_unsupported, refuse_unusable
 from dspy_greater.program.rollout import pin_lms
+from dspy_greater.program.servers import Servers
+from dspy_greater.program.validation import Validating
 from dspy_greater.prompt.gold import row_gold
 from dspy_greater.prompt.layout import Layout
 from dspy_greater.run.serialise import JSON
@@ -39,7 +41,7 @@ from dspy_greater.search.variants import described_step
 from dspy_greater.settings import Settings
 
 # Settings that say how the work is done and not what comes out: a run may go on with others.
-_OF_THE_MACHINE = ("num_threads", "max_seconds")
+_OF_THE_MACHINE = ("num_threads", "max_seconds", "max_outage_seconds", "request_timeout")
 
 
 Mode = Literal["rewrite", "append"]
@@ -87,7 +89,8 @@ class Target:
 class Problem:
     """All that the search needs, checked.
 
-    `numbers` says which rows of the caller's trainset the training rows are; `named` that the caller named the targets.
+    `numbers` says which rows of the caller's trainset the training rows are; `named` that the caller named the targets;
+    `servers` waits for answers and counts them.
     """
 
     program: Any  # a copy of the student in which every predictor holds its LM
@@ -102,6 +105,12 @@ class Problem:
     borrowed: Mapping[str, Any] = field(default_factory=dict[str, Any])  # LMs of predictors without one of their own
     numbers: tuple[int, ...] = ()
     named: bool = False
+    servers: Servers = field(default_factory=Servers)
+
+    @property
+    def validating(self) -> Validating:
+        """How finalists are run on the validation rows."""
+        return Validating(self.settings.num_threads, self.settings.failure_score, self.servers)
 
     def identity(self) -> dict[str, JSON]:
         """What must be the same for an interrupted run to be continued."""
@@ -193,7 +202,8 @@ def pose(
         if target.field is not None:
             refuse_unwritable_gold(target.site, target.field, train, rows)
             warn_of_misread_gold(target.site, target.field, train)
-    program = pin_lms(student)
+    identities = {target.site.name: target.engine.identity for target in targets}
+    program = pin_lms(student, weights=identities, timeout=settings.request_timeout)
     _warn_of_other_weights(sites, program)
     if step.needs_gradient:
         _warn_of_partial_gradients(targets)
@@ -210,6 +220,7 @@ def pose(
         borrowed={site.name: site.lm for site in sites if not site.own_lm},
         numbers=numbers_in(train, rows),
         named=named,
+        servers=Servers(settings.max_outage_seconds),
     )
     if len(sites) == 1:  # the inputs of later predictors are known only once the program runs
         _check_context(problem)
@@ -327,7 +338,7 @@ def _warn_of_partial_gradients(targets: Sequence[Target]) -> None:
 def _warn_of_other_weights(sites: Sequence[PredictorSite], program: Any) -> None:
     """An LM goes by the name that its weights had when it was made; DSPy's cache has their answers under it."""
     now = {site.name: site.lm for site in predictors_of(program)}
-    stale = [site.lm for site in sites if site.lm is not now[site.name] and getattr(site.lm, "cache", False)]
+    stale = [site.lm for site in sites if getattr(site.lm, "cache", False) and site.lm.model != now[site.name].model]
     if stale:
         warn_caller(
             f"The weights behind {stale[0].model!r} have changed since this LM was made. The search runs on the "

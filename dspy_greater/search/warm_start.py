@@ -127,8 +127,7 @@ def _compared(problem: Problem, texts: Sequence[dict[str, str]]) -> list[tuple[f
         texts,
         problem.validation,
         problem.metric,
-        threads=problem.settings.num_threads,
-        failure_score=problem.settings.failure_score,
+        run=problem.validating,
     )
 
 

@@ -1,0 +1,103 @@
+"""A search on the packaged model behind `transformers serve`, with faults in between, finds what it finds without."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import dspy
+import pytest
+from any_event import bits
+from fault_proxy import Fault, FaultProxy, every
+from golden_runs import exact_match, rows
+from scripted_engine import instruction_of
+from serving import Served, free_port, needs_serving, transformers_serve
+
+from dspy_greater import GReaTer, local_lm, pocket
+
+pytestmark = [pytest.mark.slow, needs_serving]
+ROWS = rows("navigate", 8)
+SETTINGS = {"steps": 2, "train_rows": 4, "validation_rows": 4, "written": 0, "phrases": 0, "progress": False}
+
+
+class Restartable:
+    """`transformers serve` on one port, which can be ended and started again."""
+
+    def __init__(self) -> None:
+        self.port, self._running = free_port(), ExitStack()
+        self.served: Served = self.start()
+
+    def start(self) -> Served:
+        return self._running.enter_context(transformers_serve(pocket.path(), port=self.port))
+
+    def stop(self) -> None:
+        self._running.close()
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Restartable]:
+    running = Restartable()
+    yield running
+    running.stop()
+
+
+def searched(lm: Any, **settings: Any) -> Any:
+    program = dspy.ChainOfThought("question -> answer")
+    program.set_lm(lm)
+    weights = local_lm("pocket", dtype="float32")
+    optimizer = GReaTer(metric=exact_match, auto=None, weights=weights, **{**SETTINGS, **settings})
+    return optimizer.compile(program, ROWS[:4], valset=ROWS[4:])
+
+
+def behind(url: str, served: Served) -> Any:
+    settings: dict[str, Any] = {"temperature": 0.0, "max_tokens": 60, "cache": False, "num_retries": 0}
+    return dspy.LM(served.lm, api_base=url, api_key="none", **settings)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server: Restartable) -> Any:
+    return searched(behind(server.served.url, server.served))
+
+
+def same(found: Any, undisturbed: Any) -> bool:
+    one, other = found.detailed_results, undisturbed.detailed_results
+    assert one.stopped_by is None and instruction_of(found) == instruction_of(undisturbed)
+    assert [each.validation for each in one.predictors] == [each.validation for each in other.predictors]
+    return bits(one.steps) == bits(other.steps)
+
+
+def test_a_served_search_finds_what_the_one_in_this_process_finds(undisturbed: Any) -> None:
+    alone = searched(local_lm("pocket", dtype="float32", temperature=0.0, max_tokens=60))
+    assert instruction_of(alone) == instruction_of(undisturbed)
+    steps = [each.detailed_results.steps for each in (alone, undisturbed)]
+    assert [each.chosen.instruction for each in steps[0]] == [each.chosen.instruction for each in steps[1]]
+    spent = undisturbed.detailed_results.spent
+    assert spent["prompt_tokens"] > spent["generated_tokens"] > 0
+
+
+@pytest.mark.parametrize("fault", ["503", "no choices", "html"])
+def test_a_fault_every_fourth_call_changes_nothing(fault: Fault, server: Restartable, undisturbed: Any) -> None:
+    with FaultProxy(server.served.url, every(4, fault)).serving() as proxy:
+        found = searched(behind(proxy.url, server.served))
+    assert same(found, undisturbed)
+    assert sum(found.detailed_results.faults.values()) == proxy.seen.count(fault) > 2
+
+
+def test_a_restart_of_the_server_in_the_middle_of_a_step_changes_nothing(server: Restartable, undisturbed: Any) -> None:
+    restarting = threading.Thread(target=server.restart)
+
+    def faults(number: int, body: str) -> None:
+        if number == 5:  # the second row of the first candidate
+            restarting.start()
+
+    with FaultProxy(server.served.url, faults).serving() as proxy:
+        found = searched(behind(proxy.url, server.served))
+    restarting.join()
+    assert same(found, undisturbed)
+    assert found.detailed_results.faults

@@ -67,8 +67,9 @@ class GReaTer(Teleprompter):
         log_dir: directory for the run's journal, the best so far (`best.json`, `best_program.json`) and a page that
             shows the run (`report.html`). Called again with the same inputs, `compile` goes on where an interrupted
             run stopped.
-        weights: an engine, a (model, tokenizer) pair, a path or a hub id; or a mapping to one of these
-            by predictor name or LM name.
+        weights: an engine, a (model, tokenizer) pair, a path or a hub id, or `(name, options)` with options for
+            loading, such as `("Qwen/Qwen3-32B", {"device_map": "auto"})`; or a mapping to one of these by predictor
+            name or LM name.
         extractor: text between reasoning and answer for the loss; by default the adapter's own.
         predictors: names (of `program.named_predictors()`) of those to optimise; by default all that can be.
         mode: "rewrite" or "append", for all predictors or by name. An instruction that is appended to stays to

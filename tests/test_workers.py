@@ -250,7 +250,7 @@ def lines_of(journal: Path) -> list[Any]:
 
 def without_times(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: without_times(each) for key, each in value.items() if key not in ("seconds", "crc", "checksum")}
+        return {key: without_times(each) for key, each in value.items() if key not in ("seconds", "crc32")}
     return [without_times(each) for each in value] if isinstance(value, list) else value
 
 

@@ -197,4 +197,4 @@ class Engine:
                     "give ids from the model's own tokenizer."
                 )
         with self.exclusive():
-            return layer(torch.tensor(list(tokens), dtype=torch.long, device=layer.weight.device))
+            return layer(torch.tensor(list(tokens), dtype=torch.long, device=self.weights.device))

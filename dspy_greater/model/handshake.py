@@ -43,6 +43,7 @@ from dspy_greater.model.incremental import (
     uncached,
 )
 from dspy_greater.model.kv_cache import tokens_held
+from dspy_greater.model.placement import input_device
 
 _TEXT = "One two three four five six seven eight nine ten eleven twelve. Which of these numbers are even, and why?"
 _LENGTH, _CHANGED = 10, 2  # tokens of a row; those that are swapped to see how far they reach
@@ -271,7 +272,7 @@ def _keeps_every_token(model: Any) -> bool:
 
 def _own_states(model: Any, rows: Tensor) -> tuple[tuple[str, ...], Mapping[str, int]]:
     """Under which names the model hands its states out and takes them back, and where in them the rows are."""
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     try:
         several, one = (model(input_ids=part.to(device), use_cache=True) for part in (rows, rows[:1]))
         names = state_names(model, several)
@@ -306,6 +307,6 @@ def _token_by_token(memory: Memory, rows: Tensor, read: tuple[int, int]) -> Iter
 @contextmanager
 def left_alone(model: Any) -> Iterator[None]:
     """Mode, flags and random state are afterwards as they were."""
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     with frozen(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield

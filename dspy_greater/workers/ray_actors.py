@@ -65,10 +65,10 @@ def hire(engine: Engine, workers: int | str) -> Pool:
 
 
 class RayWorker:
-    """A `Worker` that is an actor."""
+    """A `Worker` that is an actor; `pid` is its process on its machine."""
 
-    def __init__(self, actor: Any, device: str) -> None:
-        self._actor, self.device = actor, device
+    def __init__(self, actor: Any, device: str, pid: int) -> None:
+        self._actor, self.device, self.pid = actor, device, pid
 
     def submit(self, job: Job) -> Future[Answer]:
         """See `Worker`."""
@@ -148,12 +148,12 @@ class _Actor:
         torch.set_num_threads(1)  # the same for any number of workers
         self._runner = JobRunner(plan.build("cuda" if gpus else "cpu"))
 
-    def about(self) -> tuple[str, str]:
-        """The identity of the weights, and the device."""
+    def about(self) -> tuple[str, str, int]:
+        """The identity of the weights, the device, and the process."""
         engine = self._runner.engine
         device = engine.weights.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        return engine.identity, name
+        return engine.identity, name, os.getpid()
 
     def run(self, job: Job) -> Answer:
         return self._runner.run(job)
@@ -220,7 +220,7 @@ def _ready(actor: Any, share: _Share, engine: Engine) -> RayWorker:
     import ray
 
     try:
-        identity, device = ray.get(actor.about.remote(), timeout=_START_SECONDS)
+        identity, device, pid = ray.get(actor.about.remote(), timeout=_START_SECONDS)
     except ray.exceptions.GetTimeoutError as error:
         raise WorkerError(
             f"A worker did not start within {_START_SECONDS:.0f} seconds: the cluster has no room for one with "
@@ -241,7 +241,7 @@ def _ready(actor: Any, share: _Share, engine: Engine) -> RayWorker:
             "they were loaded, or its machine has others under that name. Pass weights=(model, tokenizer), which are "
             "sent as they are."
         )
-    return RayWorker(actor, device)
+    return RayWorker(actor, device, pid)
 
 
 def _meant(error: BaseException) -> BaseException:

@@ -77,7 +77,7 @@ def test_another_attention_is_loaded_and_keeps_the_name(saved: str) -> None:
 def test_weights_take_a_name_with_options(saved: str) -> None:
     options = {"device_map": "auto", "dtype": "float32", "device": "cpu"}
     engine = as_engine((saved, options))
-    assert engine.model.hf_device_map and as_engine((saved, options)) is engine
+    assert engine.load_options["device_map"] == "auto" and as_engine((saved, options)) is engine
     assert as_engine(saved) is not engine
 
 

@@ -109,7 +109,7 @@ def test_sequences_that_share_nothing_and_questions_that_need_no_leaf_are_answer
     assert not bool(model.logprob_gradient(apart, asked, late).any())
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2])
 def test_any_number_of_workers_gives_the_same_bits_and_the_same_counters(count: int) -> None:
     def computed(workers: int) -> tuple[Any, ...]:
         engine = engine_of(dtype=torch.float32, max_batch_tokens=300)
@@ -125,7 +125,7 @@ def test_any_number_of_workers_gives_the_same_bits_and_the_same_counters(count: 
 
     sequences = sequences_of()
     asked = queries_of(sequences)
-    assert computed(count) == computed(7)
+    assert computed(count) == computed(3)
 
 
 def test_a_beginning_is_read_once_by_each_worker_and_counted_once() -> None:
@@ -235,7 +235,7 @@ def searched(workers: Any, log_dir: Path | None = None, **settings: Any) -> list
         callbacks=[events.append],
         log_dir=log_dir,
         workers=workers,
-        **{"steps": 2, "written": 0, **settings},
+        **{"steps": 1, "written": 0, **settings},
     )
     with dspy.context(lm=local_lm("pocket", cache=False, max_tokens=60)):
         optimizer.compile(plain(), found[:4], valset=found[4:])

@@ -117,10 +117,10 @@ def refuse_strangers(model: Any, tokenizer: Any, name: str) -> None:
             "a language model that reads token ids, such as AutoModelForCausalLM loads."
         )
     empty = [each for each, part in model.named_parameters() if part.is_meta and not _is_offloaded(model, each)]
-    if weight.is_meta or empty:
+    if empty or input_device(model).type == "meta":
         raise WeightsError(
             f"The model of {name!r} has no weights: {(empty or ['its embeddings'])[0]} is on the meta device. Load it "
-            "with from_pretrained, outside torch.device('meta') and init_empty_weights(), its embeddings not offloaded."
+            "with from_pretrained, outside torch.device('meta') and init_empty_weights()."
         )
     remedy = (
         "Pass the tokenizer that belongs to the model, or call model.resize_token_embeddings(len(tokenizer)) and train "

@@ -101,8 +101,8 @@ def as_engine(weights: Any) -> Engine:
         return _from_pair(*weights)
     raise WeightsError(
         f"weights is a {type(weights).__name__}; pass an Engine, a local_lm, a loaded "
-        "(model, tokenizer) pair, a name or path, a pair of one and options for loading, or a mapping to one of these from the predictor's name or the LM's "
-        "model string."
+        "(model, tokenizer) pair, a name or path, a pair of one and options for loading, or a mapping "
+        "to one of these from the predictor's name or the LM's model string."
     )
 
 

@@ -30,7 +30,7 @@ def checked_workers(workers: Any) -> Workers | Hire | None:
     >>> checked_workers(None), checked_workers(lambda engine: ...) is None
     (None, False)
     """
-    found = plain_scalar(workers)
+    found: Any = plain_scalar(workers)
     if found is None or (callable(found) and not isinstance(found, type)):
         return found
     number = isinstance(found, int) and not isinstance(found, bool) and found >= 1

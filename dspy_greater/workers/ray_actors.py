@@ -218,15 +218,16 @@ def _started(plan: _Plan, share: _Share) -> Any:
 def _ready(actor: Any, share: _Share, engine: Engine) -> RayWorker:
     """The worker, once its weights are loaded and are the same."""
     import ray
+    from ray.exceptions import GetTimeoutError, RayError
 
     try:
         identity, device, pid = ray.get(actor.about.remote(), timeout=_START_SECONDS)
-    except ray.exceptions.GetTimeoutError as error:
+    except GetTimeoutError as error:
         raise WorkerError(
             f"A worker did not start within {_START_SECONDS:.0f} seconds: the cluster has no room for one with "
             f"{share.cpus:g} CPUs and {share.gpus} GPUs, or loading the weights takes longer. `ray status` says which."
         ) from error
-    except ray.exceptions.RayError as error:
+    except RayError as error:
         meant = _meant(error)
         if isinstance(meant, WeightsError):
             raise meant from error
@@ -246,11 +247,12 @@ def _ready(actor: Any, share: _Share, engine: Engine) -> RayWorker:
 
 def _meant(error: BaseException) -> BaseException:
     """What an error of Ray's stands for: the job's own, or that the actor is gone."""
-    import ray
+    from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-    if isinstance(error, ray.exceptions.RayTaskError):
-        return error.cause if isinstance(error.cause, Exception) else error
-    if isinstance(error, (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)):
+    if isinstance(error, RayTaskError):
+        cause = getattr(error, "cause", None)
+        return cause if isinstance(cause, Exception) else error
+    if isinstance(error, (RayActorError, ObjectLostError)):
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return WorkerLostError(f"{said.rstrip('.')}.")
     return error

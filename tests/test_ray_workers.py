@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_workers import hiring, lines_of, queries_of, searched, sequences_of
+from test_workers import lines_of, queries_of, searched, sequences_of
 
 from dspy_greater.errors import WeightsError, WorkerError
 from dspy_greater.model.engine import Engine
@@ -52,12 +52,29 @@ def bits(model: Any, engine: Engine) -> list[bytes]:
     return [each.numpy().tobytes() for each in found]
 
 
-def test_two_actors_with_weights_that_were_handed_in_come_to_the_bits_of_one_in_process(cluster: None) -> None:
+def test_two_actors_with_weights_that_were_handed_in_come_to_the_bits_of_one(cluster: None) -> None:
     model = tiny_model("llama", 64, torch.float32)
     engine = Engine(model, numbered_tokenizer(64), name="tiny", max_batch_tokens=300)
-    pool = ray_actors.hire(engine, 2)
+    found: list[list[bytes]] = []
+    for count in (1, 2):
+        pool = ray_actors.hire(engine, count)
+        try:
+            found.append(bits(ShardedModel(engine, pool), engine))
+        finally:
+            pool.close()
+    assert found[0] == found[1]
+    here = bits(ShardedModel(engine, in_process(engine, 1)), engine)  # with as many threads as this process has
+    for one, other in zip(found[0], here, strict=True):
+        close = {"rtol": 1e-4, "atol": 1e-4}
+        torch.testing.assert_close(
+            *(torch.frombuffer(bytearray(each), dtype=torch.float32) for each in (one, other)), **close
+        )
+
+
+def test_what_a_job_raises_in_an_actor_is_raised_here(cluster: None) -> None:
+    engine = Engine(tiny_model("llama", 64, torch.float32), numbered_tokenizer(64), name="tiny")
+    pool = ray_actors.hire(engine, 1)
     try:
-        assert bits(ShardedModel(engine, pool), engine) == bits(ShardedModel(engine, in_process(engine, 1)), engine)
         with pytest.raises(IndexError):
             pool.do([Job("next", ((3, 71),))])
     finally:
@@ -85,9 +102,9 @@ def test_a_search_on_two_actors_of_which_one_is_killed_in_a_gradient_writes_the_
         return pool
 
     searched(hire_and_kill, tmp_path / "ray", steps=1)
-    searched(hiring(1), tmp_path / "here", steps=1)
+    searched(lambda engine: ray_actors.hire(engine, 1), tmp_path / "one", steps=1)
     assert len(killed) == 1
-    assert lines_of(tmp_path / "ray") == lines_of(tmp_path / "here")
+    assert lines_of(tmp_path / "ray") == lines_of(tmp_path / "one")
 
 
 def test_actors_that_find_other_weights_are_refused(cluster: None) -> None:

@@ -96,16 +96,10 @@ def local_lm(
     from dspy_greater.model.registry import as_engine, shared_engine
 
     loading = {name: kwargs.pop(name) for name in LOADING if name in kwargs}
-    trust_remote_code = kwargs.pop("trust_remote_code", False)
+    trust = kwargs.pop("trust_remote_code", False)
     if isinstance(name_or_path, str) or hasattr(name_or_path, "__fspath__"):
-        engine = shared_engine(
-            name_or_path,
-            device=device,
-            dtype=dtype,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            **loading,
-        )
+        options = {"device": device, "dtype": dtype, "revision": revision, "trust_remote_code": trust, **loading}
+        engine = shared_engine(name_or_path, **options)
     elif loading:
         raise SettingsError(
             f"{', '.join(loading)} says how weights are loaded, and these are loaded already; give it to "

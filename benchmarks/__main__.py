@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "fidelity": ("benchmarks.fidelity.command", "do gradients and forecasts come true?"),
     "ablation": ("benchmarks.ablation.command", "what each part of the search is worth, at equal generated tokens"),
     "speed": ("benchmarks.speed.command", "how fast one step of the search is, against rivals and the floor"),
+    "workers": ("benchmarks.speed.workers", "how much faster a step reads on several workers than on one"),
 }
 
 

@@ -84,6 +84,14 @@ class EngineMemoryError(GreaterError, MemoryError):
         self.finished = dict(finished or {})
 
 
+class WorkerError(GreaterError, RuntimeError):
+    """Workers could not be started, or died again and again."""
+
+
+class WorkerLostError(WorkerError):
+    """A worker died while it was at work; another can do the same."""
+
+
 class LossError(GreaterError, ArithmeticError):
     """The task loss was not finite, too often in a row for the search to go on."""
 

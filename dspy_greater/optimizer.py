@@ -34,6 +34,7 @@ from dspy_greater.search.step import Step
 from dspy_greater.search.variants import Variant, step_of
 from dspy_greater.search.warm_start import compile_warm
 from dspy_greater.settings import Auto, Knobs, Settings, checked_log_dir, checked_seed, spelled_out
+from dspy_greater.workers.crews import Crews, Hire, Workers, checked_workers
 
 
 class Keywords(Knobs, total=False):
@@ -45,6 +46,7 @@ class Keywords(Knobs, total=False):
     warm_start: Teleprompter | None
     listeners: Sequence[Listener]
     progress: bool | None
+    workers: Workers | Hire | None
 
 
 class GReaTer(Teleprompter):
@@ -65,8 +67,9 @@ class GReaTer(Teleprompter):
         log_dir: directory for the run's journal, the best so far (`best.json`, `best_program.json`) and a page that
             shows the run (`report.html`). Called again with the same inputs, `compile` goes on where an interrupted
             run stopped.
-        weights: an engine, a (model, tokenizer) pair, a path or a hub id; or a mapping to one of these
-            by predictor name or LM name.
+        weights: an engine, a (model, tokenizer) pair, a path or a hub id, or `(name, options)` with options for
+            loading, such as `("Qwen/Qwen3-32B", {"device_map": "auto"})`; or a mapping to one of these by predictor
+            name or LM name.
         extractor: text between reasoning and answer for the loss; by default the adapter's own.
         predictors: names (of `program.named_predictors()`) of those to optimise; by default all that can be.
         mode: "rewrite" or "append", for all predictors or by name. An instruction that is appended to stays to
@@ -80,6 +83,9 @@ class GReaTer(Teleprompter):
             from there. One that raises is warned of once and not called again.
         listeners: the same, under an older name.
         progress: show a progress bar; None shows it on a terminal only.
+        workers: how many processes read with the weights, beside this one: gradients, forecasts, losses and proposals.
+            A number, "auto" (one a GPU) or the address of a Ray cluster; needs `pip install 'dspy-greater[ray]'`. Any
+            number finds the same, bit for bit, on devices of one kind; a run may go on with another.
         **keywords: besides those above, any field of `Settings`, which explains them and what they cost.
 
     Raises:
@@ -121,6 +127,7 @@ class GReaTer(Teleprompter):
         listeners = checked_callbacks(knobs.pop("listeners", ()), "listeners")
         self.listeners = (*listeners, *checked_callbacks(callbacks))
         self.progress: bool | None = knobs.pop("progress", None)
+        self.workers = checked_workers(knobs.pop("workers", None))
         self.settings = Settings.of(auto, **knobs)
 
     def compile(
@@ -178,12 +185,14 @@ class GReaTer(Teleprompter):
         meter, stop_file, identity = _Meter(problem), StopFile(self.log_dir), problem.identity()
         best_file = BestFile(self.log_dir, partial(saved, student))
         with (
+            Crews(self.workers) as crews,
             Journal.open(self.log_dir, identity) as journal,
             ProgressBar(show=self.progress) as bar,
             ReportFile(self.log_dir, identity, journal.versions) as report,
             terminable(),
         ):
             listeners = Listeners([bar, StepLog(), best_file, report, *self.listeners], stop_file)
+            problem = replace(problem, model_of=crews.model)
             found = CoordinateDescent(problem, journal, listeners).run()  # Algorithm 1, predictor by predictor
         stop_file.obeyed(ended=found.called_off == BY_FILE)
         detailed = meter.result(found)

@@ -37,6 +37,7 @@ FLOORS = (
     "pocket",
     "prompt",
     "model",
+    "workers",
     "lm",
     "program",
     "objective",
@@ -52,9 +53,10 @@ ROOF = {
     f"{PACKAGE}.__main__",
 }  # import any folder; no folder imports them
 
-TOKEN_CORE = ("model", "estimators", "pocket")  # runs on machines that have these packages and no others
+TOKEN_CORE = ("model", "workers", "estimators", "pocket")  # runs on machines that have these packages and no others
 TOKEN_CORE_MAY_IMPORT = {"torch", "transformers", "tokenizers", "safetensors", "numpy"}
 OPTIONAL = {"gguf", "accelerate"}  # the extra `gguf`; asked for by a function that says what to install
+CLUSTER = {"ray"}  # the extra `ray`, in the same way
 PLOTS = {"matplotlib"}  # the extra `plots`, in the same way
 NO_TORCH_UNTIL_USED = ("program", "prompt", "lm", "gradsum")
 NEITHER = ("run", "report")
@@ -239,9 +241,9 @@ def test_relative_imports_of_a_subpackage_resolve_against_it() -> None:
 
 @pytest.mark.parametrize("module", of_folders(*TOKEN_CORE))
 def test_the_token_level_core_imports_only_what_a_bare_machine_has(module: str) -> None:
-    allowed = TOKEN_CORE_MAY_IMPORT | OPTIONAL
+    allowed = TOKEN_CORE_MAY_IMPORT | OPTIONAL | CLUSTER
     extra = {top: how for top, how in reached(module, {"load", "call"}).items() if top not in allowed}
-    assert not OPTIONAL & set(reached(module, {"load"}))
+    assert not (OPTIONAL | CLUSTER) & set(reached(module, {"load"}))
     assert not extra, "\n".join(extra.values())
 
 
@@ -305,12 +307,13 @@ def test_every_third_party_import_is_a_declared_dependency() -> None:
     extra = {re.split(r"[^\w-]", requirement)[0] for requirement in project["optional-dependencies"]["gguf"]}
     assert extra >= OPTIONAL
     assert any(each.startswith("matplotlib") for each in project["optional-dependencies"]["plots"])
+    assert any(each.startswith("ray") for each in project["optional-dependencies"]["ray"])
     assert not PLOTS & {top for module in MODULES for top in reached(module, {"load"})}
     undeclared = [
         f"{module}, line {entry.line}: {entry.target}"
         for module in MODULES
         for entry in imports_of(module)
-        if entry.top not in sys.stdlib_module_names | names | {PACKAGE} | OPTIONAL | PLOTS
+        if entry.top not in sys.stdlib_module_names | names | {PACKAGE} | OPTIONAL | PLOTS | CLUSTER
     ]
     assert not undeclared, "\n".join(undeclared)
 

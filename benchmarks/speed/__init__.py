@@ -13,6 +13,7 @@
     report.py     measurements -> JSON and tables
     scale.py      how the seconds grow with the size of the step
     overhead.py   what a step costs through DSPy beyond its token-level work
+    workers.py    the reading of a step on several workers, against one
     command.py    the command line
 
 All of it but `overhead.py` runs where only torch and transformers are installed.

@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 import dspy
 from dspy import lm15
 
-from dspy_greater.errors import WeightsError
+from dspy_greater.errors import SettingsError, WeightsError
 from dspy_greater.lm.batcher import Batcher, Compute
 from dspy_greater.lm.lockstep import Lockstep
 from dspy_greater.lm.request import (
@@ -78,8 +78,11 @@ def local_lm(
         temperature: 0 is greedy. Otherwise each call draws anew; pass `seed=` to draw the same again.
         max_tokens: the most tokens written per call.
         cache: let DSPy remember answers.
-        kwargs: more arguments of `dspy.LM` (`num_retries`, `top_p`, `stop`, `seed`, ...), and `trust_remote_code=True`,
-            which runs Python code that comes with the weights.
+        kwargs: more arguments of `dspy.LM` (`num_retries`, `top_p`, `stop`, `seed`, ...); `trust_remote_code=True`,
+            which runs Python code that comes with the weights; and for models that are larger than a device,
+            as `from_pretrained` of transformers takes them: `device_map`, `max_memory`, `offload_folder`,
+            `offload_buffers`, `quantization_config`, `attn_implementation`, `tp_plan`. Where weights are is no part of
+            the model string.
 
     Raises:
         WeightsError: the weights cannot be loaded, the tokenizer has no chat template, or both are not a causal
@@ -89,12 +92,18 @@ def local_lm(
         >>> lm = local_lm("pocket")  # doctest: +SKIP
         >>> dspy.configure(lm=lm)  # doctest: +SKIP
     """
+    from dspy_greater.model.placement import LOADING
     from dspy_greater.model.registry import as_engine, shared_engine
 
-    trust_remote_code = kwargs.pop("trust_remote_code", False)
+    loading = {name: kwargs.pop(name) for name in LOADING if name in kwargs}
+    trust = kwargs.pop("trust_remote_code", False)
     if isinstance(name_or_path, str) or hasattr(name_or_path, "__fspath__"):
-        engine = shared_engine(
-            name_or_path, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+        options = {"device": device, "dtype": dtype, "revision": revision, "trust_remote_code": trust, **loading}
+        engine = shared_engine(name_or_path, **options)
+    elif loading:
+        raise SettingsError(
+            f"{', '.join(loading)} says how weights are loaded, and these are loaded already; give it to "
+            "from_pretrained, or pass their name or path to local_lm."
         )
     else:
         engine = as_engine(name_or_path)

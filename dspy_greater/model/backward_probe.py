@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dspy_greater.model.handshake import left_alone, sample_rows
 from dspy_greater.model.incremental import uncached
+from dspy_greater.model.placement import input_device
 from dspy_greater.model.weights_digest import quantisation
 
 _EARLY = 2  # tokens that the last prediction has to depend on
@@ -82,7 +83,7 @@ def try_backward(model: Any, tokenizer: Any) -> Backward:
 def _fault(model: Any, rows: Tensor) -> str | None:
     layer = model.get_input_embeddings()
     with torch.no_grad():
-        leaf = layer(rows.to(layer.weight.device)).detach().clone()  # [2, T, d]
+        leaf = layer(rows.to(input_device(model))).detach().clone()  # [2, T, d]
     leaf.requires_grad_(True)
     hook = layer.register_forward_hook(lambda *_: leaf.clone())  # some models scale it in place
     try:

@@ -70,6 +70,7 @@ class Engine:
         self.max_batch_tokens = max_batch_tokens
         # How to load the same weights in another process; None for weights that were handed in.
         self.origin: dict[str, str | None] | None = None
+        self.load_options: dict[str, Any] = {}  # what else `from_pretrained` was given
 
     @classmethod
     def from_pretrained(
@@ -119,6 +120,8 @@ class Engine:
             "dtype": str(engine.weights.dtype).removeprefix("torch."),
             "revision": commit or revision,
         }
+        options = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
+        engine.load_options = {**options, **model_settings}
         return engine
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
@@ -194,4 +197,4 @@ class Engine:
                     "give ids from the model's own tokenizer."
                 )
         with self.exclusive():
-            return layer(torch.tensor(list(tokens), dtype=torch.long, device=layer.weight.device))
+            return layer(torch.tensor(list(tokens), dtype=torch.long, device=self.weights.device))

@@ -43,6 +43,7 @@ from dspy_greater.model.incremental import (
     uncached,
 )
 from dspy_greater.model.kv_cache import tokens_held
+from dspy_greater.model.placement import input_device
 
 _TEXT = "One two three four five six seven eight nine ten eleven twelve. Which of these numbers are even, and why?"
 _LENGTH, _CHANGED = 10, 2  # tokens of a row; those that are swapped to see how far they reach
@@ -116,10 +117,10 @@ def refuse_strangers(model: Any, tokenizer: Any, name: str) -> None:
             "a language model that reads token ids, such as AutoModelForCausalLM loads."
         )
     empty = [each for each, part in model.named_parameters() if part.is_meta and not _is_offloaded(model, each)]
-    if weight.is_meta or empty:
+    if empty or input_device(model).type == "meta":
         raise WeightsError(
             f"The model of {name!r} has no weights: {(empty or ['its embeddings'])[0]} is on the meta device. Load it "
-            "with from_pretrained, outside torch.device('meta') and init_empty_weights(), its embeddings not offloaded."
+            "with from_pretrained, outside torch.device('meta') and init_empty_weights()."
         )
     remedy = (
         "Pass the tokenizer that belongs to the model, or call model.resize_token_embeddings(len(tokenizer)) and train "
@@ -271,7 +272,7 @@ def _keeps_every_token(model: Any) -> bool:
 
 def _own_states(model: Any, rows: Tensor) -> tuple[tuple[str, ...], Mapping[str, int]]:
     """Under which names the model hands its states out and takes them back, and where in them the rows are."""
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     try:
         several, one = (model(input_ids=part.to(device), use_cache=True) for part in (rows, rows[:1]))
         names = state_names(model, several)
@@ -306,6 +307,6 @@ def _token_by_token(memory: Memory, rows: Tensor, read: tuple[int, int]) -> Iter
 @contextmanager
 def left_alone(model: Any) -> Iterator[None]:
     """Mode, flags and random state are afterwards as they were."""
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     with frozen(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield

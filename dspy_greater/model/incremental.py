@@ -27,6 +27,7 @@ from torch.nn import Module
 from transformers import PreTrainedConfig
 
 from dspy_greater.model.kv_cache import held_states, plain_cache
+from dspy_greater.model.placement import input_device
 from dspy_greater.model.sampling import Row, choose
 from dspy_greater.model.teacher_forcing import computed_only_at
 
@@ -65,7 +66,7 @@ class _Padded:
 
     def __init__(self, model: Any, *, pad: int = 0, tally: Tally = lambda **_: None) -> None:
         self._model, self._pad, self._tally = model, pad, tally
-        self._device = model.get_input_embeddings().weight.device
+        self._device = input_device(model)
         self._last_only = accepted(model, logits_to_keep=1) if "logits_to_keep" in _parameters(model) else {}
 
     def read(self, contexts: Sequence[Sequence[int]]) -> Tensor:
@@ -215,7 +216,7 @@ def _decode_group(memory: Memory, rows: Sequence[Row], tally: Tally) -> None:
 
 def uncached(model: Any, ids: Tensor) -> Tensor:
     """The logits [n, T, V] of a plain pass over [n, T] tokens, called as the losses call it."""
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
     return model(input_ids=ids.to(device), position_ids=positions, use_cache=False).logits
 

@@ -86,7 +86,7 @@ class PlainModel:
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """The embedding layer's output, [C, d]."""
         layer = self._engine.model.get_input_embeddings()
-        return layer(torch.tensor(list(tokens), device=layer.weight.device))
+        return layer(torch.tensor(list(tokens), device=self._engine.weights.device))
 
     @contextmanager
     def session(self, expected: Iterable[tuple[Tokens, Tokens]] = ()) -> Iterator[PlainModel]:

@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -79,6 +79,9 @@ def weights_behind(lm: Any, *, weights: Any = None, predictor_name: str = "") ->
 def as_engine(weights: Any) -> Engine:
     """An engine from an engine, a `local_lm`, a `(model, tokenizer)` pair, or a name or path.
 
+    `(name, options)` is a name or path that is loaded with more arguments of `from_pretrained`, such as
+    `("Qwen/Qwen3-32B", {"device_map": "auto"})`.
+
     Raises:
         WeightsError: it is none of these, or cannot be loaded.
     """
@@ -92,11 +95,14 @@ def as_engine(weights: Any) -> Engine:
         if isinstance(inner, Engine):
             return inner
     if isinstance(weights, (tuple, list)) and len(weights) == 2:
+        name, options = weights
+        if isinstance(name, (str, os.PathLike)) and isinstance(options, Mapping):
+            return shared_engine(os.fspath(name), **cast("Mapping[str, Any]", options))
         return _from_pair(*weights)
     raise WeightsError(
         f"weights is a {type(weights).__name__}; pass an Engine, a local_lm, a loaded "
-        "(model, tokenizer) pair, a name or path, or a mapping to one of these from the predictor's name or the LM's "
-        "model string."
+        "(model, tokenizer) pair, a name or path, a pair of one and options for loading, or a mapping "
+        "to one of these from the predictor's name or the LM's model string."
     )
 
 

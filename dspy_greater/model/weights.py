@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dspy_greater.model.placement import input_device
 from dspy_greater.prompt.chat_template import end_of_turn_ids
 
 
@@ -34,7 +35,7 @@ class Weights:
     @property
     def device(self) -> torch.device:
         """Where the input embeddings are, and so where token ids have to go."""
-        return self.embedding_matrix.device
+        return input_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -23,7 +23,7 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from torch.nn import Buffer, Module, Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dspy_greater.errors import WeightsError
+from dspy_greater.model.placement import copies_of_others, fetched_later
 from dspy_greater.notices import warn_caller
 
 _MOST_ROWS = 1 << 18  # of a matrix, and numbers of bare memory, that are sampled
@@ -91,7 +92,9 @@ class WeightsDigest:
             tensors = list(_tensors(self._model))
             stamp = tuple((name, _address(each), _writes(each)) for name, each in tensors)
             settings = (len(self._tokenizer), getattr(self._tokenizer, "chat_template", None), *_switches(self._model))
-            return stamp, _digest(*(_sample(each) for each in tensors), repr(settings).encode())
+            elsewhere = fetched_later(self._model)
+            samples = (_sample(_fetched(each, elsewhere)) for each in tensors)
+            return stamp, _digest(*samples, repr(settings).encode())
         except Exception as error:  # an identity is not worth a failed load, whatever kind of tensor comes next
             if not self._warned:
                 self._warned = True
@@ -126,8 +129,10 @@ def _digest(*parts: bytes) -> str:
 
 def _tensors(model: Module) -> Iterator[Named]:
     """Every weight as plain tensors: parameters, buffers that are saved with the model, and what is packed away."""
+    copies = copies_of_others(model)
     for name, parameter in model.named_parameters():
-        yield from _plain(name, parameter)
+        if name not in copies:
+            yield from _plain(name, parameter)
     for prefix, module in model.named_modules():
         temporary = module._non_persistent_buffers_set
         for key, buffer in module._buffers.items():
@@ -183,6 +188,15 @@ def _switches(model: Module) -> Iterator[str]:
 # ---- reading it
 
 
+def _fetched(named: Named, elsewhere: Mapping[str, tuple[Mapping[str, Tensor], str]]) -> Named:
+    """The weight itself where a placeholder stands for it."""
+    name, tensor = named
+    if not tensor.is_meta or name not in elsewhere:
+        return named
+    store, key = elsewhere[name]
+    return name, store[key].detach()
+
+
 def _address(tensor: Tensor) -> int:
     return 0 if tensor.is_meta else tensor.data_ptr()
 
@@ -219,7 +233,8 @@ def _spaced(count: int, most: int, device: torch.device) -> Tensor:
 def _checksums(model: Module) -> Iterator[bytes]:
     """Of every tensor: each word of 8 bytes times an odd number of its own, so that no single change is missed."""
     odd: dict[torch.device, Tensor] = {}
-    for name, tensor in _tensors(model):
+    elsewhere = fetched_later(model)
+    for name, tensor in (_fetched(each, elsewhere) for each in _tensors(model)):
         if tensor.is_meta or not tensor.numel():
             continue
         if tensor.device not in odd:

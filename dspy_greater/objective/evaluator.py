@@ -90,12 +90,19 @@ class Evaluator:
         engine: the predictor's weights.
         settings: the search's knobs.
         criterion: by what instructions are compared.
+        model: what reads with these weights, such as workers; the engine itself when not given.
     """
 
     def __init__(
-        self, objective: Objective, *, engine: Engine, settings: Settings, criterion: Criterion = DEFAULT_CRITERION
+        self,
+        objective: Objective,
+        *,
+        engine: Engine,
+        settings: Settings,
+        criterion: Criterion = DEFAULT_CRITERION,
+        model: Model | None = None,
     ) -> None:
-        self.engine = engine
+        self.engine, self.model = engine, engine if model is None else model
         self._program, self._site, self._field = objective.program, objective.site, objective.field
         self._rows, self._metric, self._settings = tuple(objective.rows), objective.metric, settings
         self._extractor, self._fixed = objective.extractor, objective.fixed
@@ -134,7 +141,7 @@ class Evaluator:
             CallMismatchError: what the predictor's calls send cannot be laid out.
             MetricError, ProgramError: as `evaluate`.
         """
-        with self.engine.session() as session:
+        with self.model.session() as session:
             rollouts = self._run_seed(self._rows, session)
             refuse_dead_lm(rollouts, len(self._rows))
             self._follow(rollouts)
@@ -151,7 +158,7 @@ class Evaluator:
             CallMismatchError: it is called in another way than `called_as`.
         """
         index = next((row.row for row in seed.rows if row.inputs), 0)
-        with self.engine.session() as session:
+        with self.model.session() as session:
             self._follow(self._run_seed(self._rows[index : index + 1], session))
         if self.called.description != called_as:
             raise CallMismatchError(
@@ -193,7 +200,7 @@ class Evaluator:
         """
         new = list({each.text: each for each in instructions if each.text not in self._known}.values())
         if new:
-            with nullcontext(model) if model is not None else self.engine.session() as session:
+            with nullcontext(model) if model is not None else self.model.session() as session:
                 self._score(new, self._run(new, session), session)
         return [self._known[each.text] for each in instructions]
 

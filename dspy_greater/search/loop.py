@@ -68,7 +68,7 @@ def minimise(
 def _take(search: Search, state: SearchState) -> StepTaken:
     """One step, in a session of its own: nothing is kept between steps, so that a resumed run computes the same."""
     evaluator = search.evaluator
-    with evaluator.engine.session(evaluator.generated(state.current)) as model:
+    with evaluator.model.session(evaluator.generated(state.current)) as model:
         at = StepContext(evaluator, model, state, search.settings, search.predictor, search.random_seed)
         return search.step.take(at)
 

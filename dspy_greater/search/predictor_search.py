@@ -72,6 +72,7 @@ class PredictorSearch:
             engine=target.engine,
             settings=problem.settings,
             criterion=problem.step.criterion,
+            model=problem.model_of(target.engine),
         )
         self._steps: list[StepTaken] = []
         self._used_before = usage

@@ -5,7 +5,7 @@ Everything that can be refused is refused here, before the first token is genera
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast
 
@@ -13,6 +13,7 @@ from dspy_greater.errors import DataError, GreaterError, ProgramError, SettingsE
 from dspy_greater.lm.local import weights_behind
 from dspy_greater.metric import Metric, RowMetric
 from dspy_greater.model.engine import Engine
+from dspy_greater.model.interface import Model
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.dataset import (
     as_list,
@@ -90,7 +91,8 @@ class Problem:
     """All that the search needs, checked.
 
     `numbers` says which rows of the caller's trainset the training rows are; `named` that the caller named the targets;
-    `servers` waits for answers and counts them.
+    `servers` waits for answers and counts them. `model_of` says what reads with the weights of a target: the engine
+    itself, or workers that hold them too.
     """
 
     program: Any  # a copy of the student in which every predictor holds its LM
@@ -105,6 +107,7 @@ class Problem:
     borrowed: Mapping[str, Any] = field(default_factory=dict[str, Any])  # LMs of predictors without one of their own
     numbers: tuple[int, ...] = ()
     named: bool = False
+    model_of: Callable[[Engine], Model] = field(default=lambda engine: engine)
     servers: Servers = field(default_factory=Servers)
 
     @property

@@ -81,9 +81,8 @@ class PrefixCache:
     (40, 30, 40)
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.kept: Prefix | None = None
+    def __init__(self, engine: Engine, kept: Prefix | None = None) -> None:
+        self._engine, self.kept = engine, kept
 
     def drop(self) -> None:
         """Give the memory back; what is needed again is read again."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from dspy_greater.errors import EngineMemoryError
 from dspy_greater.model.fast.generated_kv import GeneratedStates
 from dspy_greater.model.fast.likelihoods import Reader
-from dspy_greater.model.fast.prefix_cache import PrefixCache
+from dspy_greater.model.fast.prefix_cache import Prefix, PrefixCache
 from dspy_greater.model.fast.readings import by_row
 from dspy_greater.model.fast.shared_backward import Backward
 from dspy_greater.model.fast.speculative import Drafts
@@ -37,9 +37,16 @@ if TYPE_CHECKING:
 class Session:
     """`interface.Model` over an engine; `Engine.session` opens one."""
 
-    def __init__(self, engine: Engine, expected: Iterable[tuple[Tokens, Tokens]] = (), *, keeps: bool = True) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        expected: Iterable[tuple[Tokens, Tokens]] = (),
+        *,
+        keeps: bool = True,
+        beginning: Prefix | None = None,
+    ) -> None:
         self._engine = engine
-        self._prefixes = PrefixCache(engine)
+        self._prefixes = PrefixCache(engine, beginning)
         self._generated = GeneratedStates() if keeps else None
         self._drafts = Drafts(expected)
         self._reader = Reader(engine, self._prefixes, self._generated)
@@ -69,6 +76,11 @@ class Session:
         self._prefixes.drop()
         if self._generated is not None:
             self._generated.drop()
+
+    def continues(self, tokens: Tokens, beyond: int) -> bool:
+        """Whether the states of more than the first `beyond` tokens are kept, of a row that was generated here."""
+        kept = self._generated
+        return kept is not None and kept.find(tokens, least=beyond + 1, most=len(tokens) - 1) is not None
 
     # ---------------------------------------------------------------- generation
 

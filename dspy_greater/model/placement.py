@@ -1,0 +1,65 @@
+"""Where the weights of a model are: on one device, spread over several, or on a disk until a layer needs them.
+
+`device_map` leaves a placeholder on the device "meta" in the place of a weight that is elsewhere, and a hook on its
+module that fetches it. The hook knows both where the module computes and where its weights are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+# Arguments of `from_pretrained` that say where and how a model runs, and not which one it is.
+LOADING = (
+    "attn_implementation",
+    "device_map",
+    "max_memory",
+    "offload_buffers",
+    "offload_folder",
+    "quantization_config",
+    "tp_plan",
+)
+
+
+def input_device(model: Any) -> torch.device:
+    """Where token ids have to go: to the input embeddings, or to where these are fetched when they are needed.
+
+    >>> input_device(torch.nn.Embedding(3, 2))
+    device(type='cpu')
+    """
+    layer = model if isinstance(model, torch.nn.Embedding) else model.get_input_embeddings()
+    if not layer.weight.is_meta:
+        return layer.weight.device
+    places = [getattr(each, "execution_device", None) for each in _hooks(layer)]
+    return next((torch.device(each) for each in places if each is not None), layer.weight.device)
+
+
+def fetched_later(model: Module) -> dict[str, tuple[Mapping[str, Tensor], str]]:
+    """Weights that are elsewhere, by name: what they are in, and under which key."""
+    found: dict[str, tuple[Mapping[str, Tensor], str]] = {}
+    for prefix, module in model.named_modules():
+        for hook in _hooks(module):
+            store = getattr(hook, "weights_map", None)
+            if store is None:
+                continue
+            recurse = bool(getattr(hook, "place_submodules", False))
+            named = [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]
+            found.update({f"{prefix}.{key}": (store, key) for key, tensor in named if tensor.is_meta})
+    return found
+
+
+def copies_of_others(model: Module) -> frozenset[str]:
+    """Names of weights that are others' own, such as an output layer's, and that placing made tensors of their own."""
+    spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+    tied: Any = getattr(model, "all_tied_weights_keys", None) or ()
+    return frozenset(tied) if spread else frozenset()
+
+
+def _hooks(module: Module) -> Iterator[Any]:
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        yield from getattr(hook, "hooks", (hook,))

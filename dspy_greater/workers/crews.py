@@ -1,0 +1,100 @@
+"""What `workers=` means, and who holds the workers while a program is optimised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from dspy_greater.errors import SettingsError
+from dspy_greater.scalars import plain_scalar
+
+if TYPE_CHECKING:
+    from dspy_greater.model.engine import Engine
+    from dspy_greater.model.interface import Model
+    from dspy_greater.workers.pool import Pool
+
+Workers = int | str
+Hire = Callable[["Engine"], "Pool"]
+
+AUTO = "auto"
+
+
+def checked_workers(workers: Any) -> Workers | Hire | None:
+    """`workers=` of an optimizer: None, a number, "auto", the address of a cluster, or a function of one's own.
+
+    Raises:
+        SettingsError: it is none of these.
+        MissingExtraError: Ray is asked for and not installed.
+
+    >>> checked_workers(None), checked_workers(lambda engine: ...) is None
+    (None, False)
+    """
+    found: Any = plain_scalar(workers)
+    if found is None or (callable(found) and not isinstance(found, type)):
+        return found
+    number = isinstance(found, int) and not isinstance(found, bool) and found >= 1
+    if not number and not (isinstance(found, str) and found.strip()):
+        raise SettingsError(
+            f"workers={workers!r}: give a whole number of at least 1, 'auto', the address of a Ray cluster (such as "
+            "'ray://head:10001'), or None for this process alone."
+        )
+    from dspy_greater.workers.ray_actors import refuse_without_ray
+
+    refuse_without_ray()
+    return found
+
+
+class Crews:
+    """The workers of one run: a pool at a time, over the weights that are asked for.
+
+    Args:
+        workers: as `checked_workers` returns it.
+
+    >>> with Crews(None) as crews:
+    ...     crews.model("an engine")
+    'an engine'
+    """
+
+    def __init__(self, workers: Workers | Hire | None) -> None:
+        self._workers = workers
+        self._engine: Engine | None = None
+        self._pool: Pool | None = None
+
+    def model(self, engine: Engine) -> Model:
+        """The model over these weights; workers over others are closed first.
+
+        Raises:
+            WorkerError: the workers could not be started.
+            WeightsError: they found other weights.
+        """
+        if self._workers is None:
+            return engine
+        from dspy_greater.workers.sharded import ShardedModel
+
+        if self._pool is None or self._engine is not engine:
+            self.close()
+            self._pool, self._engine = self._hired(engine, self._workers), engine
+        return ShardedModel(engine, self._pool)
+
+    def close(self) -> None:
+        """End the workers."""
+        pool, self._pool, self._engine = self._pool, None, None
+        if pool is not None:
+            pool.close()
+
+    def __enter__(self) -> Crews:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @staticmethod
+    def _hired(engine: Engine, workers: Workers | Hire) -> Pool:
+        if callable(workers):
+            return workers(engine)
+        from dspy_greater.workers.ray_actors import hire
+
+        return hire(engine, workers)

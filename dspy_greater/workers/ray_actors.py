@@ -1,0 +1,258 @@
+"""Workers that are Ray actors: on this machine, or on those of a cluster.
+
+Each loads the weights as this process did (or is sent them, where they were handed in as objects) and has to come to
+the same identity. An actor takes one GPU where there are enough, and else one CPU and one thread: what a worker
+computes must not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from dspy_greater.errors import MissingExtraError, WeightsError, WorkerError, WorkerLostError
+from dspy_greater.model.engine import Engine
+from dspy_greater.workers.jobs import Answer, Job, JobRunner
+from dspy_greater.workers.pool import Pool
+
+_START_SECONDS = 900.0  # for loading weights, and for a cluster that is busy
+_MOST_ON_CPUS = 8  # that "auto" starts where there is no GPU: each holds the weights
+_LOG = logging.getLogger(__name__)
+
+
+def refuse_without_ray() -> None:
+    """Raises `MissingExtraError` where Ray is not installed."""
+    if find_spec("ray") is None:
+        raise MissingExtraError("workers= needs Ray: pip install 'dspy-greater[ray]'. Or leave it out.")
+
+
+def hire(engine: Engine, workers: int | str) -> Pool:
+    """A pool of actors over the weights of an engine.
+
+    Args:
+        engine: the weights in this process.
+        workers: how many; "auto" for one a GPU, or one a CPU (at most 8) where there is none; or the address of
+            a cluster, which is taken up in the same way. The cluster is the one that this process is connected to,
+            or `RAY_ADDRESS` names; without either Ray is started here, and ended with the pool.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+        WorkerError: the cluster does not answer, or has no room for them.
+        WeightsError: an actor found other weights.
+    """
+    refuse_without_ray()
+    address = workers if isinstance(workers, str) and workers != "auto" else None
+    leave = _joined(address, workers if isinstance(workers, int) else 1)
+    try:
+        share = _share(engine, workers if isinstance(workers, int) else None)
+        plan = _Plan.of(engine)
+        actors = [_started(plan, share) for _ in range(share.count)]
+        hired = [_ready(actor, share, engine) for actor in actors]
+    except BaseException:
+        leave()
+        raise
+    _LOG.info("%d workers on %s", len(hired), ", ".join(sorted({each.device for each in hired})))
+    return Pool(hired, lambda: _ready(_started(plan, share), share, engine), leave)
+
+
+class RayWorker:
+    """A `Worker` that is an actor; `pid` is its process on its machine."""
+
+    def __init__(self, actor: Any, device: str, pid: int) -> None:
+        self._actor, self.device, self.pid = actor, device, pid
+
+    def submit(self, job: Job) -> Future[Answer]:
+        """See `Worker`."""
+        future: Future[Answer] = Future()
+
+        def settle(done: Future[Any]) -> None:
+            error = done.exception()
+            if error is None:
+                future.set_result(done.result())
+            else:
+                future.set_exception(_meant(error))
+
+        self._actor.run.remote(job).future().add_done_callback(settle)
+        return future
+
+    def close(self) -> None:
+        """End the actor; it may be dead already."""
+        import ray
+
+        if ray.is_initialized():
+            ray.kill(self._actor)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """How many actors, and what each takes of the cluster."""
+
+    count: int
+    cpus: float
+    gpus: int
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How an actor comes by the weights: as they were loaded here, or as objects."""
+
+    name: str
+    max_batch_rows: int
+    max_batch_tokens: int
+    loaded: dict[str, Any] | None
+    objects: Any = None  # a reference to (model, tokenizer)
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @classmethod
+    def of(cls, engine: Engine) -> _Plan:
+        import ray
+
+        sizes = (engine.name, engine.max_batch_rows, engine.max_batch_tokens)
+        if engine.origin is not None:
+            return cls(*sizes, dict(engine.origin), None, dict(engine.load_options))
+        return cls(*sizes, None, ray.put((engine.model, engine.tokenizer)))
+
+    def build(self, device: str) -> Engine:
+        """The engine; called where the actor lives."""
+        if self.loaded is None:
+            import ray
+
+            model, tokenizer = ray.get(self.objects)
+            engine = Engine(model.to(device), tokenizer, name=self.name, max_batch_rows=self.max_batch_rows)
+        else:
+            engine = Engine.from_pretrained(
+                self.loaded["name_or_path"],
+                device=device,
+                dtype=self.loaded["dtype"],
+                revision=self.loaded["revision"],
+                max_batch_rows=self.max_batch_rows,
+                **self.options,
+            )
+        engine.max_batch_tokens = self.max_batch_tokens
+        return engine
+
+
+class _Actor:
+    """What runs in a process of its own."""
+
+    def __init__(self, plan: _Plan, gpus: int) -> None:
+        torch.set_num_threads(1)  # the same for any number of workers
+        self._runner = JobRunner(plan.build("cuda" if gpus else "cpu"))
+
+    def about(self) -> tuple[str, str, int]:
+        """The identity of the weights, the device, and the process."""
+        engine = self._runner.engine
+        device = engine.weights.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return engine.identity, name, os.getpid()
+
+    def run(self, job: Job) -> Answer:
+        return self._runner.run(job)
+
+
+def _joined(address: str | None, count: int) -> Callable[[], object]:
+    """Connect to a cluster or start one; returns what undoes it."""
+    import ray
+
+    if ray.is_initialized():
+        return lambda: None
+    where = address or os.environ.get("RAY_ADDRESS")
+    cpus = None if where else max(count, os.cpu_count() or 1)
+    before = signal.getsignal(signal.SIGTERM)  # which Ray would replace
+    try:
+        ray.init(
+            where or "local",
+            num_cpus=cpus,
+            include_dashboard=None if where else False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise WorkerError(
+            f"No Ray cluster answers at {where!r} ({said}). Check the address, or give workers='auto' for this machine."
+            if where
+            else f"Ray could not be started on this machine ({said}). Leave workers= out, or try `ray start --head`."
+        ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGTERM, before)
+    return ray.shutdown
+
+
+def _share(engine: Engine, count: int | None) -> _Share:
+    """What each actor takes of the cluster; `count` None: as many as there is room for."""
+    import ray
+
+    there = ray.cluster_resources()
+    gpus, cpus = int(there.get("GPU", 0)), there.get("CPU", 0)
+    if count is None:
+        return _Share(gpus, 0, 1) if gpus else _Share(max(1, min(int(cpus), _MOST_ON_CPUS)), min(1, cpus), 0)
+    if gpus >= count:
+        return _Share(count, 0, 1)
+    if engine.weights.device.type != "cpu":
+        raise WorkerError(
+            f"workers={count}, and the cluster has {gpus} GPUs; each worker takes one. Give at most so many, "
+            "or add machines."
+        )
+    return _Share(count, 1 if cpus >= count else int(100 * cpus / count) / 100, 0)
+
+
+def _started(plan: _Plan, share: _Share) -> Any:
+    """An actor that begins to load the weights."""
+    import ray
+
+    kind = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_restarts=0)(_Actor)
+    return kind.remote(plan, share.gpus)
+
+
+def _ready(actor: Any, share: _Share, engine: Engine) -> RayWorker:
+    """The worker, once its weights are loaded and are the same."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayError
+
+    try:
+        identity, device, pid = ray.get(actor.about.remote(), timeout=_START_SECONDS)
+    except GetTimeoutError as error:
+        raise WorkerError(
+            f"A worker did not start within {_START_SECONDS:.0f} seconds: the cluster has no room for one with "
+            f"{share.cpus:g} CPUs and {share.gpus} GPUs, or loading the weights takes longer. `ray status` says which."
+        ) from error
+    except RayError as error:
+        meant = _meant(error)
+        if isinstance(meant, WeightsError):
+            raise meant from error
+        raise WorkerError(
+            f"A worker could not start: {meant} It needs dspy-greater and the weights of {engine.name!r} on its "
+            "machine."
+        ) from error
+    if engine.origin is not None and identity != engine.identity:
+        ray.kill(actor)
+        raise WeightsError(
+            f"A worker loaded {identity!r}, and this process has {engine.identity!r}: the weights were changed since "
+            "they were loaded, or its machine has others under that name. Pass weights=(model, tokenizer), which are "
+            "sent as they are."
+        )
+    return RayWorker(actor, device, pid)
+
+
+def _meant(error: BaseException) -> BaseException:
+    """What an error of Ray's stands for: the job's own, or that the actor is gone."""
+    from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+
+    if isinstance(error, RayTaskError):
+        cause = getattr(error, "cause", None)
+        return cause if isinstance(cause, Exception) else error
+    if isinstance(error, (RayActorError, ObjectLostError)):
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return WorkerLostError(f"{said.rstrip('.')}.")
+    return error

@@ -1,0 +1,92 @@
+"""Where weights are changes neither what they are called nor what they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import save_tiny
+
+from dspy_greater import local_lm
+from dspy_greater.errors import SettingsError, WeightsError
+from dspy_greater.model.engine import Engine
+from dspy_greater.model.interface import GenerationRequest, Leaf, TokenQuery
+from dspy_greater.model.registry import as_engine
+
+ON_DISK = {"model.layers.1": "disk", "model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.norm": "cpu"}
+ALL_ON_DISK = dict.fromkeys((*ON_DISK, "lm_head"), "disk") | {"model.rotary_emb": "cpu", "model.norm": "cpu"}
+
+PLACEMENTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "auto": lambda folder: {"device_map": "auto"},
+    "one device": lambda folder: {"device_map": "cpu", "max_memory": {"cpu": "1GiB"}},
+    "a layer on disk": lambda folder: {
+        "device_map": {**ON_DISK, "lm_head": "cpu", "model.rotary_emb": "cpu"},
+        "offload_folder": str(folder / "away"),
+    },
+    "embeddings on disk": lambda folder: {"device_map": ALL_ON_DISK, "offload_folder": str(folder / "away")},
+}
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def saved(tmp_path: Path, request: pytest.FixtureRequest) -> str:
+    return save_tiny(tmp_path / "model", tie_word_embeddings=request.param)
+
+
+def computed(engine: Engine) -> list[Any]:
+    sequences = [(*range(5, 45), *range(60, 64 + row)) for row in range(3)]
+    asked = [TokenQuery(row, len(each) - 1) for row, each in enumerate(sequences)]
+    gradient = engine.logprob_gradient(sequences, asked, Leaf((20,) * 3, engine.embed([7])))
+    texts = engine.generate([GenerationRequest(each, 8) for each in sequences])
+    return [engine.token_logprobs(sequences, asked).tolist(), gradient.tolist(), texts]
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_placed_weights_keep_their_name_and_compute_the_same_bits(saved: str, placement: str, tmp_path: Path) -> None:
+    whole = Engine.from_pretrained(saved, device="cpu", dtype="float32")
+    placed = local_lm(saved, device="cpu", dtype="float32", **PLACEMENTS[placement](tmp_path))
+    engine: Engine = placed.engine.engine
+    assert engine is not whole and placed.model == f"local/{whole.identity}"
+    assert engine.checks.backward().works
+    assert computed(engine) == computed(whole)
+    assert engine.identity == whole.identity
+
+
+def test_other_weights_on_disk_have_another_name(tmp_path: Path) -> None:
+    names = set()
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        path = save_tiny(folder / "model", seed=seed)
+        options = PLACEMENTS["embeddings on disk"](folder)
+        names.add(Engine.from_pretrained(path, device="cpu", dtype="float32", **options).checks.revision)
+    assert len(names) == 2
+
+
+def test_another_attention_is_loaded_and_keeps_the_name(saved: str) -> None:
+    whole = Engine.from_pretrained(saved, device="cpu", dtype="float32")
+    lm = local_lm(saved, device="cpu", dtype="float32", attn_implementation="eager")
+    engine: Engine = lm.engine.engine
+    assert engine.model.config._attn_implementation == "eager" != whole.model.config._attn_implementation
+    assert engine.identity == whole.identity
+    for found, expected in zip(computed(engine)[:2], computed(whole)[:2], strict=True):
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-3, atol=1e-4)
+
+
+def test_weights_take_a_name_with_options(saved: str) -> None:
+    options = {"device_map": "auto", "dtype": "float32", "device": "cpu"}
+    engine = as_engine((saved, options))
+    assert engine.load_options["device_map"] == "auto" and as_engine((saved, options)) is engine
+    assert as_engine(saved) is not engine
+
+
+def test_options_for_loading_are_refused_for_what_is_loaded(saved: str) -> None:
+    engine = Engine.from_pretrained(saved, device="cpu")
+    with pytest.raises(SettingsError, match="device_map says how weights are loaded, and these are loaded already"):
+        local_lm(engine, device_map="auto")
+
+
+def test_options_that_transformers_refuses_are_an_error_of_weights(saved: str) -> None:
+    with pytest.raises(WeightsError, match="could not be loaded"):
+        local_lm(saved, attn_implementation="no such attention")

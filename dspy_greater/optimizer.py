@@ -45,6 +45,7 @@ class Keywords(Knobs, total=False):
     warm_start: Teleprompter | None
     listeners: Sequence[Listener]
     progress: bool | None
+    strict: bool | None
 
 
 class GReaTer(Teleprompter):
@@ -80,6 +81,8 @@ class GReaTer(Teleprompter):
             from there. One that raises is warned of once and not called again.
         listeners: the same, under an older name.
         progress: show a progress bar; None shows it on a terminal only.
+        strict: where the LM is a server that writes other tokens than the weights here would, stop with an error; by
+            default that is a warning with numbers. Another prompt is an error in any case.
         **keywords: besides those above, any field of `Settings`, which explains them and what they cost.
 
     Raises:
@@ -121,6 +124,7 @@ class GReaTer(Teleprompter):
         listeners = checked_callbacks(knobs.pop("listeners", ()), "listeners")
         self.listeners = (*listeners, *checked_callbacks(callbacks))
         self.progress: bool | None = knobs.pop("progress", None)
+        self.strict = bool(knobs.pop("strict", None))
         self.settings = Settings.of(auto, **knobs)
 
     def compile(
@@ -170,6 +174,7 @@ class GReaTer(Teleprompter):
                 extractor=self.extractor,
                 predictors=self.predictors,
                 mode=self.mode,
+                strict=self.strict,
             ),
         )
         if self.warm_start is not None:
@@ -216,6 +221,7 @@ class _Meter:
             validation_rows=len(self._problem.validation),
             seconds=time.monotonic() - self._started,
             spent={name: sum(part[name] for part in spent) for name in spent[0]},
+            servers=self._problem.servers(),
             interrupted=found.interrupted is not None,
             out_of_budget=found.out_of_budget,
             stopped_by=found.error

@@ -39,6 +39,7 @@ FLOORS = (
     "model",
     "lm",
     "program",
+    "served",
     "objective",
     "estimators",
     "run",
@@ -56,7 +57,7 @@ TOKEN_CORE = ("model", "estimators", "pocket")  # runs on machines that have the
 TOKEN_CORE_MAY_IMPORT = {"torch", "transformers", "tokenizers", "safetensors", "numpy"}
 OPTIONAL = {"gguf", "accelerate"}  # the extra `gguf`; asked for by a function that says what to install
 PLOTS = {"matplotlib"}  # the extra `plots`, in the same way
-NO_TORCH_UNTIL_USED = ("program", "prompt", "lm", "gradsum")
+NO_TORCH_UNTIL_USED = ("program", "served", "prompt", "lm", "gradsum")
 NEITHER = ("run", "report")
 NEITHER_MODULES = {f"{PACKAGE}.{name}" for name in ("errors", "settings", "metric", "stats", "search.state")}
 

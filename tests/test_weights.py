@@ -17,7 +17,7 @@ from test_lm import engine_of, pair, tiny_lm
 from tiny_models import save_tiny
 
 from dspy_greater.errors import WeightsError
-from dspy_greater.lm.local import weights_behind
+from dspy_greater.served.weights import weights_behind
 
 
 def test_explicit_weights_come_first_and_a_local_lm_is_its_own(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 """A `dspy.LM` over open weights in this process."""
 
-from dspy_greater.lm.local import DEFAULT_MAX_TOKENS, AsyncLocalEngine, LocalEngine, local_lm, weights_behind
+from dspy_greater.lm.local import DEFAULT_MAX_TOKENS, AsyncLocalEngine, LocalEngine, local_lm
 
-__all__ = ["DEFAULT_MAX_TOKENS", "AsyncLocalEngine", "LocalEngine", "local_lm", "weights_behind"]
+__all__ = ["DEFAULT_MAX_TOKENS", "AsyncLocalEngine", "LocalEngine", "local_lm"]

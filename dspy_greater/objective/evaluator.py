@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -65,6 +65,7 @@ class Objective:
         metric: the user's metric on the whole program's prediction.
         extractor: text between reasoning and answer.
         fixed: the leading text of the instruction that may not change.
+        heard: told of all runs, and whether they are the first ones; it raises where they cannot be trusted.
     """
 
     program: Any
@@ -74,6 +75,7 @@ class Objective:
     metric: RowMetric
     extractor: str | None = None
     fixed: str = ""
+    heard: Callable[..., None] | None = None
 
 
 class Evaluator:
@@ -92,7 +94,7 @@ class Evaluator:
         self.engine = engine
         self._program, self._site, self._field = objective.program, objective.site, objective.field
         self._rows, self._metric, self._settings = tuple(objective.rows), objective.metric, settings
-        self._extractor, self._fixed = objective.extractor, objective.fixed
+        self._extractor, self._fixed, self._heard = objective.extractor, objective.fixed, objective.heard
         # An extractor asks for the answer itself.
         self._header_counts = criterion.counts_missing_header and objective.extractor is None
         self._uncertainty_weight = settings.uncertainty_weight if criterion.counts_uncertainty else 0.0
@@ -155,7 +157,7 @@ class Evaluator:
 
     def _run_seed(self, rows: Sequence[Any], session: Model) -> list[Rollout]:
         copied = searching_copy(self._program, {self._site.name: self._site.instruction})
-        return self._roll_out([(copied, row) for row in rows], session)
+        return self._roll_out([(copied, row) for row in rows], session, first=True)
 
     def _follow(self, rollouts: Sequence[Rollout]) -> None:
         """Lay prompts out as these runs sent them, or refuse."""
@@ -266,7 +268,7 @@ class Evaluator:
         outcomes = [self.examples.outcome(at % len(self._rows), each) for at, each in enumerate(done)]
         return [outcomes[start : start + len(self._rows)] for start in range(0, len(done), len(self._rows))]
 
-    def _roll_out(self, pairs: Sequence[tuple[Any, Any]], session: Model) -> list[Rollout]:
+    def _roll_out(self, pairs: Sequence[tuple[Any, Any]], session: Model, *, first: bool = False) -> list[Rollout]:
         """Programs on rows; the session generates where they run on the very model whose instruction is evaluated."""
         generate = session.generate if engines_behind(self._program) == [self.engine] else None
         metric = self._metric if self._first is None else self._metric.late
@@ -280,6 +282,8 @@ class Evaluator:
             failure_score=self._settings.failure_score,
         )
         self._count(done)
+        if self._heard is not None:
+            self._heard(done, before=first)
         return done
 
     def _probe(self, answered: Evaluation) -> Rollout:

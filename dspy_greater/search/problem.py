@@ -5,12 +5,12 @@ Everything that can be refused is refused here, before the first token is genera
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast
 
 from dspy_greater.errors import DataError, GreaterError, ProgramError, SettingsError, WeightsError
-from dspy_greater.lm.local import weights_behind
 from dspy_greater.metric import Metric, RowMetric
 from dspy_greater.model.engine import Engine
 from dspy_greater.notices import warn_caller
@@ -36,10 +36,16 @@ from dspy_greater.search.context import Case, refuse_long_answers, refuse_long_p
 from dspy_greater.search.prices import write_price
 from dspy_greater.search.step import Step
 from dspy_greater.search.variants import described_step
+from dspy_greater.served.kinds import who_answers
+from dspy_greater.served.record import ServedModel
+from dspy_greater.served.watch import Watch
+from dspy_greater.served.weights import weights_behind
 from dspy_greater.settings import Settings
 
 # Settings that say how the work is done and not what comes out: a run may go on with others.
 _OF_THE_MACHINE = ("num_threads", "max_seconds")
+_COMPARED = 2  # training rows that a server and the weights are compared on before a search
+_LOG = logging.getLogger(__name__)
 
 
 Mode = Literal["rewrite", "append"]
@@ -51,13 +57,15 @@ class Target:
     """A predictor that will be optimised, the field it is supervised on and the weights behind it.
 
     `field` is None for a predictor without gold values, which only the program's metric can judge. With `append`
-    its instruction stays to the byte, and a sentence after it is searched.
+    its instruction stays to the byte, and a sentence after it is searched. `watch` compares the server behind its LM
+    with the weights; None where the LM is in this process.
     """
 
     site: PredictorSite
     field: str | None
     engine: Engine
     append: bool = False
+    watch: Watch | None = None
 
     @property
     def fixed(self) -> str:
@@ -103,6 +111,10 @@ class Problem:
     numbers: tuple[int, ...] = ()
     named: bool = False
 
+    def servers(self) -> tuple[ServedModel, ...]:
+        """What is known of the servers behind the targets' LMs."""
+        return tuple(target.watch.record() for target in self.targets if target.watch is not None)
+
     def identity(self) -> dict[str, JSON]:
         """What must be the same for an interrupted run to be continued."""
         sites = {site.name: described(site) for site in predictors_of(self.program)}
@@ -139,6 +151,7 @@ class Options:
         predictors: names of those to optimise; by default all that can be.
         mode: "rewrite" or "append", for all or by predictor name; by default an instruction that lists its tools
             is only appended to, and every other rewritten.
+        strict: whether a server that writes other tokens than the weights would is an error.
     """
 
     settings: Settings
@@ -148,6 +161,7 @@ class Options:
     extractor: str | None = None
     predictors: Iterable[str] | None = None
     mode: Modes = None
+    strict: bool = False
 
 
 def pose(
@@ -168,6 +182,7 @@ def pose(
         MetricError: there is no metric, or it cannot be called.
         ProgramError: not a program, nothing to optimise, a predictor that is not there or not supported.
         SettingsError: `predictors` or `mode` is of no known form.
+        ServerError: the server behind a predictor's LM does not answer, or is not the model that is loaded here.
         WeightsError: a predictor's LM has no open weights that are known.
         ContextLengthError: a row's prompt leaves no room in the model's context.
     """
@@ -213,6 +228,7 @@ def pose(
     )
     if len(sites) == 1:  # the inputs of later predictors are known only once the program runs
         _check_context(problem)
+    _compare_with_servers(problem)
     return problem
 
 
@@ -286,7 +302,7 @@ def _targets(
                     f"Predictor `{site.name}` has no output field with gold values in the trainset, and "
                     "variant='paper' needs them."
                 )
-            target = _target(site, field, trainset, options.weights, modes[site.name])
+            target = _target(site, field, trainset, options, modes[site.name])
             if step.needs_gradient:
                 _refuse_weights_without_gradient(target)
             targets.append(target)
@@ -297,14 +313,37 @@ def _targets(
     return tuple(targets), kept
 
 
-def _target(site: PredictorSite, field: str | None, trainset: Sequence[Any], weights: Any, mode: Mode | None) -> Target:
+def _target(
+    site: PredictorSite, field: str | None, trainset: Sequence[Any], options: Options, mode: Mode | None
+) -> Target:
     refuse_unsupported(site, trainset)
     refuse_without_inputs(site)
     if field is not None:
         refuse_unfit_gold(site, field, trainset)
-    engine = weights_behind(site.lm, weights=weights, predictor_name=site.name)
+    server = who_answers(site.lm, predictor_name=site.name)
+    engine = weights_behind(site.lm, weights=options.weights, predictor_name=site.name, server=server)
     engine.checks.renew()
-    return Target(site, field, engine, append=site.lists_tools if mode is None else mode == "append")
+    watch = None
+    if server is not None:
+        watch = Watch(server, engine, site.name, strict=options.strict)
+        _LOG.info("Predictor `%s`: %s", site.name, watch.record())
+    return Target(site, field, engine, append=site.lists_tools if mode is None else mode == "append", watch=watch)
+
+
+def _compare_with_servers(problem: Problem) -> None:
+    """On a few training rows, before anything is searched."""
+    for target in problem.targets:
+        if target.watch is not None:
+            layout = target.layout(problem.extractor)
+            target.watch.begin([_messages(target.site, layout, row) for row in problem.train[:_COMPARED]])
+
+
+def _messages(site: PredictorSite, layout: Layout, row: Any) -> list[dict[str, Any]]:
+    """What the predictor sends for a row; where the program makes its inputs, the row's own values as one message."""
+    inputs = dict(row.inputs())
+    if all(name in inputs for name in site.input_fields):
+        return layout.messages(site.instruction, {name: inputs[name] for name in site.input_fields})
+    return [{"role": "user", "content": "\n".join(map(str, inputs.values()))}]
 
 
 def _refuse_weights_without_gradient(target: Target) -> None:

@@ -221,7 +221,7 @@ class _Meter:
             validation_rows=len(self._problem.validation),
             seconds=time.monotonic() - self._started,
             spent={name: sum(part[name] for part in spent) for name in spent[0]},
-            servers=self._problem.servers(),
+            servers=tuple(each.watch.record() for each in self._problem.targets if each.watch is not None),
             interrupted=found.interrupted is not None,
             out_of_budget=found.out_of_budget,
             stopped_by=found.error

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from gguf_files import write_gguf
-from stand_ins import llama_cpp, stand_in
+from stand_ins import llama_cpp, ollama, stand_in
 from test_lm import engine_of
 from tiny_models import save_tiny, tiny_model, tiny_tokenizer
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen3Config, Qwen3ForCausalLM
@@ -339,6 +339,9 @@ def test_a_file_stands_behind_an_lm_wherever_a_directory_would(plain: Path, tmp_
     assert weights_behind(dspy.LM(f"openai/{nameless}", api_key="x")) is engine
     with stand_in(llama_cpp("alias", str(nameless))) as url:
         lm = dspy.LM("openai/alias", api_base=f"{url}/v1", api_key="x")
+        assert weights_behind(lm, server=who_answers(lm)) is engine
+    with stand_in(ollama("tag:1b", str(nameless))) as url:
+        lm = dspy.LM("ollama_chat/tag:1b", api_base=url)
         assert weights_behind(lm, server=who_answers(lm)) is engine
 
 

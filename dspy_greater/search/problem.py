@@ -5,7 +5,6 @@ Everything that can be refused is refused here, before the first token is genera
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast
@@ -37,15 +36,12 @@ from dspy_greater.search.prices import write_price
 from dspy_greater.search.step import Step
 from dspy_greater.search.variants import described_step
 from dspy_greater.served.kinds import who_answers
-from dspy_greater.served.record import ServedModel
 from dspy_greater.served.watch import Watch
 from dspy_greater.served.weights import weights_behind
 from dspy_greater.settings import Settings
 
 # Settings that say how the work is done and not what comes out: a run may go on with others.
 _OF_THE_MACHINE = ("num_threads", "max_seconds")
-_COMPARED = 2  # training rows that a server and the weights are compared on before a search
-_LOG = logging.getLogger(__name__)
 
 
 Mode = Literal["rewrite", "append"]
@@ -110,10 +106,6 @@ class Problem:
     borrowed: Mapping[str, Any] = field(default_factory=dict[str, Any])  # LMs of predictors without one of their own
     numbers: tuple[int, ...] = ()
     named: bool = False
-
-    def servers(self) -> tuple[ServedModel, ...]:
-        """What is known of the servers behind the targets' LMs."""
-        return tuple(target.watch.record() for target in self.targets if target.watch is not None)
 
     def identity(self) -> dict[str, JSON]:
         """What must be the same for an interrupted run to be continued."""
@@ -228,7 +220,9 @@ def pose(
     )
     if len(sites) == 1:  # the inputs of later predictors are known only once the program runs
         _check_context(problem)
-    _compare_with_servers(problem)
+    for target in targets:
+        if target.watch is not None:
+            target.watch.begin(target.site, target.layout(problem.extractor), train)
     return problem
 
 
@@ -323,27 +317,8 @@ def _target(
     server = who_answers(site.lm, predictor_name=site.name)
     engine = weights_behind(site.lm, weights=options.weights, predictor_name=site.name, server=server)
     engine.checks.renew()
-    watch = None
-    if server is not None:
-        watch = Watch(server, engine, site.name, strict=options.strict)
-        _LOG.info("Predictor `%s`: %s", site.name, watch.record())
+    watch = None if server is None else Watch(server, engine, site.name, strict=options.strict)
     return Target(site, field, engine, append=site.lists_tools if mode is None else mode == "append", watch=watch)
-
-
-def _compare_with_servers(problem: Problem) -> None:
-    """On a few training rows, before anything is searched."""
-    for target in problem.targets:
-        if target.watch is not None:
-            layout = target.layout(problem.extractor)
-            target.watch.begin([_messages(target.site, layout, row) for row in problem.train[:_COMPARED]])
-
-
-def _messages(site: PredictorSite, layout: Layout, row: Any) -> list[dict[str, Any]]:
-    """What the predictor sends for a row; where the program makes its inputs, the row's own values as one message."""
-    inputs = dict(row.inputs())
-    if all(name in inputs for name in site.input_fields):
-        return layout.messages(site.instruction, {name: inputs[name] for name in site.input_fields})
-    return [{"role": "user", "content": "\n".join(map(str, inputs.values()))}]
 
 
 def _refuse_weights_without_gradient(target: Target) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,16 +10,20 @@ from dspy_greater.errors import LayoutError, ParityError
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.called import merged_options
 from dspy_greater.program.copies import with_instructions
+from dspy_greater.program.predictors import PredictorSite
 from dspy_greater.program.rollout import Rollout
 from dspy_greater.program.tracing import Exchange
 from dspy_greater.prompt.chat_template import content_text
-from dspy_greater.served.parity import Messages, Probed, Twin, Written, answer_of, probe, too_little
+from dspy_greater.prompt.layout import Layout
+from dspy_greater.served.parity import Probed, Twin, Written, answer_of, probe, too_little
 from dspy_greater.served.record import ServedModel
 
 if TYPE_CHECKING:
     from dspy_greater.model.engine import Engine
     from dspy_greater.served.kinds import Server
 
+_LOG = logging.getLogger(__name__)
+_COMPARED = 2  # rows before a search
 _READ = 4  # answers of a batch of runs that are read here for the agreement: one short pass, whatever the batch
 
 
@@ -39,14 +44,15 @@ class Watch:
         self._found = Probed(0, 0, 0, 0)
         self._different, self._warned = 0, False
 
-    def begin(self, prompts: Sequence[Messages]) -> None:
-        """Compare on these prompts, before anything is searched.
+    def begin(self, site: PredictorSite, layout: Layout, rows: Sequence[Any]) -> None:
+        """Compare on two of these rows, before anything is searched, and log who answers.
 
         Raises:
             ParityError: the server reads another prompt; with `strict`, or its tokens are not those of the weights.
             ServerError: it does not answer.
         """
-        self._add(probe(self._twin, prompts), different=0)
+        _LOG.info("Predictor `%s`: %s", site.name, self.record())
+        self._add(probe(self._twin, [_messages(site, layout, row) for row in rows[:_COMPARED]]), different=0)
         self._judge()
 
     def heard(self, rollouts: Sequence[Rollout], *, before: bool) -> None:
@@ -146,6 +152,14 @@ def neutral(program: Any, watches: Mapping[str, Watch | None]) -> Any:
             made.setdefault(key, predictor.lm.copy(**settings[name]))
             predictor.lm = made[key]
     return copied
+
+
+def _messages(site: PredictorSite, layout: Layout, row: Any) -> list[dict[str, Any]]:
+    """What the predictor sends for a row; where the program makes its inputs, the row's own values as one message."""
+    inputs = dict(row.inputs())
+    if all(name in inputs for name in site.input_fields):
+        return layout.messages(site.instruction, {name: inputs[name] for name in site.input_fields})
+    return [{"role": "user", "content": "\n".join(map(str, inputs.values()))}]
 
 
 def _answers(asked: Sequence[Exchange]) -> Iterator[tuple[Exchange, Written]]:

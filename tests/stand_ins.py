@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from dspy_greater.model.interface import GenerationRequest
+
 # "GET /path" or "POST /path" -> a JSON object; (status, JSON object or text); or what makes one of these of the body.
 Answer = Any
 Answers = Mapping[str, Answer]
@@ -116,3 +118,33 @@ def ollama(name: str, blob: str) -> Answers:
         "POST /api/show": {"modelfile": modelfile, "details": {"format": "gguf"}},
         "POST /v1/chat/completions": knows(name),
     }
+
+
+def length_of(body: Mapping[str, Any]) -> int:
+    """The most tokens that a request asks for, under either of its names."""
+    return int(body.get("max_tokens") or body["max_completion_tokens"])
+
+
+def vllm_over(engine: Any, *, tells_ids: bool = False, tokenizer: Any = None, write: Any = None) -> Answers:
+    """vLLM's answers by an engine in this process; `write(prompt ids, text)` changes what it writes.
+
+    With a `tokenizer`, prompts are read by that one. Special tokens in messages are parsed, as servers do.
+    """
+    tokenizer = tokenizer or engine.tokenizer
+
+    def prompt(messages: list[dict[str, str]]) -> tuple[int, ...]:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def answer(body: Any) -> Answer:
+        ids = prompt(body["messages"])
+        [made] = engine.generate([GenerationRequest(ids, length_of(body))])
+        text = tokenizer.decode(list(made.token_ids), skip_special_tokens=True)
+        text = text if write is None else write(ids, text)
+        told = completion(body["model"], text, prompt_tokens=len(ids))
+        if tells_ids and body.get("return_token_ids"):
+            told["prompt_token_ids"] = list(ids)
+            told["choices"][0]["token_ids"] = list(made.token_ids)
+        return told
+
+    return {**vllm("assistant", "/weights"), "POST /v1/chat/completions": answer}

@@ -33,6 +33,7 @@ from dspy_greater.search.problem import Modes, Options, Problem, pose
 from dspy_greater.search.step import Step
 from dspy_greater.search.variants import Variant, step_of
 from dspy_greater.search.warm_start import compile_warm
+from dspy_greater.served.record import ServedModel
 from dspy_greater.settings import Auto, Knobs, Settings, checked_log_dir, checked_seed, spelled_out
 
 
@@ -183,7 +184,9 @@ class GReaTer(Teleprompter):
         meter, stop_file, identity = _Meter(problem), StopFile(self.log_dir), problem.identity()
         best_file = BestFile(self.log_dir, partial(saved, student))
         with (
-            Journal.open(self.log_dir, identity) as journal,
+            Journal.open(
+                self.log_dir, identity, {f"server of {each.predictor}": str(each) for each in _servers(problem)}
+            ) as journal,
             ProgressBar(show=self.progress) as bar,
             ReportFile(self.log_dir, identity, journal.versions) as report,
             terminable(),
@@ -221,7 +224,7 @@ class _Meter:
             validation_rows=len(self._problem.validation),
             seconds=time.monotonic() - self._started,
             spent={name: sum(part[name] for part in spent) for name in spent[0]},
-            servers=tuple(each.watch.record() for each in self._problem.targets if each.watch is not None),
+            servers=_servers(self._problem),
             interrupted=found.interrupted is not None,
             out_of_budget=found.out_of_budget,
             stopped_by=found.error
@@ -229,6 +232,11 @@ class _Meter:
                 interrupted=found.interrupted, called_off=found.called_off, out_of_budget=found.out_of_budget
             ),
         )
+
+
+def _servers(problem: Problem) -> tuple[ServedModel, ...]:
+    """What is known up to now of the servers behind the targets' LMs."""
+    return tuple(target.watch.record() for target in problem.targets if target.watch is not None)
 
 
 def _finished(student: Any, detailed: CompileResult, called_as: dict[str, str]) -> Any:

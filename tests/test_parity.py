@@ -248,3 +248,12 @@ def test_strict_is_a_keyword_and_no_part_of_a_runs_identity() -> None:
     assert optimizer(strict=True).settings == optimizer().settings
     with pytest.raises(SettingsError, match="stricter"):
         optimizer(stricter=True)
+
+
+def test_the_report_names_the_server_also_when_it_is_made_from_the_journal(engine: Engine, tmp_path: Any) -> None:
+    with stand_in(vllm_over(engine)) as url:
+        optimizer(weights=engine, steps=0, log_dir=tmp_path).compile(student(url), ROWS, valset=HELD_OUT)
+    told = f"vLLM at {url}/v1 serves"
+    assert told in (tmp_path / "report.html").read_text()
+    again = report_of(read_record(tmp_path))
+    assert told in dict(again.versions)["server of predict"]

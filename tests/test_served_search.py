@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import dspy
 import pytest
-from serving import Served, needs_serving, pocket_server
+from serving import Served, needs_serving, pocket_server, transformers_serve
 from tiny_models import save_tiny
 
-from dspy_greater import GReaTer, local_lm
+from dspy_greater import GReaTer, local_lm, pocket
 from dspy_greater.errors import ParityError, ServerError
 from dspy_greater.model.engine import Engine
 from dspy_greater.pocket.tasks import generate, work_out
+from dspy_greater.served.kinds import who_answers
+from dspy_greater.served.parity import Twin, probe
 
 __all__ = ["pocket_server"]  # a fixture
 
@@ -73,9 +78,6 @@ def test_other_weights_than_the_served_ones_are_refused(pocket_server: Served, t
 
 def test_another_chat_template_than_the_servers_is_refused(pocket_server: Served) -> None:
     own = Engine.from_pretrained("pocket", dtype="float32")
-    own.tokenizer.chat_template = own.tokenizer.chat_template.replace(
-        "{{ message['content'] }}", "{{ message['content'] }} "
-    )
     own.tokenizer.chat_template = "{{ 'Be brief. ' }}" + own.tokenizer.chat_template
     with pytest.raises(ParityError, match="another chat template"):
         compiled(lm_on(pocket_server), weights=own)
@@ -89,6 +91,25 @@ def test_a_special_token_in_the_data_is_refused(pocket_server: Served) -> None:
         pytest.raises(ParityError, match="take them out of the data"),
     ):
         compiled(lm_on(pocket_server), rows)
+
+
+def test_a_repetition_penalty_of_the_servers_own_does_not_count(tmp_path: Path) -> None:
+    weights = Path(shutil.copytree(pocket.path(), tmp_path / "weights"))
+    config = json.loads((weights / "generation_config.json").read_text())
+    (weights / "generation_config.json").write_text(json.dumps({**config, "repetition_penalty": 1.5}))
+    asked = dspy.ChainOfThought(dspy.Signature("question -> answer", "Count each item in turn and add.")).predict
+    prompts = [dspy.ChatAdapter().format(asked.signature, [], dict(each.inputs())) for each in rows_of(2, 0)]
+    with transformers_serve(weights) as served:
+        server = who_answers(lm_on(served))
+        assert server is not None and server.said == str(weights)
+        twin = Twin(server, Engine.from_pretrained(weights, dtype="float32"), "predict")
+        neutral, as_it_is = probe(twin, prompts), probe(replaced(twin, neutral={}), prompts)
+    assert neutral.agreed == neutral.written > 0
+    assert as_it_is.agreed < as_it_is.written
+
+
+def replaced(twin: Twin, **changes: Any) -> Twin:
+    return Twin(replace(twin.server, **changes), twin.engine, twin.predictor)
 
 
 def test_a_wrong_name_and_a_wrong_address_are_told_apart(pocket_server: Served) -> None:

@@ -19,6 +19,8 @@ from dspy_greater.model.engine import Engine
 from dspy_greater.model.greedy import greedy_tokens
 from dspy_greater.model.interface import GenerationRequest
 from dspy_greater.model.plain import PlainModel
+from dspy_greater.report.data import report_of
+from dspy_greater.run.record import read_record
 from dspy_greater.served.kinds import who_answers
 from dspy_greater.served.parity import Twin, answer_of, probe
 

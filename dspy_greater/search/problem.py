@@ -107,12 +107,6 @@ class Problem:
     numbers: tuple[int, ...] = ()
     named: bool = False
 
-    def servers(self) -> dict[str, str]:
-        """What is known of the server behind each target's LM, in words."""
-        return {
-            f"server of {each.site.name}": str(each.watch.record()) for each in self.targets if each.watch is not None
-        }
-
     def identity(self) -> dict[str, JSON]:
         """What must be the same for an interrupted run to be continued."""
         sites = {site.name: described(site) for site in predictors_of(self.program)}

@@ -68,6 +68,14 @@ class WeightsError(GreaterError, ValueError):
     """No open weights are known for a predictor's LM, or they could not be loaded."""
 
 
+class ServerError(WeightsError):
+    """The server behind a predictor's LM does not answer, or not as what the search needs it to be."""
+
+
+class ParityError(ServerError):
+    """A server reads other prompts than the weights that are loaded here, or writes other tokens."""
+
+
 class LayoutError(GreaterError, ValueError):
     """A rendered prompt could not be mapped to token ids with an instruction span."""
 

@@ -33,6 +33,7 @@ from dspy_greater.search.problem import Modes, Options, Problem, pose
 from dspy_greater.search.step import Step
 from dspy_greater.search.variants import Variant, step_of
 from dspy_greater.search.warm_start import compile_warm
+from dspy_greater.served.record import ServedModel
 from dspy_greater.settings import Auto, Knobs, Settings, checked_log_dir, checked_seed, spelled_out
 from dspy_greater.workers.crews import Crews, Hire, Workers, checked_workers
 
@@ -47,6 +48,7 @@ class Keywords(Knobs, total=False):
     listeners: Sequence[Listener]
     progress: bool | None
     workers: Workers | Hire | None
+    strict: bool | None
 
 
 class GReaTer(Teleprompter):
@@ -86,6 +88,8 @@ class GReaTer(Teleprompter):
         workers: how many processes read with the weights, beside this one: gradients, forecasts, losses and proposals.
             A number, "auto" (one a GPU) or the address of a Ray cluster; needs `pip install 'dspy-greater[ray]'`. Any
             number finds the same, bit for bit, on devices of one kind; a run may go on with another.
+        strict: where the LM is a server that writes other tokens than the weights here would, stop with an error; by
+            default that is a warning with numbers. Another prompt is an error in any case.
         **keywords: besides those above, any field of `Settings`, which explains them and what they cost.
 
     Raises:
@@ -128,6 +132,7 @@ class GReaTer(Teleprompter):
         self.listeners = (*listeners, *checked_callbacks(callbacks))
         self.progress: bool | None = knobs.pop("progress", None)
         self.workers = checked_workers(knobs.pop("workers", None))
+        self.strict = bool(knobs.pop("strict", None))
         self.settings = Settings.of(auto, **knobs)
 
     def compile(
@@ -177,6 +182,7 @@ class GReaTer(Teleprompter):
                 extractor=self.extractor,
                 predictors=self.predictors,
                 mode=self.mode,
+                strict=self.strict,
             ),
         )
         if self.warm_start is not None:
@@ -186,7 +192,9 @@ class GReaTer(Teleprompter):
         best_file = BestFile(self.log_dir, partial(saved, student))
         with (
             Crews(self.workers) as crews,
-            Journal.open(self.log_dir, identity) as journal,
+            Journal.open(
+                self.log_dir, identity, {f"server of {each.predictor}": str(each) for each in _servers(problem)}
+            ) as journal,
             ProgressBar(show=self.progress) as bar,
             ReportFile(self.log_dir, identity, journal.versions) as report,
             terminable(),
@@ -231,6 +239,7 @@ class _Meter:
             seconds=time.monotonic() - self._started,
             spent=totals,
             faults=self._problem.servers.faults,
+            servers=_servers(self._problem),
             interrupted=found.interrupted is not None,
             out_of_budget=found.out_of_budget,
             stopped_by=found.error
@@ -238,6 +247,11 @@ class _Meter:
                 interrupted=found.interrupted, called_off=found.called_off, out_of_budget=found.out_of_budget
             ),
         )
+
+
+def _servers(problem: Problem) -> tuple[ServedModel, ...]:
+    """What is known up to now of the servers behind the targets' LMs."""
+    return tuple(target.watch.record() for target in problem.targets if target.watch is not None)
 
 
 def _finished(student: Any, detailed: CompileResult, called_as: dict[str, str]) -> Any:

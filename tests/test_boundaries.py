@@ -40,6 +40,7 @@ FLOORS = (
     "workers",
     "lm",
     "program",
+    "served",
     "objective",
     "estimators",
     "run",
@@ -58,7 +59,7 @@ TOKEN_CORE_MAY_IMPORT = {"torch", "transformers", "tokenizers", "safetensors", "
 OPTIONAL = {"gguf", "accelerate"}  # the extra `gguf`; asked for by a function that says what to install
 CLUSTER = {"ray"}  # the extra `ray`, in the same way
 PLOTS = {"matplotlib"}  # the extra `plots`, in the same way
-NO_TORCH_UNTIL_USED = ("program", "prompt", "lm", "gradsum")
+NO_TORCH_UNTIL_USED = ("program", "served", "prompt", "lm", "gradsum")
 NEITHER = ("run", "report")
 NEITHER_MODULES = {f"{PACKAGE}.{name}" for name in ("errors", "settings", "metric", "stats", "search.state")}
 

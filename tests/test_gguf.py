@@ -17,18 +17,21 @@ import numpy as np
 import pytest
 import torch
 from gguf_files import write_gguf
+from stand_ins import llama_cpp, ollama, stand_in
 from test_lm import engine_of
 from tiny_models import save_tiny, tiny_model, tiny_tokenizer
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen3Config, Qwen3ForCausalLM
 
 from dspy_greater.errors import WeightsError
-from dspy_greater.lm.local import local_lm, weights_behind
+from dspy_greater.lm.local import local_lm
 from dspy_greater.model import gguf
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.gguf import digest, find_gguf, load_gguf, read_header
 from dspy_greater.model.gguf_meaning import tokenizer_of
 from dspy_greater.model.registry import shared_engine
 from dspy_greater.model.unpacked_cache import VARIABLE, cache_folder
+from dspy_greater.served.kinds import who_answers
+from dspy_greater.served.weights import weights_behind
 
 CPU = torch.device("cpu")
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 256}
@@ -327,17 +330,19 @@ def test_a_file_and_the_folder_that_holds_it_are_one_engine(plain: Path, tmp_pat
     assert len(local_lm(path, max_tokens=3, cache=False)("Hi")) == 1
 
 
-def test_a_file_stands_behind_an_lm_wherever_a_directory_would(
-    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_stands_behind_an_lm_wherever_a_directory_would(plain: Path, tmp_path: Path) -> None:
     nameless = shutil.copy(plain, tmp_path / "sha256-0123")  # as Ollama keeps them
     served = dspy.LM("openai/anything", api_key="x")
     engine = weights_behind(served, weights=str(nameless))
     assert engine.name == str(nameless)
     assert weights_behind(served, weights={"hop": str(nameless)}, predictor_name="hop") is engine
     assert weights_behind(dspy.LM(f"openai/{nameless}", api_key="x")) is engine
-    monkeypatch.setattr("dspy_greater.model.registry._served_names", lambda *_: [str(nameless)])  # as llama-server does
-    assert weights_behind(dspy.LM("openai/alias", api_base="http://localhost:1", api_key="x")) is engine
+    with stand_in(llama_cpp("alias", str(nameless))) as url:
+        lm = dspy.LM("openai/alias", api_base=f"{url}/v1", api_key="x")
+        assert weights_behind(lm, server=who_answers(lm)) is engine
+    with stand_in(ollama("tag:1b", str(nameless))) as url:
+        lm = dspy.LM("ollama_chat/tag:1b", api_base=url)
+        assert weights_behind(lm, server=who_answers(lm)) is engine
 
 
 def test_a_file_is_found_from_whatever_folder_one_works_in(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:

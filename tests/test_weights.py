@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import http.server
-import json
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import dspy
@@ -17,7 +12,7 @@ from test_lm import engine_of, pair, tiny_lm
 from tiny_models import save_tiny
 
 from dspy_greater.errors import WeightsError
-from dspy_greater.lm.local import weights_behind
+from dspy_greater.served.weights import weights_behind
 
 
 def test_explicit_weights_come_first_and_a_local_lm_is_its_own(tmp_path: Path) -> None:
@@ -48,43 +43,6 @@ def test_an_api_model_fails_fast_and_names_predictor_lm_and_fix() -> None:
     with pytest.raises(WeightsError, match="Ollama tags are not hub ids"):
         weights_behind(dspy.LM("ollama_chat/llama3.2:1b"))
     assert time.monotonic() - started < 1
-
-
-@pytest.fixture
-def server() -> Iterator[Any]:
-    """Lists one model, as vLLM does; `server.models` is the list."""
-    seen = SimpleNamespace(models=[], keys=[])
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            seen.keys.append(self.headers.get("Authorization"))
-            body = json.dumps({"data": seen.models}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    seen.url = f"http://127.0.0.1:{running.server_port}/v1"
-    thread = threading.Thread(target=running.serve_forever)
-    thread.start()
-    yield seen
-    running.shutdown()
-    thread.join()
-    running.server_close()
-
-
-def test_a_server_is_asked_what_its_alias_is_made_from(server: Any, tmp_path: Path) -> None:
-    path = save_tiny(tmp_path / "model")
-    server.models = [{"id": "other", "root": "nowhere"}, {"id": "assistant", "root": path}]
-    engine = weights_behind(dspy.LM("openai/assistant", api_base=server.url, api_key="secret"))
-    assert engine.name == path and server.keys == ["Bearer secret"]
-    server.models = [{"id": "nothing", "root": "not a name"}]
-    with pytest.raises(WeightsError, match=r"'openai/else'"):
-        weights_behind(dspy.LM("openai/else", api_base=server.url, api_key="x"))
 
 
 def test_a_download_is_tried_last_and_only_for_a_model_that_is_served(monkeypatch: Any) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import dspy
 
 from benchmarks.fidelity.rankings import RANKINGS, Position
-from dspy_greater.lm.local import weights_behind
 from dspy_greater.metric import RowMetric
 from dspy_greater.model.interface import Model
 from dspy_greater.objective.evaluator import Evaluator, Objective
@@ -24,6 +23,7 @@ from dspy_greater.search.exploration import baseline_scale
 from dspy_greater.search.select import realised_change
 from dspy_greater.search.state import begin
 from dspy_greater.search.step import StepContext
+from dspy_greater.served.weights import weights_behind
 from dspy_greater.settings import Settings
 
 _ELSEWHERE = 6  # instructions tried at other positions, whose reasonings are at hand

@@ -1,6 +1,6 @@
 """A `dspy.LM` over open weights in this process, or over several servers of one model."""
 
-from dspy_greater.lm.local import DEFAULT_MAX_TOKENS, AsyncLocalEngine, LocalEngine, local_lm, weights_behind
+from dspy_greater.lm.local import DEFAULT_MAX_TOKENS, AsyncLocalEngine, LocalEngine, local_lm
 from dspy_greater.lm.served import AsyncServerPool, ServerPool, served_lm
 
 __all__ = [
@@ -11,5 +11,4 @@ __all__ = [
     "ServerPool",
     "local_lm",
     "served_lm",
-    "weights_behind",
 ]

@@ -125,13 +125,6 @@ def local_lm(
     )
 
 
-def weights_behind(lm: Any, *, weights: Any = None, predictor_name: str = "") -> Engine:
-    """The engine whose weights a `dspy.LM` runs on; see `dspy_greater.model.registry.weights_behind`."""
-    from dspy_greater.model.registry import weights_behind as find
-
-    return find(lm, weights=weights, predictor_name=predictor_name)
-
-
 @dataclass(frozen=True)
 class _Call:
     """A request, tokenised: the engine's request, the text it writes, and the prompt's length."""

@@ -1,12 +1,8 @@
-"""Which open weights stand behind a language model, and how they are loaded and shared."""
+"""Open weights: how they are found, loaded and shared."""
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -22,58 +18,9 @@ from dspy_greater.model.gguf import digest, find_gguf, is_gguf, load_gguf
 
 POCKET = "pocket"  # the name of the model that travels with the package
 
-# Provider prefixes of DSPy's model strings that stand for an OpenAI-compatible or local server.
-_SERVING = frozenset({"hosted_vllm", "vllm", "sglang", "huggingface", "lm_studio", "llamafile"})
-_PREFIXES = _SERVING | {"openai", "text-completion-openai", "custom_openai", "openai_like", "litellm_proxy"}
-_TAGGED = frozenset({"ollama", "ollama_chat"})  # these name models by tags of their own
 _READ = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # files of a model's directory
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 _shared: WeakValueDictionary[Any, Engine] = WeakValueDictionary()
-
-
-def weights_behind(lm: Any, *, weights: Any = None, predictor_name: str = "") -> Engine:
-    """The engine whose weights a `dspy.LM` runs on.
-
-    In this order: `weights`; the engine of a `local_lm`; the model string without its provider prefix, as
-    a local directory, as what the server behind `api_base` says it serves, as a hub id. Nothing is
-    downloaded for a model that is not served locally. Engines are shared: the same weights load once.
-
-    Args:
-        lm: the LM of a predictor.
-        weights: an `Engine`, a `local_lm`, a loaded `(model, tokenizer)` pair, a name or path, or a
-            mapping to one of these from the predictor's name or the LM's model string.
-        predictor_name: the predictor's path in its program.
-
-    Raises:
-        WeightsError: no weights are known; names the predictor, the LM and what to pass.
-
-    Example:
-        >>> engine = weights_behind(dspy.settings.lm, weights="Qwen/Qwen3-4B")  # doctest: +SKIP
-    """
-    name = str(getattr(lm, "model", lm))
-    if isinstance(weights, Mapping):
-        weights = weights.get(predictor_name, weights.get(name))
-    if weights is not None:
-        return as_engine(weights)
-    own = getattr(getattr(lm, "engine", None), "engine", None)
-    if isinstance(own, Engine):
-        return own
-    tried: list[str] = []
-    options = getattr(lm, "kwargs", None) or {}
-    for candidate, may_download in _candidates(name, options):
-        try:
-            if not _is_here(candidate):
-                return shared_engine(candidate, local_files_only=True)
-            return shared_engine(candidate)
-        except WeightsError as error:
-            tried.append(f"{candidate!r} ({_first_line(error.__cause__ or error)})")
-        if may_download and not _is_here(candidate):
-            try:
-                return shared_engine(candidate)
-            except WeightsError as error:
-                tried[-1] = f"{candidate!r} ({_first_line(error.__cause__ or error)})"
-    raise WeightsError(_no_weights(name, predictor_name, tried))
 
 
 def as_engine(weights: Any) -> Engine:
@@ -197,7 +144,7 @@ def load_pretrained(
             model = model.to(target)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise WeightsError(
-            f"The weights of {name!r} could not be loaded ({_first_line(error)}); pass a hub id, a "
+            f"The weights of {name!r} could not be loaded ({first_line(error)}); pass a hub id, a "
             "GGUF file, or a directory with config.json, a tokenizer and *.safetensors (pickled weights are not read; "
             "trust_remote_code=True is needed for models that bring code of their own)."
         ) from error
@@ -234,11 +181,13 @@ def _best_device() -> torch.device:
     return found or torch.device("cpu")
 
 
-def _is_here(name: str) -> bool:
+def is_here(name: str) -> bool:
+    """Whether it is a directory or a GGUF file on this machine."""
     return os.path.isdir(name) or is_gguf(name)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says first, without the full stop."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".") if lines else type(error).__name__
 
@@ -252,60 +201,3 @@ def _from_pair(model: Any, tokenizer: Any) -> Engine:
         engine = Engine(model, tokenizer, name=name)
         _shared[key] = engine
     return engine
-
-
-def _candidates(model: str, options: Mapping[str, Any]) -> list[tuple[str, bool]]:
-    """(name or path, whether it may be downloaded) for an LM's model string, best first."""
-    prefix, _, rest = model.partition("/")
-    name = rest if prefix in _PREFIXES and rest else model
-    base = options.get("api_base") or options.get("base_url")
-    served = bool(base) or prefix in _SERVING
-    if name.startswith("local:"):
-        name, served = name.removeprefix("local:"), True
-    if _is_here(name) or name == POCKET:
-        return [(name, False)]
-    names = [*_served_names(str(base), name, options.get("api_key"))] if base else []
-    if prefix not in _TAGGED:
-        names.append(name)
-    usable = [each for each in dict.fromkeys(names) if _is_here(each) or _HUB_ID.fullmatch(each)]
-    return [(each, served) for each in usable] if served else []
-
-
-class _StayHere(urllib.request.HTTPRedirectHandler):
-    """Follow no redirect: the key in the request is for this server only."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-
-def _served_names(base: str, name: str, key: Any) -> list[str]:
-    """What the server at `base` says the model `name` is made from; nothing if it does not say."""
-    if not base.startswith(("http://", "https://")):
-        return []
-    headers = {"Authorization": f"Bearer {key}"} if isinstance(key, str) else {}
-    request = urllib.request.Request(base.rstrip("/") + "/models", headers=headers)
-    try:
-        with urllib.request.build_opener(_StayHere).open(request, timeout=2.0) as answer:
-            listed = json.loads(answer.read(1_000_000)).get("data", [])
-        entries = [entry for entry in listed if isinstance(entry, dict)]
-    except (OSError, ValueError, AttributeError, TypeError):
-        return []
-    same = [entry for entry in entries if entry.get("id") == name] or (entries if len(entries) == 1 else [])
-    return [str(entry[field]) for entry in same for field in ("root", "id") if entry.get(field)]
-
-
-def _no_weights(name: str, predictor: str, tried: list[str]) -> str:
-    who = f"predictor {predictor!r}" if predictor else "this predictor"
-    attempts = f" Tried {'; '.join(tried)}." if tried else ""
-    tags = (
-        " Ollama tags are not hub ids; the line FROM of `ollama show --modelfile TAG` names a file that weights= takes."
-        if name.partition("/")[0] in _TAGGED
-        else ""
-    )
-    return (
-        f"No open weights are known for {who}, which runs on the LM {name!r}; a gradient needs them."
-        f"{tags}{attempts} Pass weights= with the model the LM serves, such as "
-        f"weights={{{name!r}: 'ORG/NAME'}} (a hub id, a directory, a GGUF file, or a "
-        "loaded (model, tokenizer) pair), or use "
-        "dspy_greater.local_lm(...) as the LM."
-    )

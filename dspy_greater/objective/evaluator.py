@@ -70,6 +70,7 @@ class Objective:
         extractor: text between reasoning and answer.
         fixed: the leading text of the instruction that may not change.
         servers: waits for answers that do not come, and counts them.
+        heard: told of all runs, and whether they are the first ones; it raises where they cannot be trusted.
     """
 
     program: Any
@@ -80,6 +81,7 @@ class Objective:
     extractor: str | None = None
     fixed: str = ""
     servers: Servers = made_by(default_factory=Servers)
+    heard: Callable[..., None] | None = None
 
 
 class Evaluator:
@@ -105,7 +107,7 @@ class Evaluator:
         self.engine, self.model = engine, engine if model is None else model
         self._program, self._site, self._field = objective.program, objective.site, objective.field
         self._rows, self._metric, self._settings = tuple(objective.rows), objective.metric, settings
-        self._extractor, self._fixed = objective.extractor, objective.fixed
+        self._extractor, self._fixed, self._heard = objective.extractor, objective.fixed, objective.heard
         # An extractor asks for the answer itself.
         self._header_counts = criterion.counts_missing_header and objective.extractor is None
         self._uncertainty_weight = settings.uncertainty_weight if criterion.counts_uncertainty else 0.0
@@ -169,7 +171,7 @@ class Evaluator:
 
     def _run_seed(self, rows: Sequence[Any], session: Model) -> list[Rollout]:
         copied = searching_copy(self._program, {self._site.name: self._site.instruction})
-        return self._roll_out([(copied, row) for row in rows], session)
+        return self._roll_out([(copied, row) for row in rows], session, first=True)
 
     def _follow(self, rollouts: Sequence[Rollout]) -> None:
         """Lay prompts out as these runs sent them, or refuse."""
@@ -281,7 +283,7 @@ class Evaluator:
         outcomes = [self.examples.outcome(at % len(self._rows), each) for at, each in enumerate(done)]
         return [outcomes[start : start + len(self._rows)] for start in range(0, len(done), len(self._rows))]
 
-    def _roll_out(self, pairs: Sequence[tuple[Any, Any]], session: Model) -> list[Rollout]:
+    def _roll_out(self, pairs: Sequence[tuple[Any, Any]], session: Model, *, first: bool = False) -> list[Rollout]:
         """Programs on rows; the session generates where they run on the very model whose instruction is evaluated."""
         generate = session.generate if engines_behind(self._program) == [self.engine] else None
         metric = self._metric if self._first is None else self._metric.late
@@ -292,7 +294,10 @@ class Evaluator:
             generate=generate,
             failure_score=self._settings.failure_score,
         )
-        return self._settled(pairs, run)
+        done = self._settled(pairs, run)
+        if self._heard is not None:
+            self._heard(done, before=first)
+        return done
 
     def _settled(self, pairs: Sequence[tuple[Any, Any]], run: Callable[..., list[Rollout]]) -> list[Rollout]:
         """The runs of programs on rows, once every row is answered, or is at fault itself."""

@@ -14,6 +14,7 @@ from dspy_greater.report.plain_values import finite, step_as_dict
 from dspy_greater.report.plots import Plotted
 from dspy_greater.run.events import IterationTaken, StepTaken
 from dspy_greater.run.log import edit_of
+from dspy_greater.served.record import ServedModel
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ class CompileResult(_Validated, Plotted):
     search ended early, if `max_generated_tokens`, `max_metric_calls` or `max_seconds` did it; predictors that it
     did not come to keep their instructions and are not among `predictors`. `stopped_by` is what ended it early:
     "interrupt" (Ctrl-C), "SIGTERM", "STOP file", "callback", "budget", or where it ended and by which error; None
-    when it took all its steps. `interrupted` is true for the first two.
+    when it took all its steps. `interrupted` is true for the first two. `servers` says for each predictor whose LM is
+    behind a server which model answered there, and how far it was the one that is loaded here.
     """
 
     predictors: tuple[PredictorResult, ...]
@@ -143,6 +145,7 @@ class CompileResult(_Validated, Plotted):
     out_of_budget: str | None = None
     stopped_by: str | None = None
     faults: dict[str, int] = field(default_factory=dict[str, int])
+    servers: tuple[ServedModel, ...] = ()
     rendering: Any = field(default=None, compare=False, repr=False)  # of the program's prompts, see `prompt`
 
     def prompt(self, example: Mapping[str, Any] | None = None, predictor: str | None = None) -> list[dict[str, Any]]:
@@ -163,6 +166,11 @@ class CompileResult(_Validated, Plotted):
         if self.rendering is None:
             raise ProgramError("This result holds no prompts. Take that of a program that `compile` returned.")
         return self.rendering.prompt(example, predictor)
+
+    @property
+    def server(self) -> ServedModel | None:
+        """The first of `servers`; None where all LMs are in this process."""
+        return self.servers[0] if self.servers else None
 
     @property
     def spent_by_phase(self) -> dict[str, dict[str, int]]:
@@ -226,6 +234,8 @@ class CompileResult(_Validated, Plotted):
         return finite(
             {
                 **_outcome(self),
+                "server": None if self.server is None else self.server.to_dict(),
+                "servers": [each.to_dict() for each in self.servers],
                 "candidates": [each.instructions for each in self.candidates],
                 "spent_by_phase": self.spent_by_phase,
                 "predictors": [_predictor_as_dict(each) for each in self.predictors],

@@ -60,11 +60,14 @@ class Journal:
         self._closed = False
 
     @classmethod
-    def open(cls, directory: str | Path | None, identity: Mapping[str, JSON]) -> Journal:
+    def open(
+        cls, directory: str | Path | None, identity: Mapping[str, JSON], servers: Mapping[str, str] | None = None
+    ) -> Journal:
         """Begin a run in a directory, or go on with the one that was interrupted there.
 
         `identity` is everything that the run's events depend on; a run goes on only with the identity
-        that it began with. `directory` is created where it does not exist; None keeps the journal
+        that it began with. `servers` are noted beside the versions of the software: they may be others later.
+        `directory` is created where it does not exist; None keeps the journal
         in memory. Until `close`, no other run can open the directory.
 
         Raises:
@@ -80,7 +83,7 @@ class Journal:
                 resources.callback(DirectoryLock.acquire(folder).release)
                 file = LineFile(folder / NAME)
                 resources.callback(file.close)
-                recorded, begun_with = _begin_or_resume(file, identity)
+                recorded, begun_with = _begin_or_resume(file, identity, servers or {})
                 lines.sync_directory(folder)
                 return cls(recorded, file, resources.pop_all(), begun_with)
         except RunDirectoryError:
@@ -159,12 +162,14 @@ def _warn_not_written(path: Path, error: OSError) -> None:
     )
 
 
-def _begin_or_resume(file: LineFile, identity: Mapping[str, JSON]) -> tuple[tuple[Event, ...], dict[str, str]]:
+def _begin_or_resume(
+    file: LineFile, identity: Mapping[str, JSON], servers: Mapping[str, str]
+) -> tuple[tuple[Event, ...], dict[str, str]]:
     """The recorded events, and the versions of the beginning; afterwards the file ends with an intact line."""
     now = json.loads(json.dumps(identity))
     content = file.content()
     intact = lines.read(content)
-    begun_with = installed()
+    begun_with = {**installed(), **servers}
     if intact.payloads:
         begun_with = _check_header(file.path, _header(intact.payloads[0]), now)
     if intact.damaged_line is not None:

@@ -25,6 +25,7 @@ from dspy_greater.search.problem import Problem, Target
 from dspy_greater.search.seed_run import SeedRun, warn_if_all_failed
 from dspy_greater.search.state import Usage, begin
 from dspy_greater.search.step import Search
+from dspy_greater.served.watch import neutral
 from dspy_greater.stats import mean
 
 
@@ -60,7 +61,7 @@ class PredictorSearch:
         self._recorded = [event for event in journal.recorded() if getattr(event, "predictor", None) == self._name]
         self._evaluator = Evaluator(
             Objective(
-                program=program,
+                program=neutral(program, {each.site.name: each.watch for each in problem.targets}),
                 site=target.site,
                 field=target.field,
                 rows=problem.train,
@@ -68,6 +69,7 @@ class PredictorSearch:
                 extractor=problem.extractor,
                 fixed=target.fixed,
                 servers=problem.servers,
+                heard=None if target.watch is None else target.watch.heard,
             ),
             engine=target.engine,
             settings=problem.settings,

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast
 
 from dspy_greater.errors import DataError, GreaterError, ProgramError, SettingsError, WeightsError
-from dspy_greater.lm.local import weights_behind
 from dspy_greater.metric import Metric, RowMetric
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.interface import Model
@@ -39,6 +38,9 @@ from dspy_greater.search.context import Case, refuse_long_answers, refuse_long_p
 from dspy_greater.search.prices import write_price
 from dspy_greater.search.step import Step
 from dspy_greater.search.variants import described_step
+from dspy_greater.served.kinds import who_answers
+from dspy_greater.served.watch import Watch
+from dspy_greater.served.weights import weights_behind
 from dspy_greater.settings import Settings
 
 # Settings that say how the work is done and not what comes out: a run may go on with others.
@@ -54,13 +56,15 @@ class Target:
     """A predictor that will be optimised, the field it is supervised on and the weights behind it.
 
     `field` is None for a predictor without gold values, which only the program's metric can judge. With `append`
-    its instruction stays to the byte, and a sentence after it is searched.
+    its instruction stays to the byte, and a sentence after it is searched. `watch` compares the server behind its LM
+    with the weights; None where the LM is in this process.
     """
 
     site: PredictorSite
     field: str | None
     engine: Engine
     append: bool = False
+    watch: Watch | None = None
 
     @property
     def fixed(self) -> str:
@@ -151,6 +155,7 @@ class Options:
         predictors: names of those to optimise; by default all that can be.
         mode: "rewrite" or "append", for all or by predictor name; by default an instruction that lists its tools
             is only appended to, and every other rewritten.
+        strict: whether a server that writes other tokens than the weights would is an error.
     """
 
     settings: Settings
@@ -160,6 +165,7 @@ class Options:
     extractor: str | None = None
     predictors: Iterable[str] | None = None
     mode: Modes = None
+    strict: bool = False
 
 
 def pose(
@@ -180,6 +186,7 @@ def pose(
         MetricError: there is no metric, or it cannot be called.
         ProgramError: not a program, nothing to optimise, a predictor that is not there or not supported.
         SettingsError: `predictors` or `mode` is of no known form.
+        ServerError: the server behind a predictor's LM does not answer, or is not the model that is loaded here.
         WeightsError: a predictor's LM has no open weights that are known.
         ContextLengthError: a row's prompt leaves no room in the model's context.
     """
@@ -227,6 +234,9 @@ def pose(
     )
     if len(sites) == 1:  # the inputs of later predictors are known only once the program runs
         _check_context(problem)
+    for target in targets:
+        if target.watch is not None:
+            target.watch.begin(target.site, target.layout(problem.extractor), train)
     return problem
 
 
@@ -300,7 +310,7 @@ def _targets(
                     f"Predictor `{site.name}` has no output field with gold values in the trainset, and "
                     "variant='paper' needs them."
                 )
-            target = _target(site, field, trainset, options.weights, modes[site.name])
+            target = _target(site, field, trainset, options, modes[site.name])
             if step.needs_gradient:
                 _refuse_weights_without_gradient(target)
             targets.append(target)
@@ -311,14 +321,18 @@ def _targets(
     return tuple(targets), kept
 
 
-def _target(site: PredictorSite, field: str | None, trainset: Sequence[Any], weights: Any, mode: Mode | None) -> Target:
+def _target(
+    site: PredictorSite, field: str | None, trainset: Sequence[Any], options: Options, mode: Mode | None
+) -> Target:
     refuse_unsupported(site, trainset)
     refuse_without_inputs(site)
     if field is not None:
         refuse_unfit_gold(site, field, trainset)
-    engine = weights_behind(site.lm, weights=weights, predictor_name=site.name)
+    server = who_answers(site.lm, predictor_name=site.name)
+    engine = weights_behind(site.lm, weights=options.weights, predictor_name=site.name, server=server)
     engine.checks.renew()
-    return Target(site, field, engine, append=site.lists_tools if mode is None else mode == "append")
+    watch = None if server is None else Watch(server, engine, site.name, strict=options.strict)
+    return Target(site, field, engine, append=site.lists_tools if mode is None else mode == "append", watch=watch)
 
 
 def _refuse_weights_without_gradient(target: Target) -> None:

@@ -28,6 +28,7 @@ from dspy_greater.run.journal import Journal
 from dspy_greater.run.log import StepLog
 from dspy_greater.run.progress import Listeners, ProgressBar, checked_callbacks
 from dspy_greater.run.stop import BY_FILE, StopFile, terminable
+from dspy_greater.run.trackers import checked_trackers, tracked
 from dspy_greater.search.coordinate_descent import CoordinateDescent, Found
 from dspy_greater.search.problem import Modes, Options, Problem, pose
 from dspy_greater.search.step import Step
@@ -45,6 +46,8 @@ class Keywords(Knobs, total=False):
     warm_start: Teleprompter | None
     listeners: Sequence[Listener]
     progress: bool | None
+    use_mlflow: bool
+    use_wandb: bool
 
 
 class GReaTer(Teleprompter):
@@ -79,11 +82,14 @@ class GReaTer(Teleprompter):
             `False` ends the search after that step: the best so far is returned, and a run with a `log_dir` can go on
             from there. One that raises is warned of once and not called again.
         listeners: the same, under an older name.
-        progress: show a progress bar; None shows it on a terminal only.
+        progress: show a progress bar; None shows it on a terminal and in a notebook.
+        use_mlflow, use_wandb: record the run in MLflow, in Weights & Biases (the extras `mlflow` and `wandb`):
+            settings, the numbers of each step, `report.html`. Their faults are warnings.
         **keywords: besides those above, any field of `Settings`, which explains them and what they cost.
 
     Raises:
         SettingsError: an unknown or impossible setting.
+        MissingExtraError: a tracker that was asked for is not installed.
 
     ```python
     optimizer = GReaTer(metric=exact_match, auto="light", log_dir="runs/navigate")
@@ -121,6 +127,9 @@ class GReaTer(Teleprompter):
         listeners = checked_callbacks(knobs.pop("listeners", ()), "listeners")
         self.listeners = (*listeners, *checked_callbacks(callbacks))
         self.progress: bool | None = knobs.pop("progress", None)
+        self.trackers = checked_trackers(
+            use_mlflow=knobs.pop("use_mlflow", False), use_wandb=knobs.pop("use_wandb", False)
+        )
         self.settings = Settings.of(auto, **knobs)
 
     def compile(
@@ -180,10 +189,11 @@ class GReaTer(Teleprompter):
         with (
             Journal.open(self.log_dir, identity) as journal,
             ProgressBar(show=self.progress) as bar,
-            ReportFile(self.log_dir, identity, journal.versions) as report,
+            tracked(self.trackers, identity, self.log_dir) as (trackers, folder),
+            ReportFile(folder, identity, journal.versions) as report,
             terminable(),
         ):
-            listeners = Listeners([bar, StepLog(), best_file, report, *self.listeners], stop_file)
+            listeners = Listeners([bar, StepLog(), best_file, report, *trackers, *self.listeners], stop_file)
             found = CoordinateDescent(problem, journal, listeners).run()  # Algorithm 1, predictor by predictor
         stop_file.obeyed(ended=found.called_off == BY_FILE)
         detailed = meter.result(found)

@@ -1,0 +1,243 @@
+"""A short probe: what a program's prompts are like, how much the model writes, and how fast all that goes.
+
+The program is run on a few training rows, under the student's instruction and under the same with "Think step by
+step." behind it: what a search finds makes models reason longer, and nobody knows yet by how much. Nothing of the
+search is touched: the probe has sessions of its own, and draws its rows from a source of randomness of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import wraps
+from random import Random
+from typing import Any
+
+from dspy_greater.errors import LayoutError
+from dspy_greater.estimate.speed import Speed, resident_bytes, try_speed
+from dspy_greater.estimate.watch import Watched, watched
+from dspy_greater.metric import RowMetric
+from dspy_greater.model.kv_cache import shared_length
+from dspy_greater.objective.evaluator import Evaluator, Instruction, Objective
+from dspy_greater.objective.types import Evaluation
+from dspy_greater.program.rollout import engines_behind, run_pairs, searching_copy, unscored
+from dspy_greater.run.estimate import Cost
+from dspy_greater.search.edits import propose_edits
+from dspy_greater.search.problem import Problem, Target
+from dspy_greater.search.state import begin
+from dspy_greater.search.step import StepContext
+from dspy_greater.settings import Settings
+from dspy_greater.stats import mean
+
+ROWS = 4  # that the program is run on, under each instruction
+STEPS = "Think step by step."
+Run = tuple[tuple[int, ...], tuple[int, ...]]  # a prompt, and what was generated after it
+
+
+@dataclass(frozen=True)
+class Reasoned:
+    """What the model wrote under an instruction, tokens; means over runs of the program on a row.
+
+    `runs` are those of the predictor: prompts, and what was generated up to a gold answer. `written` counts all that
+    the program had written, and `longest` is the most of one run.
+    """
+
+    runs: tuple[Run, ...]
+    written: float
+    longest: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a probe found for one predictor; tokens and seconds, means over runs unless it says otherwise.
+
+    Attributes:
+        short: under the student's instruction.
+        long: told to think step by step; the same where that cannot be laid out.
+        loss_read: tokens read to take a run's loss.
+        gold: tokens of the gold answer, with what leads to it.
+        context: tokens that a proposal reads for a row.
+        edit_seconds: to find the legal edits of a position, without the model.
+        run_seconds: of the program on a row, without an in-process model.
+        metric_seconds: of the metric on a row, where it is slow enough to be asked of somebody else.
+        served: whether the program is answered by servers, wholly or in part; then `run_seconds` has their time.
+        speed: of the model.
+        resident_bytes: in use already.
+        cost: of the probe.
+    """
+
+    short: Reasoned
+    long: Reasoned
+    loss_read: float
+    gold: float
+    context: float
+    edit_seconds: float
+    run_seconds: float
+    metric_seconds: float
+    served: bool
+    speed: Speed
+    resident_bytes: int
+    cost: Cost
+
+
+def probe(problem: Problem, target: Target) -> Measured:
+    """Try what a predictor's search will do, on a few rows.
+
+    Raises:
+        GreaterError: what the search would raise.
+    """
+    began, before = time.perf_counter(), target.engine.counters
+    rows = Random(f"{problem.seed}/probe").sample(list(problem.train), min(ROWS, len(problem.train)))
+    metric = _Timed(problem.metric)
+    evaluator = Evaluator(
+        Objective(problem.program, target.site, target.field, rows, metric.row_metric, problem.extractor, target.fixed),
+        engine=target.engine,
+        settings=problem.settings,
+        criterion=problem.step.criterion,
+    )
+    served = engines_behind(problem.program) != [target.engine]
+    with watched(target.engine) as model:
+        evaluations, wall = _evaluated(evaluator, model)
+        spent = evaluator.spent()
+        edits = _edit_seconds(problem, target, evaluator, evaluations[0], model)
+    loss_read = model.reading.read / (len(rows) * len(evaluations))
+    short, long = _reasoned(evaluator, evaluations, spent["generated_tokens"])
+    run_seconds = (wall - model.cost.seconds) / (len(rows) * len(evaluations)) * _at_once(problem.settings, len(rows))
+    if not served:
+        run_seconds = _program_seconds(problem, target, rows, [each.instruction for each in evaluations], model)
+    speed = _speed(problem, target, evaluator, evaluations, long)
+    supervised = evaluator.supervised(evaluations[0], reasoned=False)
+    counted = target.engine.counters - before
+    return Measured(
+        short=short,
+        long=long,
+        loss_read=loss_read,
+        gold=mean([float(len(each.answer)) for each in supervised]) if supervised else 0.0,
+        context=_context(evaluator, evaluations[0]),
+        edit_seconds=edits,
+        run_seconds=max(0.0, run_seconds),
+        metric_seconds=metric.seconds,
+        served=served,
+        speed=speed,
+        resident_bytes=resident_bytes(target.engine),
+        cost=Cost(
+            evaluator.spent()["runs"],
+            counted.prefilled_tokens,
+            counted.backward_tokens,
+            max(counted.generated_tokens, spent["generated_tokens"]),
+            time.perf_counter() - began,
+        ),
+    )
+
+
+class _Timed:
+    """The metric with a stopwatch; `seconds` are its mean, where somebody else is asked."""
+
+    def __init__(self, metric: RowMetric) -> None:
+        self._taken: list[float] = []
+        function = metric.function
+
+        @wraps(function)
+        def timed(*arguments: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*arguments)
+            finally:
+                self._taken.append(time.perf_counter() - began)
+
+        self.row_metric = RowMetric(timed)
+
+    @property
+    def seconds(self) -> float:
+        found = mean(self._taken) if self._taken else 0.0
+        return found if found > 0.05 else 0.0
+
+
+def _evaluated(evaluator: Evaluator, model: Watched) -> tuple[list[Evaluation], float]:
+    """The student's instruction, and told to think step by step; and how long both took."""
+    seed = evaluator.seed()
+    text = f"{seed.text.rstrip()} {STEPS}".strip()
+    longer = Instruction(evaluator.layout.edits.instruction_ids(text), text)
+    began = time.perf_counter()
+    try:
+        found = evaluator.evaluate([seed, longer], model)
+    except LayoutError:
+        began = time.perf_counter()
+        found = evaluator.evaluate([seed], model)
+    return found, time.perf_counter() - began
+
+
+def _reasoned(evaluator: Evaluator, evaluations: Sequence[Evaluation], written: int) -> tuple[Reasoned, Reasoned]:
+    """What was written under each; what no predictor's record has (answers, other predictors) is shared alike."""
+    runs = [tuple(evaluator.generated(each)) for each in evaluations]
+    told = [sum(len(generated) for _, generated in each) for each in runs]
+    rows = len(evaluations[0].rows)
+    rest = max(0.0, written - sum(told)) / (rows * len(evaluations))
+    found: list[Reasoned] = []
+    for each, total in zip(runs, told, strict=True):
+        most = max((len(generated) for _, generated in each), default=0)
+        found.append(Reasoned(each, total / rows + rest, most + rest))
+    return found[0], max(found, key=lambda each: each.written)
+
+
+def _edit_seconds(problem: Problem, target: Target, evaluator: Evaluator, seed: Evaluation, model: Watched) -> float:
+    """To tell which of the proposed tokens are legal."""
+    editable = evaluator.layout.edits.positions(seed.token_ids)
+    state = begin(seed, problem.settings, editable=editable, fixed=evaluator.layout.edits.fixed)
+    at = StepContext(evaluator, model, state, problem.settings, target.site.name, problem.seed)
+    before, began = model.cost.seconds, time.perf_counter()
+    propose_edits(at)
+    return max(0.0, time.perf_counter() - began - (model.cost.seconds - before))
+
+
+def _program_seconds(
+    problem: Problem, target: Target, rows: Sequence[Any], instructions: Sequence[str], model: Watched
+) -> float:
+    """Of the program itself on a row: it is run again, with the answers that are known."""
+    copies = [searching_copy(problem.program, {target.site.name: each}) for each in instructions]
+    pairs = [(copied, row) for copied in copies for row in rows]
+    anything = next(iter(model.answers.values()))
+    began = time.perf_counter()
+    run_pairs(
+        pairs,
+        unscored,
+        threads=problem.settings.num_threads,
+        refuse_dead=False,
+        generate=lambda requests: [model.answers.get(each.prompt, anything) for each in requests],
+    )
+    return (time.perf_counter() - began) / len(pairs)
+
+
+def _at_once(settings: Settings, rows: int) -> int:
+    """How many runs a server answers at a time."""
+    return max(1, min(settings.num_threads, 2 * rows))
+
+
+def _speed(
+    problem: Problem, target: Target, evaluator: Evaluator, evaluations: Sequence[Evaluation], long: Reasoned
+) -> Speed:
+    reasonings = evaluator.replay(evaluations[-1], Random(0), ROWS)
+    prompt = long.runs[0][0] if long.runs else evaluations[0].token_ids
+    editable = evaluator.layout.edits.positions(evaluations[-1].token_ids)
+    position = min(editable, default=len(evaluations[-1].token_ids) - 1)
+    return try_speed(target.engine, prompt, len(problem.train), reasonings, position)
+
+
+def _context(evaluator: Evaluator, seed: Evaluation) -> float:
+    """Half of the instruction is behind the position, on the mean."""
+    contexts = evaluator.proposal_contexts(seed, len(seed.token_ids) // 2)
+    return mean([float(len(each)) for each in contexts]) if contexts else 0.0
+
+
+def prompt_lengths(runs: Sequence[Run]) -> tuple[float, float]:
+    """What the prompts begin with, and what each has besides; tokens.
+
+    >>> prompt_lengths([((1, 2, 3), ()), ((1, 2, 4, 5), ())])
+    (2.0, 1.5)
+    """
+    prompts = [prompt for prompt, _ in runs]
+    if not prompts:
+        return 0.0, 0.0
+    shared = shared_length(prompts) if len(prompts) > 1 else len(prompts[0]) // 2
+    return float(shared), mean([float(len(each)) for each in prompts]) - shared

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ from dspy.teleprompt import Teleprompter
 from typing_extensions import Unpack
 
 from dspy_greater.errors import UnvalidatedError
+from dspy_greater.estimate.greater import estimate, plan_of
 from dspy_greater.metric import Metric
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.dataset import as_list
@@ -25,7 +27,8 @@ from dspy_greater.report.result import CompileResult, what_stopped
 from dspy_greater.run.best import BestFile
 from dspy_greater.run.events import Listener, SearchStarted
 from dspy_greater.run.journal import Journal
-from dspy_greater.run.log import StepLog
+from dspy_greater.run.log import LOGGER, StepLog
+from dspy_greater.run.outlook import EstimateLog
 from dspy_greater.run.progress import Listeners, ProgressBar, checked_callbacks
 from dspy_greater.run.stop import BY_FILE, StopFile, terminable
 from dspy_greater.run.trackers import checked_trackers, tracked
@@ -140,6 +143,7 @@ class GReaTer(Teleprompter):
         *,
         teacher: Any = None,
         valset: Sequence[Any] | None = None,
+        dry_run: bool = False,
     ) -> Any:
         """A copy of the student with better instructions, never worse than the student on the validation rows.
 
@@ -150,6 +154,9 @@ class GReaTer(Teleprompter):
             metric: instead of the one given to the constructor.
             teacher: accepted for DSPy's interface; gradients need none.
             valset: rows on which the finalists meet the seed; without any, part of the trainset.
+            dry_run: search nothing, and return an `Estimate` of what the search will cost. For it the program is run
+                on up to six training rows under four instructions, and the model is timed (`dspy_greater.estimate`).
+                No file is written. A warm start is not counted.
 
         Returns:
             The program, with `detailed_results` (`CompileResult`; printed, a short trajectory), `candidate_programs`
@@ -181,19 +188,23 @@ class GReaTer(Teleprompter):
                 mode=self.mode,
             ),
         )
+        if dry_run:
+            return estimate(problem)
         if self.warm_start is not None:
             with terminable():
                 return compile_warm(self, student, problem, trainset, valset)
-        meter, stop_file, identity = _Meter(problem), StopFile(self.log_dir), problem.identity()
+        stop_file, identity, plan = StopFile(self.log_dir), problem.identity(), plan_of(problem)
         best_file = BestFile(self.log_dir, partial(saved, student))
         with (
             Journal.open(self.log_dir, identity) as journal,
-            ProgressBar(show=self.progress) as bar,
+            ProgressBar(show=self.progress, plan=plan) as bar,
             tracked(self.trackers, identity, self.log_dir) as (trackers, folder),
             ReportFile(folder, identity, journal.versions) as report,
             terminable(),
         ):
-            listeners = Listeners([bar, StepLog(), best_file, report, *trackers, *self.listeners], stop_file)
+            logs = [StepLog(), *_estimate_log(problem, journal)]
+            meter = _Meter(problem)  # the probe of an estimate is no part of the run
+            listeners = Listeners([bar, *logs, best_file, report, *trackers, *self.listeners], stop_file)
             found = CoordinateDescent(problem, journal, listeners).run()  # Algorithm 1, predictor by predictor
         stop_file.obeyed(ended=found.called_off == BY_FILE)
         detailed = meter.result(found)
@@ -207,6 +218,19 @@ class GReaTer(Teleprompter):
             )
         called_as = {each.predictor: each.called_as for each in journal.events() if isinstance(each, SearchStarted)}
         return _finished(student, detailed, called_as)
+
+
+def _estimate_log(problem: Problem, journal: Journal) -> list[Listener]:
+    """What the search will cost, logged where somebody reads it, and what corrects it; not for a run that goes on."""
+    if not LOGGER.isEnabledFor(logging.INFO) or journal.recorded():
+        return []
+    try:
+        told = estimate(problem)
+    except Exception as error:  # the search will say it better, or does without
+        LOGGER.info("No estimate: %s: %s", type(error).__name__, error)
+        return []
+    LOGGER.info("Estimate: %s", told)
+    return [EstimateLog(plan_of(problem), told)]
 
 
 class _Meter:

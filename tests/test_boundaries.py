@@ -44,6 +44,7 @@ FLOORS = (
     "run",
     "report",
     "search",
+    "estimate",
     "gradsum",
 )
 ROOF = {
@@ -56,6 +57,7 @@ TOKEN_CORE = ("model", "estimators", "pocket")  # runs on machines that have the
 TOKEN_CORE_MAY_IMPORT = {"torch", "transformers", "tokenizers", "safetensors", "numpy"}
 OPTIONAL = {"gguf", "accelerate"}  # the extra `gguf`; asked for by a function that says what to install
 PLOTS = {"matplotlib"}  # the extra `plots`, in the same way
+TRACKERS = {"mlflow", "wandb"}  # extras of their own, imported by name where a tracker opens its run
 NO_TORCH_UNTIL_USED = ("program", "prompt", "lm", "gradsum")
 NEITHER = ("run", "report")
 NEITHER_MODULES = {f"{PACKAGE}.{name}" for name in ("errors", "settings", "metric", "stats", "search.state")}
@@ -305,7 +307,8 @@ def test_every_third_party_import_is_a_declared_dependency() -> None:
     extra = {re.split(r"[^\w-]", requirement)[0] for requirement in project["optional-dependencies"]["gguf"]}
     assert extra >= OPTIONAL
     assert any(each.startswith("matplotlib") for each in project["optional-dependencies"]["plots"])
-    assert not PLOTS & {top for module in MODULES for top in reached(module, {"load"})}
+    assert TRACKERS <= set(project["optional-dependencies"])
+    assert not (PLOTS | TRACKERS) & {top for module in MODULES for top in reached(module, {"load"})}
     undeclared = [
         f"{module}, line {entry.line}: {entry.target}"
         for module in MODULES

@@ -10,7 +10,7 @@ from dspy_greater.run.outlook import Plan
 from dspy_greater.search.prices import write_price
 from dspy_greater.search.problem import Problem, Target
 
-_LONG = 2.0 / 3.0  # of a search's runs reason as where the model is told to; seeds and first steps do not
+_LONG = 0.9  # of a search's runs reason as under the probe's longest; the first steps do not
 
 
 def plan_of(problem: Problem) -> Plan:

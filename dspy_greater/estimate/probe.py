@@ -1,8 +1,10 @@
 """A short probe: what a program's prompts are like, how much the model writes, and how fast all that goes.
 
-The program is run on a few training rows, under the student's instruction and under the same with "Think step by
-step." behind it: what a search finds makes models reason longer, and nobody knows yet by how much. Nothing of the
-search is touched: the probe has sessions of its own, and draws its rows from a source of randomness of its own.
+The program is run on a few training rows: under the student's instruction, under the same with "Think step by step."
+behind it, and under a few likely edits of it. What a search finds often makes models reason longer, and how much they
+write under these is the best that can be known of it. All in all that is about what one candidate of a search costs.
+Nothing of the search is touched: the probe has sessions of its own, and draws its rows from a source of randomness of
+its own.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from functools import wraps
 from random import Random
 from typing import Any
 
-from dspy_greater.errors import LayoutError
 from dspy_greater.estimate.speed import Speed, resident_bytes, try_speed
 from dspy_greater.estimate.watch import Watched, watched
 from dspy_greater.metric import RowMetric
@@ -27,11 +28,12 @@ from dspy_greater.search.edits import propose_edits
 from dspy_greater.search.problem import Problem, Target
 from dspy_greater.search.state import begin
 from dspy_greater.search.step import StepContext
-from dspy_greater.settings import Settings
 from dspy_greater.stats import mean
 
-ROWS = 4  # that the program is run on, under each instruction
+ROWS = 6  # that the program is run on, under each instruction
 STEPS = "Think step by step."
+EDITS = 2
+MOST_GROWTH = 2.0  # times what the probe saw, for a search makes several such edits
 Run = tuple[tuple[int, ...], tuple[int, ...]]  # a prompt, and what was generated after it
 
 
@@ -47,6 +49,15 @@ class Reasoned:
     written: float
     longest: float
 
+    def longer(self, times: float) -> Reasoned:
+        """With so many times as many tokens.
+
+        >>> Reasoned((((1,), (2, 3)),), 2.0, 2.0).longer(1.5)
+        Reasoned(runs=(((1,), (2, 3, 2)),), written=3.0, longest=3.0)
+        """
+        runs = tuple((prompt, (2 * text)[: round(times * len(text))]) for prompt, text in self.runs)
+        return Reasoned(runs, times * self.written, times * self.longest)
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -54,7 +65,7 @@ class Measured:
 
     Attributes:
         short: under the student's instruction.
-        long: told to think step by step; the same where that cannot be laid out.
+        long: under that of the others that it wrote most under, and as much longer again as that is than `short`.
         loss_read: tokens read to take a run's loss.
         gold: tokens of the gold answer, with what leads to it.
         context: tokens that a proposal reads for a row.
@@ -97,13 +108,17 @@ def probe(problem: Problem, target: Target) -> Measured:
         criterion=problem.step.criterion,
     )
     served = engines_behind(problem.program) != [target.engine]
+    start = evaluator.spent()
     with watched(target.engine) as model:
-        evaluations, wall = _evaluated(evaluator, model)
-        spent = evaluator.spent()
-        edits = _edit_seconds(problem, target, evaluator, evaluations[0], model)
-    loss_read = model.reading.read / (len(rows) * len(evaluations))
+        seed, wall = _evaluated(evaluator, [evaluator.seed()], model)
+        loss_read = model.reading.read / len(rows)
+        edits, edit_seconds = _edits(problem, target, evaluator, seed[0], model)
+        others, more = _evaluated(evaluator, [_longer(evaluator), *edits], model)
+    evaluations, wall = [*seed, *others], wall + more
+    spent = evaluator.spent(start)
     short, long = _reasoned(evaluator, evaluations, spent["generated_tokens"])
-    run_seconds = (wall - model.cost.seconds) / (len(rows) * len(evaluations)) * _at_once(problem.settings, len(rows))
+    runs = len(rows) * len(evaluations)
+    run_seconds = wall / runs * max(1, min(problem.settings.num_threads, len(rows) * len(evaluations) / 2))
     if not served:
         run_seconds = _program_seconds(problem, target, rows, [each.instruction for each in evaluations], model)
     speed = _speed(problem, target, evaluator, evaluations, long)
@@ -115,7 +130,7 @@ def probe(problem: Problem, target: Target) -> Measured:
         loss_read=loss_read,
         gold=mean([float(len(each.answer)) for each in supervised]) if supervised else 0.0,
         context=_context(evaluator, evaluations[0]),
-        edit_seconds=edits,
+        edit_seconds=edit_seconds,
         run_seconds=max(0.0, run_seconds),
         metric_seconds=metric.seconds,
         served=served,
@@ -154,22 +169,22 @@ class _Timed:
         return found if found > 0.05 else 0.0
 
 
-def _evaluated(evaluator: Evaluator, model: Watched) -> tuple[list[Evaluation], float]:
-    """The student's instruction, and told to think step by step; and how long both took."""
-    seed = evaluator.seed()
-    text = f"{seed.text.rstrip()} {STEPS}".strip()
-    longer = Instruction(evaluator.layout.edits.instruction_ids(text), text)
-    began = time.perf_counter()
-    try:
-        found = evaluator.evaluate([seed, longer], model)
-    except LayoutError:
-        began = time.perf_counter()
-        found = evaluator.evaluate([seed], model)
-    return found, time.perf_counter() - began
+def _longer(evaluator: Evaluator) -> Instruction:
+    text = f"{evaluator.seed().text.rstrip()} {STEPS}".strip()
+    return Instruction(evaluator.layout.edits.instruction_ids(text), text)
+
+
+def _evaluated(
+    evaluator: Evaluator, instructions: Sequence[Instruction], model: Watched
+) -> tuple[list[Evaluation], float]:
+    """The instructions, and how long the program took for all of them, losses left out."""
+    before, began = model.reading.seconds, time.perf_counter()
+    found = evaluator.evaluate(instructions, model)
+    return found, time.perf_counter() - began - (model.reading.seconds - before)
 
 
 def _reasoned(evaluator: Evaluator, evaluations: Sequence[Evaluation], written: int) -> tuple[Reasoned, Reasoned]:
-    """What was written under each; what no predictor's record has (answers, other predictors) is shared alike."""
+    """Under the first and under the one that most was written under; what the record lacks is shared alike."""
     runs = [tuple(evaluator.generated(each)) for each in evaluations]
     told = [sum(len(generated) for _, generated in each) for each in runs]
     rows = len(evaluations[0].rows)
@@ -178,17 +193,21 @@ def _reasoned(evaluator: Evaluator, evaluations: Sequence[Evaluation], written: 
     for each, total in zip(runs, told, strict=True):
         most = max((len(generated) for _, generated in each), default=0)
         found.append(Reasoned(each, total / rows + rest, most + rest))
-    return found[0], max(found, key=lambda each: each.written)
+    longest = max(found, key=lambda each: each.written)
+    return found[0], longest.longer(min(MOST_GROWTH, longest.written / max(1.0, found[0].written)))
 
 
-def _edit_seconds(problem: Problem, target: Target, evaluator: Evaluator, seed: Evaluation, model: Watched) -> float:
-    """To tell which of the proposed tokens are legal."""
+def _edits(
+    problem: Problem, target: Target, evaluator: Evaluator, seed: Evaluation, model: Watched
+) -> tuple[list[Instruction], float]:
+    """The likeliest edits of the first position, and how long it took to tell which tokens are legal there."""
     editable = evaluator.layout.edits.positions(seed.token_ids)
     state = begin(seed, problem.settings, editable=editable, fixed=evaluator.layout.edits.fixed)
     at = StepContext(evaluator, model, state, problem.settings, target.site.name, problem.seed)
     before, began = model.cost.seconds, time.perf_counter()
-    propose_edits(at)
-    return max(0.0, time.perf_counter() - began - (model.cost.seconds - before))
+    found = propose_edits(at)
+    seconds = time.perf_counter() - began - (model.cost.seconds - before)
+    return [each.instruction for each in found[:EDITS]], max(0.0, seconds)
 
 
 def _program_seconds(
@@ -209,18 +228,13 @@ def _program_seconds(
     return (time.perf_counter() - began) / len(pairs)
 
 
-def _at_once(settings: Settings, rows: int) -> int:
-    """How many runs a server answers at a time."""
-    return max(1, min(settings.num_threads, 2 * rows))
-
-
 def _speed(
     problem: Problem, target: Target, evaluator: Evaluator, evaluations: Sequence[Evaluation], long: Reasoned
 ) -> Speed:
-    reasonings = evaluator.replay(evaluations[-1], Random(0), ROWS)
+    reasonings = evaluator.replay(evaluations[0], Random(0), ROWS)
     prompt = long.runs[0][0] if long.runs else evaluations[0].token_ids
-    editable = evaluator.layout.edits.positions(evaluations[-1].token_ids)
-    position = min(editable, default=len(evaluations[-1].token_ids) - 1)
+    editable = evaluator.layout.edits.positions(evaluations[0].token_ids)
+    position = min(editable, default=len(evaluations[0].token_ids) - 1)
     return try_speed(target.engine, prompt, len(problem.train), reasonings, position)
 
 

@@ -155,7 +155,7 @@ class GReaTer(Teleprompter):
             teacher: accepted for DSPy's interface; gradients need none.
             valset: rows on which the finalists meet the seed; without any, part of the trainset.
             dry_run: search nothing, and return an `Estimate` of what the search will cost. For it the program is run
-                on up to six training rows under four instructions, and the model is timed (`dspy_greater.estimate`).
+                on up to eight training rows under four instructions, and the model is timed (`dspy_greater.estimate`).
                 No file is written. A warm start is not counted.
 
         Returns:

@@ -40,7 +40,7 @@ def test_a_dry_run_searches_nothing_and_writes_nothing(tmp_path: Path) -> None:
     found = told(program_on(engine), steps=7, log_dir=tmp_path / "run", callbacks=[events.append])
     assert isinstance(found, dspy_greater.Estimate) and found.predictors == ("predict",) and found.steps == 7
     assert not events and not (tmp_path / "run").exists()
-    assert found.probe.runs <= 6 * 4 and found.probe.seconds > 0
+    assert found.probe.runs <= 8 * 4 and found.probe.seconds > 0
 
 
 def test_runs_of_the_program_are_told_exactly_where_every_step_tries_one_candidate() -> None:

@@ -21,7 +21,8 @@ _EVERY = 10  # steps from one request for whole instructions to the next
 _REQUEST, _EXAMPLES = 220, 3  # tokens of such a request, and the rows in it
 _ROOM, _ANSWERED = 32, 0.5  # tokens it leaves beside the instruction, and the part of them that is written
 _TRIED = 2  # whole instructions that reason for themselves
-_DRAFTED = 0.7  # of the decoding steps are left where earlier rows are drafts
+_DRAFTED = 0.7  # of the decoding steps are left where earlier rows are drafts,
+_IN_VAIN = 0.5  # of which so much is read in vain
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Counts:
     def evaluated(self, instructions: float, drafted: float = _DRAFTED) -> Cost:
         """Instructions with reasoning of their own on all training rows, and the losses."""
         rows = instructions * self.sizes.train_rows
-        read = rows * self.measured.loss_read
+        drafts = 0.0 if self.measured.served or drafted == 1.0 else _IN_VAIN * self._generated()
+        read = rows * (self.measured.loss_read + drafts)
         return self._runs(instructions, self.sizes.train_rows, drafted) + Cost(read=read, seconds=self._reading(read))
 
     def _tried(self, least: int = 1) -> Cost:
@@ -99,7 +101,11 @@ class Counts:
     def _own(self) -> float:
         """Tokens of a reasoning that it does not share with others: input, reasoning, gold answer."""
         _, own = prompt_lengths(self.reasoned.runs)
-        return own + mean([float(len(written)) for _, written in self.reasoned.runs] or [0.0]) + self.measured.gold
+        return own + self._generated() + self.measured.gold
+
+    def _generated(self) -> float:
+        """Of a reasoning, tokens that the model wrote."""
+        return mean([float(len(written)) for _, written in self.reasoned.runs] or [0.0])
 
     def _looked(self, seen: Glance) -> Cost:
         """Edits, slopes and forecasts at the positions ahead."""

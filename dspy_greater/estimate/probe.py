@@ -1,7 +1,7 @@
 """A short probe: what a program's prompts are like, how much the model writes, and how fast all that goes.
 
 The program is run on a few training rows: under the student's instruction, under the same with "Think step by step."
-behind it, and under a few likely edits of it. What a search finds often makes models reason longer, and how much they
+or its like behind it, and under a likely edit of it. What a search finds often makes models reason longer, and how much they
 write under these is the best that can be known of it. All in all that is about what one candidate of a search costs.
 Nothing of the search is touched: the probe has sessions of its own, and draws its rows from a source of randomness of
 its own.
@@ -30,9 +30,9 @@ from dspy_greater.search.state import begin
 from dspy_greater.search.step import StepContext
 from dspy_greater.stats import mean
 
-ROWS = 6  # that the program is run on, under each instruction
-STEPS = "Think step by step."
-EDITS = 2
+ROWS = 8  # that the program is run on, under each instruction
+ASKED = ("Think step by step.", "Work through every part of it, and write down all intermediate results.")
+EDITS = 1
 MOST_GROWTH = 2.0  # times what the probe saw, for a search makes several such edits
 Run = tuple[tuple[int, ...], tuple[int, ...]]  # a prompt, and what was generated after it
 
@@ -113,7 +113,7 @@ def probe(problem: Problem, target: Target) -> Measured:
         seed, wall = _evaluated(evaluator, [evaluator.seed()], model)
         loss_read = model.reading.read / len(rows)
         edits, edit_seconds = _edits(problem, target, evaluator, seed[0], model)
-        others, more = _evaluated(evaluator, [_longer(evaluator), *edits], model)
+        others, more = _evaluated(evaluator, [*_longer(evaluator), *edits], model)
     evaluations, wall = [*seed, *others], wall + more
     spent = evaluator.spent(start)
     short, long = _reasoned(evaluator, evaluations, spent["generated_tokens"])
@@ -169,9 +169,10 @@ class _Timed:
         return found if found > 0.05 else 0.0
 
 
-def _longer(evaluator: Evaluator) -> Instruction:
-    text = f"{evaluator.seed().text.rstrip()} {STEPS}".strip()
-    return Instruction(evaluator.layout.edits.instruction_ids(text), text)
+def _longer(evaluator: Evaluator) -> list[Instruction]:
+    """The student's instruction, and a sentence that asks for more reasoning."""
+    texts = [f"{evaluator.seed().text.rstrip()} {asked}".strip() for asked in ASKED]
+    return [Instruction(evaluator.layout.edits.instruction_ids(text), text) for text in texts]
 
 
 def _evaluated(
@@ -200,7 +201,7 @@ def _reasoned(evaluator: Evaluator, evaluations: Sequence[Evaluation], written: 
 def _edits(
     problem: Problem, target: Target, evaluator: Evaluator, seed: Evaluation, model: Watched
 ) -> tuple[list[Instruction], float]:
-    """The likeliest edits of the first position, and how long it took to tell which tokens are legal there."""
+    """Likely edits of the first position, and how long it took to tell which tokens are legal there."""
     editable = evaluator.layout.edits.positions(seed.token_ids)
     state = begin(seed, problem.settings, editable=editable, fixed=evaluator.layout.edits.fixed)
     at = StepContext(evaluator, model, state, problem.settings, target.site.name, problem.seed)
@@ -231,7 +232,7 @@ def _program_seconds(
 def _speed(
     problem: Problem, target: Target, evaluator: Evaluator, evaluations: Sequence[Evaluation], long: Reasoned
 ) -> Speed:
-    reasonings = evaluator.replay(evaluations[0], Random(0), ROWS)
+    reasonings = evaluator.replay(evaluations[0], Random(0), 4)  # the fewest of a step
     prompt = long.runs[0][0] if long.runs else evaluations[0].token_ids
     editable = evaluator.layout.edits.positions(evaluations[0].token_ids)
     position = min(editable, default=len(evaluations[0].token_ids) - 1)

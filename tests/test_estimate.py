@@ -12,7 +12,15 @@ from typing import Any
 
 import dspy
 import pytest
-from scripted_engine import ScriptedEngine, exact_match, instruction_of, optimizer, planted_engine, planted_rows, program_on
+from scripted_engine import (
+    ScriptedEngine,
+    exact_match,
+    instruction_of,
+    optimizer,
+    planted_engine,
+    planted_rows,
+    program_on,
+)
 
 import dspy_greater
 from dspy_greater import Estimate, GReaTer, local_lm
@@ -145,13 +153,23 @@ def test_grad_sum_has_a_time_left_too() -> None:
 
 def test_an_estimate_is_corrected_by_the_first_steps(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="dspy_greater")
-    whole = Estimate(("predict",), 20, Cost(24, seconds=1.0), Cost(24, 1, 1, 240, 9.0), Cost(96, 1, 0, 960, 6.0), Cost(), Cost())
+    whole = Estimate(
+        ("predict",), 20, Cost(24, seconds=1.0), Cost(24, 1, 1, 240, 9.0), Cost(96, 1, 0, 960, 6.0), Cost(), Cost()
+    )
     log = EstimateLog(Plan(("predict",), 96), whole)
-    for event in (SearchStarted("predict", SEED, 20, {"runs": 24}, seconds=1.0), *(step(n, written=2400) for n in range(6))):
+    for event in (
+        SearchStarted("predict", SEED, 20, {"runs": 24}, seconds=1.0),
+        *(step(n, written=2400) for n in range(6)),
+    ):
         log(event)
     [line] = caplog.messages
     assert line.startswith("Estimate after 3 steps: ") and "20 steps" in line
-    found = looking(SearchStarted("predict", SEED, 20, {"runs": 24}, seconds=1.0), step(0, written=2400), step(1, written=2400), told=whole).corrected()
+    found = looking(
+        SearchStarted("predict", SEED, 20, {"runs": 24}, seconds=1.0),
+        step(0, written=2400),
+        step(1, written=2400),
+        told=whole,
+    ).corrected()
     assert found is not None and found.after_steps == 2
     assert found.step == Cost(24, 300, 0, 2400, 2.0)
     assert found.validation.written == pytest.approx(960 * 10)  # steps write ten times as much as was told
@@ -164,7 +182,10 @@ def test_a_search_logs_its_estimate_first_and_finds_the_same(caplog: pytest.LogC
         engine = planted_engine()
         better = optimizer(steps=3).compile(program_on(engine), TRAIN, valset=VALIDATION)
         spent = better.detailed_results.spent["generated_tokens"]
-        parts = [better.detailed_results.predictors[0].seed_spent, better.detailed_results.predictors[0].validation_spent]
+        parts = [
+            better.detailed_results.predictors[0].seed_spent,
+            better.detailed_results.predictors[0].validation_spent,
+        ]
         steps = [each.spent for each in better.detailed_results.steps]
         assert spent == sum(each["generated_tokens"] for each in (*parts, *steps))  # the probe is no part of it
         return instruction_of(better)
@@ -183,7 +204,9 @@ def test_a_search_logs_its_estimate_first_and_finds_the_same(caplog: pytest.LogC
 def bbh_like(task: str, count: int) -> list[Any]:
     drawn = random.Random(f"golden/{task}")
     questions = list(dict.fromkeys(generate(task, drawn) for _ in range(2 * count)))[:count]
-    return [dspy.Example(question=each, answer=work_out(task, each).answer).with_inputs("question") for each in questions]
+    return [
+        dspy.Example(question=each, answer=work_out(task, each).answer).with_inputs("question") for each in questions
+    ]
 
 
 @pytest.mark.slow

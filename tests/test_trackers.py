@@ -161,7 +161,9 @@ def test_a_tracker_that_fails_is_a_warning_and_the_search_finds_the_same(
     assert len(found.ended) == (broken not in {"start_run", "end_run", "init", "finish"})  # what was opened is closed
 
 
-@pytest.mark.parametrize("make", [lambda **given: GReaTer(metric=len, **given), lambda **given: GradSum("t", "c", **given)])
+@pytest.mark.parametrize(
+    "make", [lambda **given: GReaTer(metric=len, **given), lambda **given: GradSum("t", "c", **given)]
+)
 def test_a_missing_package_is_refused_at_once_with_the_line_that_installs_it(
     make: Any, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@
     scale.py      how the seconds grow with the size of the step
     overhead.py   what a step costs through DSPy beyond its token-level work
     command.py    the command line
+    estimate.py   what a search was said to cost, and what it cost
 
-All of it but `overhead.py` runs where only torch and transformers are installed.
+All of it but `overhead.py` and `estimate.py` runs where only torch and transformers are installed.
 """

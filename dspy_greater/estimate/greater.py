@@ -35,7 +35,9 @@ def estimate(problem: Problem) -> Estimate:
     called = [(target, measured) for target, measured in found if measured.short.runs]
     if not called:
         names = ", ".join(f"`{target.site.name}`" for target, _ in found)
-        raise UnusedPredictorError(f"The program did not call {names} on the rows of the probe, so nothing can be told.")
+        raise UnusedPredictorError(
+            f"The program did not call {names} on the rows of the probe, so nothing can be told."
+        )
     parts = [_parts(problem, target, measured) for target, measured in called]
     share = 1.0 / len(parts)
 

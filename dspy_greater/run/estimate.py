@@ -139,7 +139,9 @@ class Budget:
             step, seed = getattr(estimate.step, kind), getattr(estimate.seed, kind)
             if limit is None or not step:
                 continue
-            allowed = max(0, -int(-(limit / len(estimate.predictors) - seed) // step))  # the step that reaches it counts
+            allowed = max(
+                0, -int(-(limit / len(estimate.predictors) - seed) // step)
+            )  # the step that reaches it counts
             if allowed < found.steps:
                 found = replace(found, steps=allowed, bounded_by=name)
         if found is estimate or not estimate.total.seconds:

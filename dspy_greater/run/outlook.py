@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from dspy_greater.run.estimate import Budget, Cost, Estimate
-from dspy_greater.run.events import Event, IterationTaken, BeamStarted, SearchStarted, StepTaken, Validated
+from dspy_greater.run.events import BeamStarted, Event, IterationTaken, SearchStarted, StepTaken, Validated
 from dspy_greater.run.log import LOGGER
 
 _LAST = 10  # steps from which the next ones are told: reasoning grows while a search goes on
@@ -99,14 +99,24 @@ class Outlook:
         steps = max(self._told.steps, 1)
         step = 1.0 / steps * (_sum(self._steps) + max(0, steps - count) * last)
         seed = _mean(self._seeds) if self._seeds else self._told.seed
-        longer = max(1.0, last.written / max(last.runs, 1)) / max(1.0, self._told.step.written / max(self._told.step.runs, 1))
+        longer = max(1.0, last.written / max(last.runs, 1)) / max(
+            1.0, self._told.step.written / max(self._told.step.runs, 1)
+        )
         told = self._told.validation
         faster = seed.seconds / self._told.seed.seconds if self._told.seed.seconds and seed.seconds else 1.0
-        validation = _mean(self._validations) if self._validations else replace(
-            told, written=told.written * longer, seconds=told.seconds * (faster + longer) / 2
+        validation = (
+            _mean(self._validations)
+            if self._validations
+            else replace(told, written=told.written * longer, seconds=told.seconds * (faster + longer) / 2)
         )
         found = replace(
-            self._told, steps=self._total, seed=seed, step=step, validation=validation, after_steps=count, bounded_by=None
+            self._told,
+            steps=self._total,
+            seed=seed,
+            step=step,
+            validation=validation,
+            after_steps=count,
+            bounded_by=None,
         )
         found = replace(found, low=1 / _SURE * found.total, high=_SURE * found.total)
         return self._plan.budget.bounded(found)

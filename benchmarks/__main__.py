@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "transfer": ("benchmarks.report.transfer_command", "instructions found on one model, evaluated on another"),
     "fidelity": ("benchmarks.fidelity.command", "do gradients and forecasts come true?"),
     "ablation": ("benchmarks.ablation.command", "what each part of the search is worth, at equal generated tokens"),
+    "estimate": ("benchmarks.speed.estimate", "what a search was said to cost, and what it cost"),
     "speed": ("benchmarks.speed.command", "how fast one step of the search is, against rivals and the floor"),
     "workers": ("benchmarks.speed.workers", "how much faster a step reads on several workers than on one"),
 }

@@ -6,7 +6,7 @@ when it is first used.
 Example:
     >>> import dspy_greater
     >>> sorted(dspy_greater.__all__)[:4]
-    ['GReaTer', 'GReaTerTeleprompter', 'GradSum', 'GradSumTeleprompter']
+    ['Estimate', 'GReaTer', 'GReaTerTeleprompter', 'GradSum']
 
 `GReaTerTeleprompter` and `GradSumTeleprompter` are other names of `GReaTer` and `GradSum`.
 """
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dspy_greater.lm.local import local_lm
     from dspy_greater.lm.served import served_lm
     from dspy_greater.optimizer import GReaTer, GReaTerTeleprompter
+    from dspy_greater.run.estimate import Estimate
     from dspy_greater.settings import Settings
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent, unless the program configures logging
@@ -30,6 +31,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent, unless 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Estimate",
     "GReaTer",
     "GReaTerTeleprompter",
     "GradSum",
@@ -42,6 +44,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "Estimate": "run.estimate",
     "GReaTer": "optimizer",
     "GradSum": "gradsum",
     "GReaTerTeleprompter": "optimizer",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,7 @@ from dspy.teleprompt import Teleprompter
 from typing_extensions import Unpack
 
 from dspy_greater.errors import UnvalidatedError
+from dspy_greater.estimate.greater import estimate, plan_of
 from dspy_greater.metric import Metric
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.dataset import as_list
@@ -25,9 +28,11 @@ from dspy_greater.report.result import CompileResult, what_stopped
 from dspy_greater.run.best import BestFile
 from dspy_greater.run.events import Listener, SearchStarted
 from dspy_greater.run.journal import Journal
-from dspy_greater.run.log import StepLog
+from dspy_greater.run.log import LOGGER, StepLog
+from dspy_greater.run.outlook import EstimateLog
 from dspy_greater.run.progress import Listeners, ProgressBar, checked_callbacks
 from dspy_greater.run.stop import BY_FILE, StopFile, terminable
+from dspy_greater.run.trackers import checked_trackers, tracked
 from dspy_greater.search.coordinate_descent import CoordinateDescent, Found
 from dspy_greater.search.problem import Modes, Options, Problem, pose
 from dspy_greater.search.step import Step
@@ -49,6 +54,8 @@ class Keywords(Knobs, total=False):
     progress: bool | None
     workers: Workers | Hire | None
     strict: bool | None
+    use_mlflow: bool
+    use_wandb: bool
 
 
 class GReaTer(Teleprompter):
@@ -84,7 +91,9 @@ class GReaTer(Teleprompter):
             `False` ends the search after that step: the best so far is returned, and a run with a `log_dir` can go on
             from there. One that raises is warned of once and not called again.
         listeners: the same, under an older name.
-        progress: show a progress bar; None shows it on a terminal only.
+        progress: show a progress bar; None shows it on a terminal and in a notebook.
+        use_mlflow, use_wandb: record the run in MLflow, in Weights & Biases (the extras `mlflow` and `wandb`):
+            settings, the numbers of each step, `report.html`. Their faults are warnings.
         workers: how many processes read with the weights, beside this one: gradients, forecasts, losses and proposals.
             A number, "auto" (one a GPU) or the address of a Ray cluster; needs `pip install 'dspy-greater[ray]'`. Any
             number finds the same, bit for bit, on devices of one kind; a run may go on with another.
@@ -94,6 +103,7 @@ class GReaTer(Teleprompter):
 
     Raises:
         SettingsError: an unknown or impossible setting.
+        MissingExtraError: a tracker that was asked for is not installed.
 
     ```python
     optimizer = GReaTer(metric=exact_match, auto="light", log_dir="runs/navigate")
@@ -133,6 +143,9 @@ class GReaTer(Teleprompter):
         self.progress: bool | None = knobs.pop("progress", None)
         self.workers = checked_workers(knobs.pop("workers", None))
         self.strict = bool(knobs.pop("strict", None))
+        self.trackers = checked_trackers(
+            use_mlflow=knobs.pop("use_mlflow", False), use_wandb=knobs.pop("use_wandb", False)
+        )
         self.settings = Settings.of(auto, **knobs)
 
     def compile(
@@ -143,6 +156,7 @@ class GReaTer(Teleprompter):
         *,
         teacher: Any = None,
         valset: Sequence[Any] | None = None,
+        dry_run: bool = False,
     ) -> Any:
         """A copy of the student with better instructions, never worse than the student on the validation rows.
 
@@ -153,6 +167,9 @@ class GReaTer(Teleprompter):
             metric: instead of the one given to the constructor.
             teacher: accepted for DSPy's interface; gradients need none.
             valset: rows on which the finalists meet the seed; without any, part of the trainset.
+            dry_run: search nothing, and return an `Estimate` of what the search will cost. For it the program is run
+                on up to eight training rows under four instructions, and the model is timed (`dspy_greater.estimate`).
+                No file is written. A warm start is not counted.
 
         Returns:
             The program, with `detailed_results` (`CompileResult`; printed, a short trajectory), `candidate_programs`
@@ -185,22 +202,15 @@ class GReaTer(Teleprompter):
                 strict=self.strict,
             ),
         )
+        if dry_run:
+            return estimate(problem)
         if self.warm_start is not None:
             with terminable():
                 return compile_warm(self, student, problem, trainset, valset)
-        meter, stop_file, identity = _Meter(problem), StopFile(self.log_dir), problem.identity()
-        best_file = BestFile(self.log_dir, partial(saved, student))
-        with (
-            Crews(self.workers) as crews,
-            Journal.open(
-                self.log_dir, identity, {f"server of {each.predictor}": str(each) for each in _servers(problem)}
-            ) as journal,
-            ProgressBar(show=self.progress) as bar,
-            ReportFile(self.log_dir, identity, journal.versions) as report,
-            terminable(),
-        ):
-            listeners = Listeners([bar, StepLog(), best_file, report, *self.listeners], stop_file)
+        stop_file = StopFile(self.log_dir)
+        with self._watched(student, problem, stop_file) as (journal, listeners), Crews(self.workers) as crews:
             problem = replace(problem, model_of=crews.model)
+            meter = _Meter(problem)
             found = CoordinateDescent(problem, journal, listeners).run()  # Algorithm 1, predictor by predictor
         stop_file.obeyed(ended=found.called_off == BY_FILE)
         detailed = meter.result(found)
@@ -214,6 +224,37 @@ class GReaTer(Teleprompter):
             )
         called_as = {each.predictor: each.called_as for each in journal.events() if isinstance(each, SearchStarted)}
         return _finished(student, detailed, called_as)
+
+    @contextmanager
+    def _watched(
+        self, student: Any, problem: Problem, stop_file: StopFile
+    ) -> Generator[tuple[Journal, Listeners], None, None]:
+        """Everything that hears of a run's events, and what is on record of them."""
+        identity = problem.identity()
+        versions = {f"server of {each.predictor}": str(each) for each in _servers(problem)}
+        best_file = BestFile(self.log_dir, partial(saved, student))
+        with (
+            Journal.open(self.log_dir, identity, versions) as journal,
+            ProgressBar(show=self.progress, plan=plan_of(problem)) as bar,
+            tracked(self.trackers, identity, self.log_dir) as (trackers, folder),
+            ReportFile(folder, identity, journal.versions) as report,
+            terminable(),
+        ):
+            logs = [StepLog(), *_estimate_log(problem, journal)]
+            yield journal, Listeners([bar, *logs, best_file, report, *trackers, *self.listeners], stop_file)
+
+
+def _estimate_log(problem: Problem, journal: Journal) -> list[Listener]:
+    """What the search will cost, logged where somebody reads it, and what corrects it; not for a run that goes on."""
+    if not LOGGER.isEnabledFor(logging.INFO) or journal.recorded():
+        return []
+    try:
+        told = estimate(problem)
+    except Exception as error:  # the search will say it better, or does without
+        LOGGER.info("No estimate: %s: %s", type(error).__name__, error)
+        return []
+    LOGGER.info("Estimate: %s", told)
+    return [EstimateLog(plan_of(problem), told)]
 
 
 class _Meter:

@@ -46,6 +46,7 @@ FLOORS = (
     "run",
     "report",
     "search",
+    "estimate",
     "gradsum",
 )
 ROOF = {
@@ -59,6 +60,7 @@ TOKEN_CORE_MAY_IMPORT = {"torch", "transformers", "tokenizers", "safetensors", "
 OPTIONAL = {"gguf", "accelerate"}  # the extra `gguf`; asked for by a function that says what to install
 CLUSTER = {"ray"}  # the extra `ray`, in the same way
 PLOTS = {"matplotlib"}  # the extra `plots`, in the same way
+TRACKERS = {"mlflow", "wandb"}  # extras of their own, imported by name where a tracker opens its run
 NO_TORCH_UNTIL_USED = ("program", "served", "prompt", "lm", "gradsum")
 NEITHER = ("run", "report")
 NEITHER_MODULES = {f"{PACKAGE}.{name}" for name in ("errors", "settings", "metric", "stats", "search.state")}
@@ -309,7 +311,8 @@ def test_every_third_party_import_is_a_declared_dependency() -> None:
     assert extra >= OPTIONAL
     assert any(each.startswith("matplotlib") for each in project["optional-dependencies"]["plots"])
     assert any(each.startswith("ray") for each in project["optional-dependencies"]["ray"])
-    assert not PLOTS & {top for module in MODULES for top in reached(module, {"load"})}
+    assert TRACKERS <= set(project["optional-dependencies"])
+    assert not (PLOTS | TRACKERS) & {top for module in MODULES for top in reached(module, {"load"})}
     undeclared = [
         f"{module}, line {entry.line}: {entry.target}"
         for module in MODULES

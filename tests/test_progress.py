@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,7 +23,8 @@ from dspy_greater.run.events import (
     Validated,
     Warned,
 )
-from dspy_greater.run.progress import Listeners, ProgressBar
+from dspy_greater.run.outlook import Plan
+from dspy_greater.run.progress import Listeners, ProgressBar, in_notebook
 
 
 def evaluation(score: float, loss: float = 0.25) -> Evaluation:
@@ -121,6 +125,42 @@ def test_a_closed_bar_ends_its_line_and_closes_again() -> None:
     bar.close()
     bar(Validated("predict", {"seed": 0.5}, "seed"))
     assert len(out.getvalue()) == length
+
+
+def test_each_step_shows_its_edit_the_speed_and_the_time_left() -> None:
+    taken = replace(step(0, 0.5), spent={"generated_tokens": 300}, seconds=2.0, current_text=" hard")
+    new = Candidate(3, " twice as carefully as ever before", -1.0, 0.5, evaluation(0.75))
+    text = drawn(STARTED, replace(taken, candidates=(new,), chosen=new.evaluation or taken.chosen))[-2]
+    assert "' hard' -> ' twice as carefully as e...', 150 tokens/s, 00:06 left]" in text
+    assert "' hard' kept, 150 tokens/s, 00:06 left" in drawn(STARTED, taken)[-2]
+
+
+def test_the_time_left_is_that_of_the_whole_run() -> None:
+    plan = Plan(("predict", "second"), validation_runs=0)
+    out = io.StringIO()
+    with ProgressBar(True, out, plan) as bar:
+        bar(STARTED)
+        bar(replace(step(0, 0.5), seconds=600.0))
+    assert "1:10:00 left" in out.getvalue()  # three steps of this predictor, four of the next
+
+
+@pytest.mark.parametrize(("show", "visible"), [(None, True), (True, True), (False, False)])
+def test_a_notebook_shows_a_bar_though_it_is_no_terminal(
+    show: bool | None, visible: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kernel = SimpleNamespace(config={"IPKernelApp": {}})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: kernel))
+    with ProgressBar(show) as bar:
+        bar(STARTED)
+        bar(step(0, 0.5))
+    captured = capsys.readouterr()
+    assert ("1/4" in captured.err + captured.out) is visible
+
+
+def test_a_shell_of_ipython_is_a_terminal_and_no_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    shell = SimpleNamespace(config={"TerminalIPythonApp": {}})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    assert not in_notebook()
 
 
 # --- listeners ---

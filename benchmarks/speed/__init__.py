@@ -15,6 +15,7 @@
     overhead.py   what a step costs through DSPy beyond its token-level work
     workers.py    the reading of a step on several workers, against one
     command.py    the command line
+    estimate.py   what a search was said to cost, and what it cost
 
-All of it but `overhead.py` runs where only torch and transformers are installed.
+All of it but `overhead.py` and `estimate.py` runs where only torch and transformers are installed.
 """

@@ -39,6 +39,7 @@ from dspy_greater.run.journal import Journal
 from dspy_greater.run.log import StepLog
 from dspy_greater.run.progress import Listeners, ProgressBar, checked_callbacks
 from dspy_greater.run.stop import BY_FILE, StopFile, by_signal, terminable
+from dspy_greater.run.trackers import checked_trackers, tracked
 from dspy_greater.settings import Auto, checked_log_dir, checked_seed, spelled_out
 
 _LOG = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ class Keywords(GradSumKnobs, total=False):
     callbacks: Sequence[Listener]
     listeners: Sequence[Listener]
     progress: bool | None
+    use_mlflow: bool
+    use_wandb: bool
 
 
 class GradSum(Teleprompter):
@@ -77,11 +80,14 @@ class GradSum(Teleprompter):
             `False` ends the loop after that iteration: the best so far is returned, and a run with a `log_dir` can go
             on from there. One that raises is warned of once and not called again.
         listeners: the same, under an older name.
-        progress: show a progress bar; None shows it on a terminal only.
+        progress: show a progress bar; None shows it on a terminal and in a notebook.
+        use_mlflow, use_wandb: record the run in MLflow, in Weights & Biases (the extras `mlflow` and `wandb`):
+            settings, the numbers of each iteration, the best program. Their faults are warnings.
         **keywords: besides those above, any field of `GradSumSettings`, which explains them.
 
     Raises:
         SettingsError: an unknown or impossible setting.
+        MissingExtraError: a tracker that was asked for is not installed.
 
     ```python
     optimizer = GradSum(
@@ -123,6 +129,9 @@ class GradSum(Teleprompter):
         listeners = checked_callbacks(knobs.pop("listeners", ()), "listeners")
         self.listeners = (*listeners, *checked_callbacks(knobs.pop("callbacks", ())))
         self.progress: bool | None = knobs.pop("progress", None)
+        self.trackers = checked_trackers(
+            use_mlflow=knobs.pop("use_mlflow", False), use_wandb=knobs.pop("use_wandb", False)
+        )
         self.settings = GradSumSettings.of(auto, **knobs)
 
     def compile(
@@ -169,12 +178,14 @@ class GradSum(Teleprompter):
             ),
         )
         stop_file, best_file = StopFile(self.log_dir), BestFile(self.log_dir, partial(saved, student))
+        identity = task.identity()
         with (
-            Journal.open(self.log_dir, task.identity()) as journal,
+            Journal.open(self.log_dir, identity) as journal,
             ProgressBar(show=self.progress) as bar,
+            tracked(self.trackers, identity, self.log_dir) as (trackers, _),
             terminable(),
         ):
-            listeners = Listeners([bar, StepLog(), best_file, *self.listeners], stop_file)
+            listeners = Listeners([bar, StepLog(), best_file, *trackers, *self.listeners], stop_file)
             run = _Run(task, journal, listeners)
             run.search()
             result = run.validate()

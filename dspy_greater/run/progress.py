@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import warnings
 from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, TextIO, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 from dspy_greater.errors import SettingsError
 from dspy_greater.notices import warn_caller
@@ -20,18 +22,24 @@ from dspy_greater.run.events import (
     StepTaken,
     Validated,
 )
+from dspy_greater.run.log import edit_parts
+from dspy_greater.run.outlook import Outlook, Plan
 from dspy_greater.run.stop import BY_FILE, StopFile
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+_LONGEST = 24  # characters of an edit, on either side
+
 
 class ProgressBar:
-    """A listener that draws one bar per predictor: steps taken, position, best score and its loss.
+    """A listener that draws one bar per predictor: steps taken, position, best score and its loss, the edit, speed.
 
-    `show` is True for always, False for never, and None for only on a terminal; `file` is
+    `show` is True for always, False for never, and None for only on a terminal or in a notebook; `file` is
     standard error unless given. "best" is the metric's mean over the training rows of the instruction
-    with the lowest objective so far, and "loss" its mean cross-entropy in nats.
+    with the lowest objective so far, and "loss" its mean cross-entropy in nats. Tokens per second are those written;
+    the time that is left is that of the whole run, as far as `plan` says what it is.
 
     Example:
         >>> from dspy_greater.run.events import Warned
@@ -39,16 +47,19 @@ class ProgressBar:
         ...     bar(Warned("careful"))
     """
 
-    def __init__(self, show: bool | None = None, file: TextIO | None = None) -> None:
+    def __init__(self, show: bool | None = None, file: TextIO | None = None, plan: Plan = Plan()) -> None:
         """Draws nothing yet; the first bar comes with the first search."""
-        self._disable = None if show is None else not show
+        self._notebook = file is None and in_notebook()
+        self._disable = (None if not self._notebook else False) if show is None else not show
         self._file = file
+        self._outlook = Outlook(plan)
         self._bar: tqdm[NoReturn] | None = None
         self._predictor = ""
         self._best: Evaluation | None = None
 
     def __call__(self, event: Event) -> None:
         """Draw what the event changes."""
+        self._outlook(event)
         if isinstance(event, SearchStarted):
             self._begin(event.predictor, event.steps)
             self._better(event.seed)
@@ -88,17 +99,16 @@ class ProgressBar:
             self.close()
 
     def _begin(self, predictor: str, steps: int | None, *, unit: str = "step") -> None:
-        from tqdm import tqdm
-
         self.close()
         self._predictor = predictor
-        self._bar = tqdm(
+        self._bar = _kind_of_bar(notebook=self._notebook)(
             total=steps,
             desc=predictor,
             unit=unit,
             file=self._file,
             disable=self._disable,
             dynamic_ncols=True,
+            **({} if steps is None else {"bar_format": _BAR}),
         )
 
     def _step(self, event: StepTaken) -> None:
@@ -110,7 +120,16 @@ class ProgressBar:
                 self._better(candidate.evaluation)
         if self._bar is not None:
             self._bar.update(max(0, event.step + 1 - self._bar.n))
-        self._describe({"position": str(event.position), "best": _best_score(self._best), "loss": _loss(self._best)})
+        self._describe(
+            {"position": str(event.position), "best": _best_score(self._best), "loss": _loss(self._best)},
+            _edit(event),
+            *self._speed(),
+        )
+
+    def _speed(self) -> list[str]:
+        rate, left = self._outlook.tokens_per_second, self._outlook.seconds_left
+        found = [] if rate is None else [f"{rate:.3g} tokens/s"]
+        return found if left is None else [*found, f"{_clock(left)} left"]
 
     def _iteration(self, event: IterationTaken) -> None:
         if self._bar is not None:
@@ -118,7 +137,7 @@ class ProgressBar:
         candidates = sum(len(member.candidates) for member in event.members)
         best = max((each.score for each in event.compared), default=())
         calls = sum(part.get("calls", 0) for part in event.spent.values())
-        self._describe({"best": _first(best), "candidates": str(candidates), "LM calls": str(calls)})
+        self._describe({"best": _first(best), "candidates": str(candidates), "LM calls": str(calls)}, *self._speed())
 
     def _validated(self, event: Validated) -> None:
         if event.predictor == self._predictor and event.winner in event.scores:
@@ -130,9 +149,54 @@ class ProgressBar:
         if self._best is None or evaluation.objective < self._best.objective:
             self._best = evaluation
 
-    def _describe(self, values: dict[str, str]) -> None:
+    def _describe(self, values: dict[str, str], *more: str) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(f"{name}={value}" for name, value in values.items()))
+            self._bar.set_postfix_str(", ".join([*(f"{name}={value}" for name, value in values.items()), *more]))
+
+
+def in_notebook() -> bool:
+    """Whether this is the kernel of a notebook, which is no terminal and shows a bar all the same.
+
+    >>> in_notebook()
+    False
+    """
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return "IPKernelApp" in getattr(shell, "config", ())
+
+
+def _kind_of_bar(*, notebook: bool) -> Any:
+    if not notebook:
+        from tqdm import tqdm
+
+        return tqdm
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # without ipywidgets it is a line of text
+        from tqdm.auto import tqdm
+
+    return tqdm
+
+
+def _edit(step: StepTaken) -> str:
+    """`old -> new`, on one line and cut."""
+    parts = edit_parts(step)
+    if parts is None:
+        return f"{_cut(step.current_text)} kept"
+    return f"{_cut(parts[0])} -> {_cut(parts[1])}"
+
+
+def _cut(text: str) -> str:
+    return repr(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...")
+
+
+def _clock(seconds: float) -> str:
+    """Hours, minutes and seconds.
+
+    >>> _clock(75), _clock(3700)
+    ('01:15', '1:01:40')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
 
 
 def _first(score: tuple[float, ...]) -> str:

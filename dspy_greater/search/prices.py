@@ -58,16 +58,23 @@ def write_price(engine: Engine, settings: Settings) -> float:
 
 
 def glance(at: StepContext, selections: int) -> Glance:
-    """As far as the settings allow, and as the price of the step's runs pays for.
-
-    `selections` is μ. Positions are given up first, then candidates, and reasonings down to four before either.
-    """
-    settings = at.settings
-    most = Glance(settings.positions_ahead, settings.forecasts, settings.replayed, races=False)
+    """As far as the settings allow, and as the price of the step's runs pays for."""
     runs = at.evaluator.generated(at.current)
+    return affordable_glance(at.settings, selections, runs, write_price(at.evaluator.engine, at.settings))
+
+
+def affordable_glance(
+    settings: Settings, selections: int, runs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], price: float
+) -> Glance:
+    """How far a step looks whose instruction has these `runs`, prompts and what was written after each.
+
+    `selections` is μ, `price` that of a token written. Positions are given up first, then candidates, and reasonings
+    down to four before either.
+    """
+    most = Glance(settings.positions_ahead, settings.forecasts, settings.replayed, races=False)
     if not settings.forecast_share or not runs:
         return most
-    affordable = settings.forecast_share * selections * _readings_for(runs, write_price(at.evaluator.engine, settings))
+    affordable = settings.forecast_share * selections * _readings_for(runs, price)
     if affordable >= _cost(most):
         return most
     ladder = [(positions, most.candidates) for positions in range(most.positions, 0, -1)]

@@ -1,0 +1,90 @@
+"""What a search with `GReaTer` is going to cost."""
+
+from __future__ import annotations
+
+from dspy_greater.errors import UnusedPredictorError
+from dspy_greater.estimate.counts import Counts, Sizes, peak_bytes
+from dspy_greater.estimate.probe import Measured, probe
+from dspy_greater.run.estimate import Budget, Cost, Estimate
+from dspy_greater.run.outlook import Plan
+from dspy_greater.search.prices import write_price
+from dspy_greater.search.problem import Problem, Target
+
+_LONG = 0.9  # of a search's runs reason as under the probe's longest; the first steps do not
+
+
+def plan_of(problem: Problem) -> Plan:
+    """What the settings say of a search."""
+    settings = problem.settings
+    return Plan(
+        tuple(target.site.name for target in problem.targets),
+        (settings.finalists + 1) * len(problem.validation),
+        Budget(settings.max_generated_tokens, settings.max_metric_calls, settings.max_seconds),
+    )
+
+
+def estimate(problem: Problem) -> Estimate:
+    """Probe every predictor that will be searched, and count.
+
+    A predictor that the program does not call on the probe's rows is left out.
+
+    Raises:
+        GreaterError: what the search would raise.
+    """
+    found = [(target, probe(problem, target)) for target in problem.targets]
+    called = [(target, measured) for target, measured in found if measured.short.runs]
+    if not called:
+        names = ", ".join(f"`{target.site.name}`" for target, _ in found)
+        raise UnusedPredictorError(
+            f"The program did not call {names} on the rows of the probe, so nothing can be told."
+        )
+    parts = [_parts(problem, target, measured) for target, measured in called]
+    share = 1.0 / len(parts)
+
+    def average(costs: list[Cost]) -> Cost:
+        return share * sum(costs, Cost())
+
+    whole = Estimate(
+        predictors=tuple(target.site.name for target, _ in called),
+        steps=problem.settings.steps,
+        seed=average([each.seed for each in parts]),
+        step=average([each.step for each in parts]),
+        validation=average([each.validation for each in parts]),
+        low=sum((each.low for each in parts), Cost()),
+        high=sum((each.high for each in parts), Cost()),
+        peak_bytes=max(each.peak_bytes for each in parts),
+        probe=sum((measured.cost for _, measured in found), Cost()),
+    )
+    return plan_of(problem).budget.bounded(whole)
+
+
+def _parts(problem: Problem, target: Target, measured: Measured) -> Estimate:
+    """The estimate of one predictor's search."""
+    settings = problem.settings
+    sizes = Sizes(
+        settings,
+        len(problem.train),
+        len(problem.validation),
+        settings.selections or getattr(problem.step, "selections", 1),
+        write_price(target.engine, settings),
+        looks_ahead=problem.step.name != "paper",
+    )
+    short, long = Counts(sizes, measured, measured.short), Counts(sizes, measured, measured.long)
+
+    def between(one: Cost, other: Cost, weight: float = _LONG) -> Cost:
+        return (1.0 - weight) * one + weight * other
+
+    def whole(counts: Counts) -> Cost:
+        return short.seed() + settings.steps * counts.step() + counts.validation()
+
+    fixed = settings.finalists / (settings.finalists + 1)  # the seed is validated, too
+    return Estimate(
+        predictors=(target.site.name,),
+        steps=settings.steps,
+        seed=short.seed(),
+        step=between(short.step(), long.step()),
+        validation=between(short.validation(), long.validation(), fixed),
+        low=whole(short),
+        high=whole(long),
+        peak_bytes=peak_bytes(long, target.engine.max_batch_rows, target.engine.max_batch_tokens),
+    )

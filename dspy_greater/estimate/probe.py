@@ -1,0 +1,258 @@
+"""A short probe: what a program's prompts are like, how much the model writes, and how fast all that goes.
+
+The program is run on a few training rows: under the student's instruction, under the same with "Think step by step."
+or its like behind it, and under a likely edit of it. What a search finds often makes models reason longer, and how much they
+write under these is the best that can be known of it. All in all that is about what one candidate of a search costs.
+Nothing of the search is touched: the probe has sessions of its own, and draws its rows from a source of randomness of
+its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import wraps
+from random import Random
+from typing import Any
+
+from dspy_greater.estimate.speed import Speed, resident_bytes, try_speed
+from dspy_greater.estimate.watch import Watched, watched
+from dspy_greater.metric import RowMetric
+from dspy_greater.model.kv_cache import shared_length
+from dspy_greater.objective.evaluator import Evaluator, Instruction, Objective
+from dspy_greater.objective.types import Evaluation
+from dspy_greater.program.rollout import engines_behind, run_pairs, searching_copy, unscored
+from dspy_greater.run.estimate import Cost
+from dspy_greater.search.edits import propose_edits
+from dspy_greater.search.problem import Problem, Target
+from dspy_greater.search.state import begin
+from dspy_greater.search.step import StepContext
+from dspy_greater.stats import mean
+
+ROWS = 8  # that the program is run on, under each instruction
+ASKED = ("Think step by step.", "Work through every part of it, and write down all intermediate results.")
+EDITS = 1
+MOST_GROWTH = 2.0  # times what the probe saw, for a search makes several such edits
+Run = tuple[tuple[int, ...], tuple[int, ...]]  # a prompt, and what was generated after it
+
+
+@dataclass(frozen=True)
+class Reasoned:
+    """What the model wrote under an instruction, tokens; means over runs of the program on a row.
+
+    `runs` are those of the predictor: prompts, and what was generated up to a gold answer. `written` counts all that
+    the program had written, and `longest` is the most of one run.
+    """
+
+    runs: tuple[Run, ...]
+    written: float
+    longest: float
+
+    def longer(self, times: float) -> Reasoned:
+        """With so many times as many tokens.
+
+        >>> Reasoned((((1,), (2, 3)),), 2.0, 2.0).longer(1.5)
+        Reasoned(runs=(((1,), (2, 3, 2)),), written=3.0, longest=3.0)
+        """
+        runs = tuple((prompt, (2 * text)[: round(times * len(text))]) for prompt, text in self.runs)
+        return Reasoned(runs, times * self.written, times * self.longest)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a probe found for one predictor; tokens and seconds, means over runs unless it says otherwise.
+
+    Attributes:
+        short: under the student's instruction.
+        long: under that of the others that it wrote most under, and as much longer again as that is than `short`.
+        loss_read: tokens read to take a run's loss.
+        gold: tokens of the gold answer, with what leads to it.
+        context: tokens that a proposal reads for a row.
+        edit_seconds: to find the legal edits of a position, without the model.
+        run_seconds: of the program on a row, without an in-process model.
+        metric_seconds: of the metric on a row, where it is slow enough to be asked of somebody else.
+        served: whether the program is answered by servers, wholly or in part; then `run_seconds` has their time.
+        speed: of the model.
+        resident_bytes: in use already.
+        cost: of the probe.
+    """
+
+    short: Reasoned
+    long: Reasoned
+    loss_read: float
+    gold: float
+    context: float
+    edit_seconds: float
+    run_seconds: float
+    metric_seconds: float
+    served: bool
+    speed: Speed
+    resident_bytes: int
+    cost: Cost
+
+
+def probe(problem: Problem, target: Target) -> Measured:
+    """Try what a predictor's search will do, on a few rows.
+
+    Raises:
+        GreaterError: what the search would raise.
+    """
+    began, before = time.perf_counter(), target.engine.counters
+    rows = Random(f"{problem.seed}/probe").sample(list(problem.train), min(ROWS, len(problem.train)))
+    metric = _Timed(problem.metric)
+    evaluator = Evaluator(
+        Objective(problem.program, target.site, target.field, rows, metric.row_metric, problem.extractor, target.fixed),
+        engine=target.engine,
+        settings=problem.settings,
+        criterion=problem.step.criterion,
+    )
+    served = engines_behind(problem.program) != [target.engine]
+    start = evaluator.spent()
+    with watched(target.engine) as model:
+        seed, wall = _evaluated(evaluator, [evaluator.seed()], model)
+        loss_read = model.reading.read / len(rows)
+        edits, edit_seconds = _edits(problem, target, evaluator, seed[0], model)
+        others, more = _evaluated(evaluator, [*_longer(evaluator), *edits], model)
+    evaluations, wall = [*seed, *others], wall + more
+    spent = evaluator.spent(start)
+    short, long = _reasoned(evaluator, evaluations, spent["generated_tokens"])
+    runs = len(rows) * len(evaluations)
+    run_seconds = wall / runs * max(1, min(problem.settings.num_threads, len(rows) * len(evaluations) / 2))
+    if not served:
+        run_seconds = _program_seconds(problem, target, rows, [each.instruction for each in evaluations], model)
+    speed = _speed(problem, target, evaluator, evaluations, long)
+    supervised = evaluator.supervised(evaluations[0], reasoned=False)
+    counted = target.engine.counters - before
+    return Measured(
+        short=short,
+        long=long,
+        loss_read=loss_read,
+        gold=mean([float(len(each.answer)) for each in supervised]) if supervised else 0.0,
+        context=_context(evaluator, evaluations[0]),
+        edit_seconds=edit_seconds,
+        run_seconds=max(0.0, run_seconds),
+        metric_seconds=metric.seconds,
+        served=served,
+        speed=speed,
+        resident_bytes=resident_bytes(target.engine),
+        cost=Cost(
+            evaluator.spent()["runs"],
+            counted.prefilled_tokens,
+            counted.backward_tokens,
+            max(counted.generated_tokens, spent["generated_tokens"]),
+            time.perf_counter() - began,
+        ),
+    )
+
+
+class _Timed:
+    """The metric with a stopwatch; `seconds` are its mean, where somebody else is asked."""
+
+    def __init__(self, metric: RowMetric) -> None:
+        self._taken: list[float] = []
+        function = metric.function
+
+        @wraps(function)
+        def timed(*arguments: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*arguments)
+            finally:
+                self._taken.append(time.perf_counter() - began)
+
+        self.row_metric = RowMetric(timed)
+
+    @property
+    def seconds(self) -> float:
+        found = mean(self._taken) if self._taken else 0.0
+        return found if found > 0.05 else 0.0
+
+
+def _longer(evaluator: Evaluator) -> list[Instruction]:
+    """The student's instruction, and a sentence that asks for more reasoning."""
+    texts = [f"{evaluator.seed().text.rstrip()} {asked}".strip() for asked in ASKED]
+    return [Instruction(evaluator.layout.edits.instruction_ids(text), text) for text in texts]
+
+
+def _evaluated(
+    evaluator: Evaluator, instructions: Sequence[Instruction], model: Watched
+) -> tuple[list[Evaluation], float]:
+    """The instructions, and how long the program took for all of them, losses left out."""
+    before, began = model.reading.seconds, time.perf_counter()
+    found = evaluator.evaluate(instructions, model)
+    return found, time.perf_counter() - began - (model.reading.seconds - before)
+
+
+def _reasoned(evaluator: Evaluator, evaluations: Sequence[Evaluation], written: int) -> tuple[Reasoned, Reasoned]:
+    """Under the first and under the one that most was written under; what the record lacks is shared alike."""
+    runs = [tuple(evaluator.generated(each)) for each in evaluations]
+    told = [sum(len(generated) for _, generated in each) for each in runs]
+    rows = len(evaluations[0].rows)
+    rest = max(0.0, written - sum(told)) / (rows * len(evaluations))
+    found: list[Reasoned] = []
+    for each, total in zip(runs, told, strict=True):
+        most = max((len(generated) for _, generated in each), default=0)
+        found.append(Reasoned(each, total / rows + rest, most + rest))
+    longest = max(found, key=lambda each: each.written)
+    return found[0], longest.longer(min(MOST_GROWTH, longest.written / max(1.0, found[0].written)))
+
+
+def _edits(
+    problem: Problem, target: Target, evaluator: Evaluator, seed: Evaluation, model: Watched
+) -> tuple[list[Instruction], float]:
+    """Likely edits of the first position, and how long it took to tell which tokens are legal there."""
+    editable = evaluator.layout.edits.positions(seed.token_ids)
+    state = begin(seed, problem.settings, editable=editable, fixed=evaluator.layout.edits.fixed)
+    at = StepContext(evaluator, model, state, problem.settings, target.site.name, problem.seed)
+    before, began = model.cost.seconds, time.perf_counter()
+    found = propose_edits(at)
+    seconds = time.perf_counter() - began - (model.cost.seconds - before)
+    return [each.instruction for each in found[:EDITS]], max(0.0, seconds)
+
+
+def _program_seconds(
+    problem: Problem, target: Target, rows: Sequence[Any], instructions: Sequence[str], model: Watched
+) -> float:
+    """Of the program itself on a row: it is run again, with the answers that are known."""
+    copies = [searching_copy(problem.program, {target.site.name: each}) for each in instructions]
+    pairs = [(copied, row) for copied in copies for row in rows]
+    anything = next(iter(model.answers.values()))
+    began = time.perf_counter()
+    run_pairs(
+        pairs,
+        unscored,
+        threads=problem.settings.num_threads,
+        refuse_dead=False,
+        generate=lambda requests: [model.answers.get(each.prompt, anything) for each in requests],
+    )
+    return (time.perf_counter() - began) / len(pairs)
+
+
+def _speed(
+    problem: Problem, target: Target, evaluator: Evaluator, evaluations: Sequence[Evaluation], long: Reasoned
+) -> Speed:
+    reasonings = evaluator.replay(evaluations[0], Random(0), 4)  # the fewest of a step
+    prompt = long.runs[0][0] if long.runs else evaluations[0].token_ids
+    editable = evaluator.layout.edits.positions(evaluations[0].token_ids)
+    position = min(editable, default=len(evaluations[0].token_ids) - 1)
+    return try_speed(target.engine, prompt, len(problem.train), reasonings, position)
+
+
+def _context(evaluator: Evaluator, seed: Evaluation) -> float:
+    """Half of the instruction is behind the position, on the mean."""
+    contexts = evaluator.proposal_contexts(seed, len(seed.token_ids) // 2)
+    return mean([float(len(each)) for each in contexts]) if contexts else 0.0
+
+
+def prompt_lengths(runs: Sequence[Run]) -> tuple[float, float]:
+    """What the prompts begin with, and what each has besides; tokens.
+
+    >>> prompt_lengths([((1, 2, 3), ()), ((1, 2, 4, 5), ())])
+    (2.0, 1.5)
+    """
+    prompts = [prompt for prompt, _ in runs]
+    if not prompts:
+        return 0.0, 0.0
+    shared = shared_length(prompts) if len(prompts) > 1 else len(prompts[0]) // 2
+    return float(shared), mean([float(len(each)) for each in prompts]) - shared

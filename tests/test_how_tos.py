@@ -18,7 +18,7 @@ FOLDER = ROOT / "docs" / "how-to"
 PAGES = sorted(page.stem for page in FOLDER.glob("*.md"))
 LEFT_OUT = "# Not tested: "
 GAP = "\0"
-TINY = {"steps": 1, "train_rows": 4, "validation_rows": 4, "written": 0, "phrases": 0}  # instead of auto="light"
+TINY = {"steps": 1, "train_rows": 3, "validation_rows": 2, "written": 0, "phrases": 0}  # instead of auto="light"
 # What users do not meet: two ends of a loop, and a journal's own check of what it is given.
 INTERNAL = {"BudgetSpent", "MalformedAnswer", "EventFormatError"}
 

@@ -1,7 +1,7 @@
 """Docstrings as the site's reader wants them.
 
-`Example:`, which holds doctests, is the section that it calls `Examples:`; and the comment behind a field of a dataclass is
-what the field's docstring would say.
+`Example:`, which holds doctests, is the section that it calls `Examples:`; and the comment behind a field of a
+dataclass is what the field's docstring would say.
 """
 
 from __future__ import annotations

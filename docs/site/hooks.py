@@ -1,7 +1,7 @@
 """What the site needs besides mkdocs: links to files that are not on it become their text.
 
-The pages are read on a forge as well, where a link such as `../dspy_greater/reference.py` opens the file. The site holds
-no source files. There the text of the link stays, and a link to a file that the repository lacks ends the build.
+The pages are read on a forge as well, where a link such as `../dspy_greater/reference.py` opens the file. The site
+holds no source files. There the text of the link stays, and a link to a file that the repository lacks ends the build.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ export TOKENIZERS_PARALLELISM := false
 export LITELLM_LOCAL_MODEL_COST_MAP := True
 
 .NOTPARALLEL:
-.PHONY: install demo test test-quick test-slow lint format types check pocket clean
+.PHONY: install demo test test-quick test-slow lint format types check docs notebook pocket clean
 
 install: $(STAMP)
 
@@ -65,6 +65,14 @@ types: install
 # Within seven minutes on two cores; the tests come last, so that their summary is what one reads at the end.
 check: lint types test-quick
 
+# The site, in site/; nothing is fetched for it.
+docs: install
+	$(BIN)/python -m mkdocs build --strict
+
+# Two or three minutes: the quickstart as a notebook, with what its cells print and draw.
+notebook: install
+	OMP_NUM_THREADS=$(RUN_THREADS) $(BIN)/python examples/build_notebook.py
+
 pocket: install
 	OMP_NUM_THREADS=$(RUN_THREADS) $(BIN)/python -m dspy_greater.pocket.train --out $(POCKET_OUT)/constant \
 		--steps 4434 --decay-from 1 --procedure-share-after 0.25
@@ -72,5 +80,5 @@ pocket: install
 		--resume $(POCKET_OUT)/constant/checkpoint.pt
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -370,7 +370,12 @@ def test_every_run_and_every_token_of_the_engine_is_counted() -> None:
     assert spent["runs"] == 8 and spent["generated_tokens"] == engine.counters.generated_tokens > 0
 
 
-def test_what_a_server_wrote_counts_as_the_tokenizer_of_the_weights_splits_it() -> None:
+@pytest.mark.parametrize("tells", [True, False])
+def test_what_a_server_wrote_counts_as_it_says_or_as_the_tokenizer_of_the_weights_splits_it(
+    tells: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not tells:
+        monkeypatch.setattr("dspy_greater.program.tracing.usage_of", lambda lm, messages: None)
     answer = chat_answer(reasoning="I look.", answer="never")
     program = dspy.ChainOfThought(dspy.Signature("question -> answer", SEED))
     program.set_lm(text_lm(lambda asked: answer))
@@ -378,7 +383,8 @@ def test_what_a_server_wrote_counts_as_the_tokenizer_of_the_weights_splits_it() 
     evaluator = evaluator_of(program, engine=engine, settings=Settings(num_threads=6))
     seed_of(evaluator)
     written = engine.tokenizer.encode(answer, add_special_tokens=False)
-    assert evaluator.spent()["generated_tokens"] == 4 * len(written)
+    assert evaluator.spent()["generated_tokens"] == 4 * (2 if tells else len(written))  # the script's server says 2
+    assert evaluator.spent()["prompt_tokens"] == (4 * 10 if tells else 0)
     assert engine.counters.generated_tokens == 0 and evaluator.spent()["runs"] == 4
 
 

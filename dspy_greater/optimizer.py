@@ -33,8 +33,9 @@ from dspy_greater.run.outlook import EstimateLog
 from dspy_greater.run.progress import Listeners, ProgressBar, checked_callbacks
 from dspy_greater.run.stop import BY_FILE, StopFile, terminable
 from dspy_greater.run.trackers import checked_trackers, tracked
+from dspy_greater.search.asked import Modes
 from dspy_greater.search.coordinate_descent import CoordinateDescent, Found
-from dspy_greater.search.problem import Modes, Options, Problem, pose
+from dspy_greater.search.problem import Options, Problem, pose
 from dspy_greater.search.step import Step
 from dspy_greater.search.variants import Variant, step_of
 from dspy_greater.search.warm_start import compile_warm

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, cast
+from typing import Any
 
-from dspy_greater.errors import DataError, GreaterError, ProgramError, SettingsError, WeightsError
+from dspy_greater.errors import DataError, GreaterError, ProgramError, WeightsError
 from dspy_greater.metric import Metric, RowMetric
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.interface import Model
@@ -34,6 +34,7 @@ from dspy_greater.program.validation import Validating
 from dspy_greater.prompt.gold import row_gold
 from dspy_greater.prompt.layout import Layout
 from dspy_greater.run.serialise import JSON
+from dspy_greater.search.asked import Mode, Modes, modes_of, selected_of
 from dspy_greater.search.context import Case, refuse_long_answers, refuse_long_prompts
 from dspy_greater.search.prices import write_price
 from dspy_greater.search.step import Step
@@ -45,10 +46,6 @@ from dspy_greater.settings import Settings
 
 # Settings that say how the work is done and not what comes out: a run may go on with others.
 _OF_THE_MACHINE = ("num_threads", "max_seconds", "max_outage_seconds", "request_timeout")
-
-
-Mode = Literal["rewrite", "append"]
-Modes = Mode | Mapping[str, Mode] | None
 
 
 @dataclass(frozen=True)
@@ -200,8 +197,8 @@ def pose(
     refuse_unusable(sites)
     refuse_strange_inputs(student, rows)
     refuse_strange_inputs(student, held_out, name="valset")
-    selected, named = _selected(sites, options.predictors), options.predictors is not None
-    targets, kept = _targets(selected, rows, options, _modes(sites, selected, options.mode), named=named)
+    selected, named = selected_of(sites, options.predictors), options.predictors is not None
+    targets, kept = _targets(selected, rows, options, modes_of(sites, selected, options.mode), named=named)
     _refuse_nothing_to_do(targets, kept, sites, rows, step)
     for target in targets:
         if target.field is not None:
@@ -238,53 +235,6 @@ def pose(
         if target.watch is not None:
             target.watch.begin(target.site, target.layout(problem.extractor), train)
     return problem
-
-
-def _selected(sites: Sequence[PredictorSite], predictors: Iterable[str] | None) -> list[PredictorSite]:
-    if predictors is None:
-        return list(sites)
-    names = _names(predictors)
-    if not names:
-        raise SettingsError(f"predictors={predictors!r}: give a list of names, such as [{sites[0].name!r}].")
-    _refuse_strangers(sites, names, argument="predictors")
-    return [site for site in sites if site.name in names]
-
-
-def _names(predictors: object) -> list[str]:
-    listed = isinstance(predictors, Iterable) and not isinstance(predictors, str)
-    return list(cast("Iterable[str]", predictors)) if listed else []
-
-
-def _modes(sites: Sequence[PredictorSite], selected: Sequence[PredictorSite], mode: Modes) -> dict[str, Mode | None]:
-    """The mode that was asked for, of every predictor."""
-    modes: dict[str, Any] = {site.name: None for site in sites}
-    if isinstance(mode, Mapping):
-        _refuse_strangers(sites, list(mode), argument="mode")
-        modes |= mode
-    else:
-        modes = dict.fromkeys(modes, mode)
-    for asked in modes.values():
-        if asked not in ("rewrite", "append", None):
-            raise SettingsError(
-                f"mode={mode!r} is not known. Use 'rewrite', 'append', or a mapping from predictor names to them."
-            )
-    for site in selected:
-        if site.lists_tools and modes[site.name] == "rewrite":
-            raise ProgramError(
-                f"Predictor `{site.name}` lists its tools in its instruction, and rewriting it would lose them. Use "
-                "mode='append' for it, which it gets without a mode, or leave it out of predictors=[...]."
-            )
-    return modes
-
-
-def _refuse_strangers(sites: Sequence[PredictorSite], names: Sequence[str], *, argument: str) -> None:
-    known = [site.name for site in sites]
-    strangers = [name for name in names if name not in known]
-    if strangers:
-        raise ProgramError(
-            f"{argument} names {', '.join(f'`{name}`' for name in strangers)}, which the program does not have; its "
-            f"predictors are {', '.join(f'`{name}`' for name in known)}."
-        )
 
 
 def _targets(

@@ -23,6 +23,7 @@ from dspy_greater.metric import Metric
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.roundtrip import saved, write_back
 from dspy_greater.program.validation import winner
+from dspy_greater.report.file import ReportFile
 from dspy_greater.report.result import GradSumResult, what_stopped
 from dspy_greater.run.best import BestFile
 from dspy_greater.run.events import (
@@ -74,8 +75,8 @@ class GradSum(Teleprompter):
         editor_lm: writes candidate prompts; by default the gradients'.
         auto: "light" (3 iterations of 10 rows), "medium" (6 of 20), "heavy" (10 of 30) or None, the paper's values.
         seed: decides every random choice.
-        log_dir: directory for the run's journal. Called again with the same inputs, `compile` goes on
-            after the last iteration that was finished.
+        log_dir: directory for the run's journal and for a page that shows the run (`report.html`). Called again with
+            the same inputs, `compile` goes on after the last iteration that was finished.
         callbacks: functions that are called with every event (`dspy_greater.run.events`). One that returns exactly
             `False` ends the loop after that iteration: the best so far is returned, and a run with a `log_dir` can go
             on from there. One that raises is warned of once and not called again.
@@ -182,10 +183,11 @@ class GradSum(Teleprompter):
         with (
             Journal.open(self.log_dir, identity) as journal,
             ProgressBar(show=self.progress) as bar,
-            tracked(self.trackers, identity, self.log_dir) as (trackers, _),
+            tracked(self.trackers, identity, self.log_dir) as (trackers, folder),
+            ReportFile(folder, identity, journal.versions) as report,
             terminable(),
         ):
-            listeners = Listeners([bar, StepLog(), best_file, *trackers, *self.listeners], stop_file)
+            listeners = Listeners([bar, StepLog(), best_file, report, *trackers, *self.listeners], stop_file)
             run = _Run(task, journal, listeners)
             run.search()
             result = run.validate()

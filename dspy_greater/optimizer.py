@@ -16,7 +16,7 @@ from dspy.teleprompt import Teleprompter
 from typing_extensions import Unpack
 
 from dspy_greater.errors import UnvalidatedError
-from dspy_greater.estimate.greater import estimate, plan_of
+from dspy_greater.estimate.greater import brief_estimate, estimate, plan_of
 from dspy_greater.metric import Metric
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.dataset import as_list
@@ -250,7 +250,7 @@ def _estimate_log(problem: Problem, journal: Journal) -> list[Listener]:
     if not LOGGER.isEnabledFor(logging.INFO) or journal.recorded():
         return []
     try:
-        told = estimate(problem)
+        told = brief_estimate(problem)
     except Exception as error:  # the search will say it better, or does without
         LOGGER.info("No estimate: %s: %s", type(error).__name__, error)
         return []

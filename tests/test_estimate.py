@@ -29,7 +29,7 @@ from dspy_greater.objective.types import Evaluation
 from dspy_greater.pocket.tasks import generate, work_out
 from dspy_greater.run.estimate import Budget, Cost
 from dspy_greater.run.events import BeamStarted, IterationTaken, SearchStarted, StepTaken, Validated
-from dspy_greater.run.outlook import EstimateLog, Outlook, Plan
+from dspy_greater.run.outlook import UNPLANNED, EstimateLog, Outlook, Plan
 
 TRAIN, VALIDATION = planted_rows(24)[:8], planted_rows(24)[8:12]
 SEED = Evaluation((1, 2), "Think.", (), 0.5, 0.25, 1.0, (0.5, 0.25))
@@ -111,7 +111,7 @@ def step(number: int, seconds: float = 2.0, written: int = 100, predictor: str =
     return StepTaken(predictor, number, 0, 1, (), SEED, "", spent, seconds=seconds)
 
 
-def looking(*events: Any, plan: Plan = Plan(), told: Estimate | None = None) -> Outlook:
+def looking(*events: Any, plan: Plan = UNPLANNED, told: Estimate | None = None) -> Outlook:
     found = Outlook(plan, told)
     for event in events:
         found(event)

@@ -140,7 +140,7 @@ def test_grad_sum_is_tracked_by_iterations(package: str, stand_in: Callable[...,
     [
         ("mlflow", "start_run", "The run in mlflow could not be opened: ConnectionError: start_run: no server"),
         ("mlflow", "log_params", "The run in mlflow could not be opened"),
-        ("mlflow", "log_metrics", "The callback MLflow raised ConnectionError: log_metrics: no server .at SearchStarted"),
+        ("mlflow", "log_metrics", "The callback MLflow raised ConnectionError: log_metrics: no server .at Sea"),
         ("mlflow", "log_artifact", "The run in mlflow could not be given report.html: ConnectionError"),
         ("mlflow", "end_run", "The run in mlflow could not be closed: ConnectionError"),
         ("wandb", "init", "The run in wandb could not be opened: ConnectionError"),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dspy_greater.errors import UnusedPredictorError
 from dspy_greater.estimate.counts import Counts, Sizes, peak_bytes
-from dspy_greater.estimate.probe import Measured, probe
+from dspy_greater.estimate.probe import ROWS, Measured, probe
 from dspy_greater.run.estimate import Budget, Cost, Estimate
 from dspy_greater.run.outlook import Plan
 from dspy_greater.search.prices import write_price
 from dspy_greater.search.problem import Problem, Target
 
 _LONG = 0.9  # of a search's runs reason as under the probe's longest; the first steps do not
+
+_BRIEF = 200  # runs of a search for each row of a probe, which has four instructions
 
 
 def plan_of(problem: Problem) -> Plan:
@@ -23,15 +25,22 @@ def plan_of(problem: Problem) -> Plan:
     )
 
 
-def estimate(problem: Problem) -> Estimate:
-    """Probe every predictor that will be searched, and count.
+def brief_estimate(problem: Problem) -> Estimate:
+    """As `estimate`, from so few rows that the probe's runs are about a fiftieth of the search's."""
+    settings = problem.settings
+    runs = settings.steps * len(problem.train) + (settings.finalists + 1) * len(problem.validation)
+    return estimate(problem, most_rows=min(ROWS, max(2, runs // _BRIEF)))
+
+
+def estimate(problem: Problem, most_rows: int = ROWS) -> Estimate:
+    """Probe every predictor that will be searched on so many rows at most, and count.
 
     A predictor that the program does not call on the probe's rows is left out.
 
     Raises:
         GreaterError: what the search would raise.
     """
-    found = [(target, probe(problem, target)) for target in problem.targets]
+    found = [(target, probe(problem, target, most_rows)) for target in problem.targets]
     called = [(target, measured) for target, measured in found if measured.short.runs]
     if not called:
         names = ", ".join(f"`{target.site.name}`" for target, _ in found)

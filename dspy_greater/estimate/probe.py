@@ -1,10 +1,10 @@
 """A short probe: what a program's prompts are like, how much the model writes, and how fast all that goes.
 
 The program is run on a few training rows: under the student's instruction, under the same with "Think step by step."
-or its like behind it, and under a likely edit of it. What a search finds often makes models reason longer, and how much they
-write under these is the best that can be known of it. All in all that is about what one candidate of a search costs.
-Nothing of the search is touched: the probe has sessions of its own, and draws its rows from a source of randomness of
-its own.
+or its like behind it, and under a likely edit of it. What a search finds often makes models reason longer, and how
+much they write under these is the best that can be known of it. All in all that is about what one candidate of a search
+costs. Nothing of the search is touched: the probe has sessions of its own, and draws its rows from a source of
+randomness of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dspy_greater.stats import mean
 ROWS = 8  # that the program is run on, under each instruction
 ASKED = ("Think step by step.", "Work through every part of it, and write down all intermediate results.")
 EDITS = 1
-MOST_GROWTH = 2.0  # times what the probe saw, for a search makes several such edits
+MOST_GROWTH = 1.5  # times what the probe saw, for a search makes several such edits
 Run = tuple[tuple[int, ...], tuple[int, ...]]  # a prompt, and what was generated after it
 
 
@@ -92,14 +92,14 @@ class Measured:
     cost: Cost
 
 
-def probe(problem: Problem, target: Target) -> Measured:
-    """Try what a predictor's search will do, on a few rows.
+def probe(problem: Problem, target: Target, most_rows: int = ROWS) -> Measured:
+    """Try what a predictor's search will do, on a few rows, so many at most.
 
     Raises:
         GreaterError: what the search would raise.
     """
     began, before = time.perf_counter(), target.engine.counters
-    rows = Random(f"{problem.seed}/probe").sample(list(problem.train), min(ROWS, len(problem.train)))
+    rows = Random(f"{problem.seed}/probe").sample(list(problem.train), min(most_rows, len(problem.train)))
     metric = _Timed(problem.metric)
     evaluator = Evaluator(
         Objective(problem.program, target.site, target.field, rows, metric.row_metric, problem.extractor, target.fixed),

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def _step_seconds(engine: Engine, prompt: Tokens, rows: int) -> float:
     others = [GenerationRequest(prompt, _TOKENS, stop_token_ids=())] * (rows - 1)
     with watched(engine) as model:
         model.generate([first, *others])
-    return statistics.median(later - earlier for earlier, later in zip(told, told[1:], strict=False))
+    return statistics.median(later - earlier for earlier, later in pairwise(told))
 
 
 def _reading(engine: Engine, reasonings: Sequence[Reasoning]) -> float:

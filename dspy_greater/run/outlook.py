@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from dspy_greater.run.estimate import Budget, Cost, Estimate
 from dspy_greater.run.events import BeamStarted, Event, IterationTaken, SearchStarted, StepTaken, Validated
@@ -20,7 +20,10 @@ class Plan:
 
     predictors: tuple[str, ...] = ()
     validation_runs: int = 0  # of each predictor
-    budget: Budget = Budget()
+    budget: Budget = field(default_factory=Budget)
+
+
+UNPLANNED = Plan()
 
 
 class Outlook:
@@ -39,7 +42,7 @@ class Outlook:
     (9.0, 30.0)
     """
 
-    def __init__(self, plan: Plan = Plan(), told: Estimate | None = None) -> None:
+    def __init__(self, plan: Plan = UNPLANNED, told: Estimate | None = None) -> None:
         self._plan, self._told = plan, told
         self._begun: list[str] = []
         self._total = self.taken = 0  # steps of this predictor's search

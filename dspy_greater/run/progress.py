@@ -23,7 +23,7 @@ from dspy_greater.run.events import (
     Validated,
 )
 from dspy_greater.run.log import edit_parts
-from dspy_greater.run.outlook import Outlook, Plan
+from dspy_greater.run.outlook import UNPLANNED, Outlook, Plan
 from dspy_greater.run.stop import BY_FILE, StopFile
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class ProgressBar:
         ...     bar(Warned("careful"))
     """
 
-    def __init__(self, show: bool | None = None, file: TextIO | None = None, plan: Plan = Plan()) -> None:
+    def __init__(self, show: bool | None = None, file: TextIO | None = None, plan: Plan = UNPLANNED) -> None:
         """Draws nothing yet; the first bar comes with the first search."""
         self._notebook = file is None and in_notebook()
         self._disable = (None if not self._notebook else False) if show is None else not show

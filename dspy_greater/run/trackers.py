@@ -11,12 +11,13 @@ import importlib
 import importlib.util
 import math
 import re
-from collections.abc import Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from dspy_greater.errors import MissingExtraError, SettingsError
 from dspy_greater.notices import warn_caller
@@ -71,7 +72,7 @@ class Tracker(AbstractContextManager["Tracker"]):
             self._close(failed=error is not None)
 
     @contextmanager
-    def _warning(self, what: str) -> Iterator[None]:
+    def _warning(self, what: str) -> Generator[None, None, None]:
         try:
             yield
         except Exception as error:  # a server that cannot be reached, a full disk: whatever it is
@@ -80,17 +81,17 @@ class Tracker(AbstractContextManager["Tracker"]):
                 RuntimeWarning,
             )
 
-    def _open(self, parameters: Mapping[str, Any]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _open(self, parameters: Mapping[str, Any]) -> None: ...
 
-    def _log(self, numbers: Mapping[str, float], step: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _log(self, numbers: Mapping[str, float], step: int) -> None: ...
 
-    def _add(self, path: Path) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _add(self, path: Path) -> None: ...
 
-    def _close(self, *, failed: bool) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _close(self, *, failed: bool) -> None: ...
 
 
 class MLflow(Tracker):
@@ -199,7 +200,9 @@ def flattened(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
     found: dict[str, Any] = {}
     for name, value in parameters.items():
         full = prefix + re.sub(r"[^\w\-. /]+", "_", str(name)).strip("_")
-        found |= flattened(value, f"{full}.") if isinstance(value, Mapping) else {full: value}
+        found |= (
+            flattened(cast("Mapping[str, Any]", value), f"{full}.") if isinstance(value, Mapping) else {full: value}
+        )
     return found
 
 
@@ -219,7 +222,8 @@ def checked_trackers(*, use_mlflow: object, use_wandb: object) -> tuple[type[Tra
             raise SettingsError(f"use_{kind.name}={asked!r}: give True or False.")
         if asked and not _installed(kind.name):
             raise MissingExtraError(
-                f"use_{kind.name}=True needs {kind.name}, which is not installed: pip install 'dspy-greater[{kind.name}]'"
+                f"use_{kind.name}=True needs {kind.name}, which is not installed: "
+                f"pip install 'dspy-greater[{kind.name}]'"
             )
         found += [kind] if asked else []
     return tuple(found)
@@ -228,7 +232,7 @@ def checked_trackers(*, use_mlflow: object, use_wandb: object) -> tuple[type[Tra
 @contextmanager
 def tracked(
     kinds: tuple[type[Tracker], ...], parameters: Mapping[str, Any], log_dir: str | Path | None
-) -> Iterator[tuple[list[Tracker], str | Path | None]]:
+) -> Generator[tuple[list[Tracker], str | Path | None], None, None]:
     """The trackers with their runs opened, and where the report goes: without a `log_dir`, a directory for a while."""
     if not kinds:
         yield [], log_dir

@@ -24,7 +24,6 @@ import dspy
 from benchmarks.ablation import along, reasonings
 from benchmarks.ablation.table import BASELINE, table
 from benchmarks.ablation.variants import FROM, STARTS, SWEEPS, VARIANTS, Variant
-from benchmarks.fidelity.command import exact_match
 from dspy_greater import GReaTerTeleprompter, local_lm
 from dspy_greater.pocket.tasks import TASKS
 from dspy_greater.program.copies import with_instruction
@@ -33,6 +32,11 @@ from dspy_greater.settings import Settings
 
 _STEPS = 150  # where nothing new can be generated, the budget alone would not end a search
 _TRAIN, _VALIDATION, _TEST = 50, 50, 100
+
+
+def exact_match(example: dspy.Example, prediction: dspy.Prediction, trace: object = None) -> bool:
+    """Whether the answer is the gold one, case and blanks aside."""
+    return str(prediction.answer).strip().lower() == str(example.answer).strip().lower()
 
 
 def main(argv: Sequence[str]) -> int:

@@ -15,7 +15,7 @@ import dspy
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-SMALL = {"STEPS = 20": "STEPS = 1", "TRAIN, VALIDATION, TEST = 24, 50, 100": "TRAIN, VALIDATION, TEST = 3, 2, 3"}
+SMALL = {"STEPS = 10": "STEPS = 1", "TRAIN, VALIDATION, TEST = 24, 50, 100": "TRAIN, VALIDATION, TEST = 3, 2, 3"}
 
 
 def builder() -> Any:

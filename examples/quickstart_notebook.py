@@ -7,7 +7,7 @@
 # `make notebook` makes this notebook from `examples/quickstart_notebook.py`, which also runs as a plain script.
 
 # %%
-STEPS = 20  # of the search
+STEPS = 10  # of the search
 TRAIN, VALIDATION, TEST = 24, 50, 100  # rows
 
 # %% [markdown]

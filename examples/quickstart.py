@@ -94,6 +94,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train-rows", type=int, help="rows to search on (default: the preset's)")
     parser.add_argument("--validation-rows", type=int, help="rows to choose on (default: the preset's)")
     parser.add_argument("--max-seconds", type=float, help="the search ends after so long, and returns what it has")
+    parser.add_argument("--estimate", action="store_true", help="say first what the search will take")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test-rows", type=int, default=100)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
@@ -125,6 +126,8 @@ def main() -> None:
         seed=arguments.seed,
         progress=True,
     )
+    if arguments.estimate:
+        print(optimizer.compile(program, trainset=train, valset=validation, dry_run=True), flush=True)
     better = optimizer.compile(program, trainset=train, valset=validation)
     found = better.predictors()[0].signature.instructions
 

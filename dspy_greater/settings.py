@@ -18,12 +18,12 @@ Once its forecasts have proven themselves it tries fewer than μ candidates; whi
 about one step in `explore_every` makes neither forecasts nor gradients.
 
 `max_generated_tokens` bounds the search: the seed's evaluation and the steps, of all predictors together. The
-search stops after the first step that reaches it, and predictors whose turn has not come keep their
-instructions. Counted are the tokens that in-process models write for any predictor of the program, and, where
-the LM is a server, those that it says it wrote; where it does not say, the tokens of its answers as the tokenizer of
-the weights splits them. What is resumed from a journal counts as it did then. Not counted are the prompts, the forward
-and backward passes, what the metric asks of a server, and the final validation: at most (`finalists` + 1) x
-`validation_rows` runs for each predictor.
+search stops after the first step that reaches it, and predictors whose turn has not come keep their instructions.
+Counted are the tokens that in-process models write for any predictor of the program, and, where the LM is a server,
+those that it says it wrote; where it does not say, the tokens of its answers as the tokenizer of the weights splits
+them. What is resumed from a journal counts as it did then. Not counted are the prompts, the forward and backward
+passes, what the metric asks of a server, and the final validation: at most (`finalists` + 1) x `validation_rows`
+runs for each predictor.
 `max_metric_calls` bounds the same search by runs of the program on a row.
 
 `max_seconds` bounds it by the clock, from the seed's evaluation on; here the validations of earlier predictors count,

@@ -71,6 +71,11 @@ def compiled(program: Any, **settings: Any) -> Any:
     return optimizer(**chosen).compile(program, TRAIN, valset=VALIDATION)
 
 
+def quickly_or_not(fault: Fault) -> Any:
+    """Two kinds are tried with every change, the others with the slow tests."""
+    return pytest.param(fault, marks=[] if fault in ("503", "no choices") else [pytest.mark.slow])
+
+
 def test_a_served_search_counts_what_the_server_says(proxy: FaultProxy, model: StandIn) -> None:
     details = compiled(student(proxy.url)).detailed_results
     phases = details.spent_by_phase
@@ -97,14 +102,13 @@ def test_where_a_server_does_not_tell_the_texts_are_counted(proxy: FaultProxy, m
 
 @pytest.fixture(scope="module")
 def undisturbed(model: StandIn) -> Any:
-    model.answer = obedient
+    model.answer, model.asked, model.usage, model.name = obedient, [], True, "model"
     return compiled(student(model.url))
 
 
 def same(found: Any, undisturbed: Any) -> bool:
     one, other = found.detailed_results, undisturbed.detailed_results
-    assert instruction_of(found) == instruction_of(undisturbed)
-    assert bits(one.steps) == bits(other.steps)
+    assert same_steps(found, undisturbed)
     assert [each.validation for each in one.predictors] == [each.validation for each in other.predictors]
     assert one.spent["generated_tokens"] == other.spent["generated_tokens"] and one.stopped_by is None
     return True
@@ -124,7 +128,7 @@ KINDS: dict[Fault, str] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [quickly_or_not(each) for each in FAULTS])
 def test_a_fault_in_the_middle_of_a_step_changes_nothing(fault: Fault, proxy: FaultProxy, undisturbed: Any) -> None:
     proxy.retry_after, proxy.hang = "0.2", 2.0
     proxy.faults = between(SEED_RUN + 2, SEED_RUN + 5, fault)
@@ -135,7 +139,7 @@ def test_a_fault_in_the_middle_of_a_step_changes_nothing(fault: Fault, proxy: Fa
     assert found.detailed_results.to_dict()["faults"] == {KINDS[fault]: 3}
 
 
-@pytest.mark.parametrize("fault", ["html", "empty", "no choices", "garbage"])
+@pytest.mark.parametrize("fault", [quickly_or_not(each) for each in ("html", "empty", "no choices", "garbage")])
 def test_answers_that_are_no_language_models_are_no_mistakes_of_the_program(
     fault: Fault, proxy: FaultProxy, undisturbed: Any
 ) -> None:
@@ -145,6 +149,7 @@ def test_answers_that_are_no_language_models_are_no_mistakes_of_the_program(
     assert sum(found.detailed_results.faults.values()) == proxy.seen.count(fault) >= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["503", "no choices"])
 def test_the_compatibility_backend_of_dspy_has_the_same_faults(fault: Fault, proxy: FaultProxy) -> None:
     plain = compiled(student(proxy.url, top_k=1))
@@ -154,6 +159,7 @@ def test_the_compatibility_backend_of_dspy_has_the_same_faults(fault: Fault, pro
     assert same(found, plain) and found.detailed_results.faults == {KINDS[fault]: 3}
 
 
+@pytest.mark.slow
 def test_an_outage_of_the_seeds_run_and_one_of_the_final_comparison_change_nothing(
     proxy: FaultProxy, undisturbed: Any
 ) -> None:
@@ -165,6 +171,7 @@ def test_an_outage_of_the_seeds_run_and_one_of_the_final_comparison_change_nothi
         assert same(compiled(student(proxy.url)), undisturbed)
 
 
+@pytest.mark.slow
 def test_a_model_that_has_nothing_to_say_is_no_fault(proxy: FaultProxy, model: StandIn) -> None:
     model.answer = lambda messages: "" if SEED not in messages[0]["content"] else obedient(messages)
     details = compiled(student(proxy.url)).detailed_results
@@ -191,7 +198,9 @@ def test_a_server_that_dies_in_a_step_leaves_no_trace_in_the_journal_and_the_run
 
 
 def same_steps(found: Any, undisturbed: Any) -> bool:
-    assert bits(found.detailed_results.steps) == bits(undisturbed.detailed_results.steps)
+    one, other = found.detailed_results.steps, undisturbed.detailed_results.steps
+    assert [each.spent for each in one] == [each.spent for each in other]
+    assert list(map(str, one)) == list(map(str, other)) and bits(one) == bits(other)
     return instruction_of(found) == instruction_of(undisturbed)
 
 
@@ -204,7 +213,7 @@ def test_a_server_that_is_back_for_the_final_comparison_returns_what_was_found(p
     assert "OutageError" in details.stopped_by
 
 
-@pytest.mark.parametrize("fault", ["503", "html", "no choices", "429", "die"])
+@pytest.mark.parametrize("fault", [quickly_or_not(each) for each in ("503", "html", "no choices", "429", "die")])
 def test_where_a_row_of_the_seeds_final_comparison_is_not_answered_nothing_is_returned_as_better(
     fault: Fault, proxy: FaultProxy
 ) -> None:
@@ -234,6 +243,7 @@ def test_a_server_that_never_answered_is_an_error_at_once(fault: Fault, proxy: F
     assert time.monotonic() - since < 20
 
 
+@pytest.mark.slow
 def test_a_name_that_the_server_does_not_know_is_an_error_at_once_and_later_an_outage(
     proxy: FaultProxy, model: StandIn
 ) -> None:

@@ -117,6 +117,7 @@ def test_what_is_no_address_is_refused(addresses: Any) -> None:
         served_lm("openai/model", addresses)
 
 
+@pytest.mark.slow
 def test_a_search_over_two_servers_finds_what_it_finds_on_one_whichever_dies(
     one: StandIn, other: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:

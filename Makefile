@@ -79,7 +79,7 @@ check: lint types test-quick
 docs: install
 	$(BIN)/python -m mkdocs build --strict
 
-# Two or three minutes: the quickstart as a notebook, with what its cells print and draw.
+# The quickstart as a notebook, with what its cells print and draw; about three minutes of one core.
 notebook: install
 	OMP_NUM_THREADS=$(RUN_THREADS) $(BIN)/python examples/build_notebook.py
 

@@ -2,7 +2,8 @@
 # # Quickstart
 #
 # A small model answers questions badly under a plain instruction. `GReaTer` finds a better one, with gradients through
-# the model's own reasoning. All of this runs on two CPU cores in two or three minutes, without a network.
+# the model's own reasoning. All of this takes about three minutes of one CPU core, without a network; the seconds that
+# are printed below are of a busy machine.
 #
 # `make notebook` makes this notebook from `examples/quickstart_notebook.py`, which also runs as a plain script.
 

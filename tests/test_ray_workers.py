@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,14 @@ def bits(model: Any, engine: Engine) -> list[bytes]:
         model.next_token_logprobs(sequences),
     )
     return [each.numpy().tobytes() for each in found]
+
+
+# Before the fixture starts a cluster, which this process would be in.
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "[::1]:1"])
+def test_a_cluster_that_does_not_answer_is_an_error_that_says_the_address(address: str) -> None:
+    engine = Engine(tiny_model("llama", 64), numbered_tokenizer(64), name="tiny")
+    with pytest.raises(WorkerError, match=f"No Ray cluster answers at '{re.escape(address)}'"):
+        ray_actors.hire(engine, address)
 
 
 def test_two_actors_with_weights_that_were_handed_in_come_to_the_bits_of_one(cluster: None) -> None:
@@ -113,11 +122,3 @@ def test_actors_that_find_other_weights_are_refused(cluster: None) -> None:
         next(engine.model.parameters()).mul_(1.5)
     with pytest.raises(WeightsError, match="A worker loaded 'pocket@.*and this process has 'pocket@"):
         ray_actors.hire(engine, 1)
-
-
-def test_a_cluster_that_does_not_answer_is_an_error_that_says_the_address() -> None:
-    if ray.is_initialized():
-        pytest.skip("this process is in a cluster already")
-    engine = Engine(tiny_model("llama", 64), numbered_tokenizer(64), name="tiny")
-    with pytest.raises(WorkerError, match="No Ray cluster answers at '127.0.0.1:1'"):
-        ray_actors.hire(engine, "127.0.0.1:1")

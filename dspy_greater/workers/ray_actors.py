@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -25,6 +26,7 @@ from dspy_greater.workers.jobs import Answer, Job, JobRunner
 from dspy_greater.workers.pool import Pool
 
 _START_SECONDS = 900.0  # for loading weights, and for a cluster that is busy
+_ANSWER_SECONDS = 10.0  # for the head of a cluster
 _MOST_ON_CPUS = 8  # that "auto" starts where there is no GPU: each holds the weights
 _LOG = logging.getLogger(__name__)
 
@@ -166,6 +168,7 @@ def _joined(address: str | None, count: int) -> Callable[[], object]:
     if ray.is_initialized():
         return lambda: None
     where = address or os.environ.get("RAY_ADDRESS")
+    _refuse_silence(where)
     cpus = None if where else max(count, os.cpu_count() or 1)
     before = signal.getsignal(signal.SIGTERM)  # which Ray would replace
     try:
@@ -180,15 +183,32 @@ def _joined(address: str | None, count: int) -> Callable[[], object]:
         )
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if where:
+            raise _unanswered(where, said) from error
         raise WorkerError(
-            f"No Ray cluster answers at {where!r} ({said}). Check the address, or give workers='auto' for this machine."
-            if where
-            else f"Ray could not be started on this machine ({said}). Leave workers= out, or try `ray start --head`."
+            f"Ray could not be started on this machine ({said}). Leave workers= out, or try `ray start --head`."
         ) from error
     finally:
         if threading.current_thread() is threading.main_thread() and before is not None:
             signal.signal(signal.SIGTERM, before)
     return ray.shutdown
+
+
+def _refuse_silence(where: str | None) -> None:
+    """Raises `WorkerError` where nothing listens at the address; Ray would try for minutes."""
+    host, _, port = (where or "").rpartition("://")[2].partition("/")[0].rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _unanswered(str(where), str(error)) from error
+
+
+def _unanswered(where: str, said: str) -> WorkerError:
+    return WorkerError(
+        f"No Ray cluster answers at {where!r} ({said}). Check the address, or give workers='auto' for this machine."
+    )
 
 
 def _share(engine: Engine, count: int | None) -> _Share:

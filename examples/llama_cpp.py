@@ -90,7 +90,12 @@ def main() -> None:
     details = better.detailed_results
     print(f"rows: {source}")
     print(details)
-    print(details.server)
+    server_told = details.server
+    print(server_told)
+    print(
+        f"prompts that differ: {server_told.prompts_different} of {server_told.prompts}; tokens that the weights here would "
+        f"have written: {server_told.agreed} of {server_told.written}"
+    )
     given.out.mkdir(parents=True, exist_ok=True)
     told = {
         "weights": given.weights.name,

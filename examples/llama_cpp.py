@@ -93,8 +93,8 @@ def main() -> None:
     server_told = details.server
     print(server_told)
     print(
-        f"prompts that differ: {server_told.prompts_different} of {server_told.prompts}; tokens that the weights here would "
-        f"have written: {server_told.agreed} of {server_told.written}"
+        f"prompts that differ: {server_told.prompts_different} of {server_told.prompts}; tokens that the weights "
+        f"here would have written: {server_told.agreed} of {server_told.written}"
     )
     given.out.mkdir(parents=True, exist_ok=True)
     told = {

@@ -181,7 +181,7 @@ def _joined(address: str | None, count: int) -> Callable[[], object]:
             logging_level=logging.ERROR,
             **({} if where else own),
         )
-    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises what it likes, `Exception` itself where starting takes too long
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if where:
             raise _unanswered(where, said) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import time
 import warnings
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
@@ -218,7 +219,11 @@ def bbh_like(task: str, count: int) -> list[Any]:
         ("boolean_expressions", {"steps": 6, "train_rows": 16}),
     ],
 )
-def test_time_and_tokens_are_within_half_as_much_again(task: str, settings: dict[str, Any]) -> None:
+def test_time_and_tokens_are_within_half_as_much_again(
+    task: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The processor's clock leaves out what other programs take, which differs from the probe to the search.
+    monkeypatch.setattr(time, "perf_counter", time.process_time)
     with warnings.catch_warnings(), dspy.context(lm=local_lm("pocket")):
         warnings.simplefilter("ignore")
         program = dspy.ChainOfThought(dspy.Signature("question -> answer", "Answer the question."))
@@ -226,8 +231,8 @@ def test_time_and_tokens_are_within_half_as_much_again(task: str, settings: dict
         search = GReaTer(metric=exact_match, **settings)
         warm = search.compile(program, rows, dry_run=True)  # what is imported at its first use is no part of a search
         assert warm.steps == settings["steps"]
-        found = search.compile(program, rows, dry_run=True).total
+        found, began = search.compile(program, rows, dry_run=True).total, time.process_time()
         details = search.compile(program, rows).detailed_results
-    spent = Cost.of(details.spent, details.seconds)
-    assert 1 / 1.5 < found.tokens / spent.tokens < 1.5
-    assert 1 / 1.5 < found.seconds / spent.seconds < 1.5
+    spent = Cost.of(details.spent, time.process_time() - began)
+    ratios = {"tokens": found.tokens / spent.tokens, "seconds": found.seconds / spent.seconds}
+    assert all(1 / 1.5 < ratio < 1.5 for ratio in ratios.values()), ratios

@@ -12,7 +12,7 @@ from stand_ins import Answers, completion, knows, llama_cpp, ollama, sglang, sta
 from tiny_models import save_tiny
 
 from dspy_greater.errors import ServerError, WeightsError
-from dspy_greater.served.address import address_of
+from dspy_greater.lm.address import address_of
 from dspy_greater.served.kinds import who_answers
 from dspy_greater.served.weights import weights_behind
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from typing import Any
 
 import dspy
 
+from dspy_greater.lm.address import address_of
 from dspy_greater.lm.served import ServerPool
 from dspy_greater.program.faults import is_served
 
@@ -38,7 +38,7 @@ def for_search(lm: Any, *, weights: str = "", timeout: float | None = None) -> A
         return lm
     changes: dict[str, Any] = {}
     if lm.cache:
-        parts = [lm.kwargs.get("rollout_id"), lm.model, address_of(lm), weights]
+        parts = [lm.kwargs.get("rollout_id"), lm.model, _server_of(lm), weights]
         # No part of a request: DSPy keeps it to tell cached answers apart.
         digest = hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
         changes["rollout_id"] = f"dspy_greater/{digest[:24]}"
@@ -51,19 +51,12 @@ def for_search(lm: Any, *, weights: str = "", timeout: float | None = None) -> A
     return copied
 
 
-def address_of(lm: Any) -> str:
-    """Where an LM's server is, as DSPy and LiteLLM find it; "" for the provider's own.
-
-    >>> address_of(dspy.LM("openai/model", base_url="http://127.0.0.1:8000/v1/"))
-    'http://127.0.0.1:8000/v1'
-    """
+def _server_of(lm: Any) -> str:
+    """Where an LM's server is, or its servers; "" for the provider's own."""
     if isinstance(lm.engine, ServerPool):
         return " ".join(sorted(lm.engine.api_bases))
-    kwargs = getattr(lm, "kwargs", None) or {}
-    provider = str(lm.model).split("/", 1)[0].upper()
-    variables = (f"{provider}_API_BASE", f"{provider}_BASE_URL")
-    told = [kwargs.get("api_base"), kwargs.get("base_url"), *map(os.getenv, variables)]
-    return str(next(filter(None, told), "")).rstrip("/")
+    found = address_of(lm)
+    return "" if found is None else found.base
 
 
 def _is_dspys_own(lm: Any) -> bool:

@@ -1,8 +1,7 @@
 """Models behind servers: who answers there, with which weights, and whether it is the model that is loaded here.
 
-The modules in the order in which the data flows:
+The modules in the order in which the data flows, from the address of an LM's server (`lm/address.py`):
 
-    address.py   an LM -> where DSPy and LiteLLM send its calls
     http.py      one question to a server -> its reply, whatever happens
     kinds.py     address -> what kind of server answers, what it serves, which weights it says those are
     weights.py   LM, `weights=` and server -> the weights, loaded here

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dspy_greater.errors import ServerError
-from dspy_greater.served.address import Address, address_of
+from dspy_greater.lm.address import Address, address_of
 from dspy_greater.served.http import Reply, ask
 
 _PATIENCE = 120.0  # seconds for a first token: a server may load its weights only then

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dspy_greater.errors import WeightsError
-from dspy_greater.served.address import NATIVE, model_name
+from dspy_greater.lm.address import NATIVE, model_name
 from dspy_greater.served.kinds import Server
 
 if TYPE_CHECKING:

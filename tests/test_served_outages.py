@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,6 +22,19 @@ from dspy_greater import GReaTer, local_lm, pocket
 pytestmark = [pytest.mark.slow, needs_serving]
 ROWS = rows("navigate", 8)
 SETTINGS = {"steps": 2, "train_rows": 4, "validation_rows": 4, "written": 0, "phrases": 0, "progress": False}
+
+
+MAX_TOKENS = 60  # of a run of the program, and of nothing else that a server is asked
+
+
+def of_the_runs(fault: Callable[[int], Fault | None]) -> Callable[[int, str], Fault | None]:
+    """What the runs of the program meet, by their number; how a server is compared before a search is left alone."""
+    number = itertools.count()
+
+    def met(_: int, body: str) -> Fault | None:
+        return fault(next(number)) if MAX_TOKENS in json.loads(body).values() else None
+
+    return met
 
 
 class Restartable:
@@ -56,7 +71,7 @@ def searched(lm: Any, **settings: Any) -> Any:
 
 
 def behind(url: str, served: Served) -> Any:
-    settings: dict[str, Any] = {"temperature": 0.0, "max_tokens": 60, "cache": False, "num_retries": 0}
+    settings: dict[str, Any] = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "cache": False, "num_retries": 0}
     return dspy.LM(served.lm, api_base=url, api_key="none", **settings)
 
 
@@ -83,7 +98,8 @@ def test_a_served_search_finds_what_the_one_in_this_process_finds(undisturbed: A
 
 @pytest.mark.parametrize("fault", ["503", "no choices", "html"])
 def test_a_fault_every_fourth_call_changes_nothing(fault: Fault, server: Restartable, undisturbed: Any) -> None:
-    with FaultProxy(server.served.url, every(4, fault)).serving() as proxy:
+    fourth = every(4, fault)
+    with FaultProxy(server.served.url, of_the_runs(lambda number: fourth(number, ""))).serving() as proxy:
         found = searched(behind(proxy.url, server.served))
     assert same(found, undisturbed)
     assert sum(found.detailed_results.faults.values()) == proxy.seen.count(fault) > 2
@@ -92,11 +108,11 @@ def test_a_fault_every_fourth_call_changes_nothing(fault: Fault, server: Restart
 def test_a_restart_of_the_server_in_the_middle_of_a_step_changes_nothing(server: Restartable, undisturbed: Any) -> None:
     restarting = threading.Thread(target=server.restart)
 
-    def faults(number: int, body: str) -> None:
+    def faults(number: int) -> None:
         if number == 5:  # the second row of the first candidate
             restarting.start()
 
-    with FaultProxy(server.served.url, faults).serving() as proxy:
+    with FaultProxy(server.served.url, of_the_runs(faults)).serving() as proxy:
         found = searched(behind(proxy.url, server.served))
     restarting.join()
     assert same(found, undisturbed)

@@ -145,7 +145,9 @@ def test_a_search_logs_what_its_steps_did(caplog: pytest.LogCaptureFixture, vari
     better = optimizer(variant=variant, steps=6, progress=False).compile(
         program_on(engine), rows[:4], valset=rows[8:12]
     )
-    told = [record.getMessage() for record in caplog.records if record.name == "dspy_greater"]
+    logged = [record.getMessage() for record in caplog.records if record.name == "dspy_greater"]
+    assert logged[0].startswith("Estimate: ")
+    told = [line for line in logged if not line.startswith("Estimate")]
     steps = better.detailed_results.steps
     assert len(told) == len(steps) + 2
     assert told[0].startswith("Predictor `predict`: 6 steps from score 0, loss ") and told[0].endswith(repr(SEED))

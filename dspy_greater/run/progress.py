@@ -260,8 +260,8 @@ def checked_callbacks(given: object, name: str = "callbacks") -> tuple[Listener,
         SettingsError: one of them cannot be called, or they are no list.
 
     Example:
-        >>> checked_callbacks([print])
-        (<built-in function print>,)
+        >>> checked_callbacks([len])
+        (<built-in function len>,)
     """
     found = tuple(cast("Iterable[object]", given)) if isinstance(given, Iterable) else None
     if found is None or not all(map(callable, found)):

@@ -25,6 +25,8 @@ from scripted_text import Asked, text_lm
 from dspy_greater.errors import JudgeError, OutageError, UnvalidatedError
 from dspy_greater.program import servers
 
+pytestmark = pytest.mark.slow
+
 TRAIN, VALIDATION = ROWS[:8], ROWS[8:]
 SCRIPTS: dict[str, Any] = {"judge": judge_script, "gradient": gradient_script, "editor": editor_script}
 

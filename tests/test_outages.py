@@ -29,6 +29,8 @@ from dspy_greater.program.faults import ServerFault
 from dspy_greater.program.servers import Servers
 from dspy_greater.search import problem
 
+pytestmark = pytest.mark.slow
+
 TRAIN, VALIDATION = planted_rows(24)[:4], planted_rows(24)[8:12]
 MODEL = planted_engine().model
 SEED_RUN, STEP = len(TRAIN), len(TRAIN)  # calls

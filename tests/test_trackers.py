@@ -135,6 +135,7 @@ def test_grad_sum_is_tracked_by_iterations(package: str, stand_in: Callable[...,
     assert "validation_score" in found.metrics[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("package", "broken", "told"),
     [

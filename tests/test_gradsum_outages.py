@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,15 +39,13 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def failing(script: Any, when: Callable[[int], bool], error: Exception) -> Any:
-    asked: list[Asked] = []
+    number = itertools.count(1)
 
     def answer(one: Asked) -> Any:
-        asked.append(one)
-        if when(len(asked)):
+        if when(next(number)):
             raise error
         return script(one)
 
-    answer.asked = asked  # type: ignore[attr-defined]
     return answer
 
 

@@ -331,18 +331,18 @@ class Answer:
         self.faults = tuple(ServerFault(kind) for kind in kinds)
 
 
-def asking(*rounds: Any) -> Any:
-    left = list(rounds)
+class Asking:
+    """Asks again; `left` are the rounds that nobody has asked for yet."""
 
-    def again(indices: Sequence[int]) -> list[Answer]:
-        return [Answer(*left.pop(0)) for _ in indices]
+    def __init__(self, *rounds: Any) -> None:
+        self.left = list(rounds)
 
-    again.left = left  # type: ignore[attr-defined]
-    return again
+    def __call__(self, indices: Sequence[int]) -> list[Answer]:
+        return [Answer(*self.left.pop(0)) for _ in indices]
 
 
 def test_what_was_answered_is_not_asked_again() -> None:
-    again = asking([])
+    again = Asking([])
     patient = Servers(5.0)
     found = patient.settled([Answer(), Answer("server error")], again)
     assert [each.faults for each in found] == [(), ()] and not again.left

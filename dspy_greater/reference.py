@@ -51,7 +51,7 @@ class Task:
     def run(self, text: str) -> list[RowOutcome]:
         """Under this instruction, row by row: what the predictor generated, r ~ f(. | x ⊙ p), and the score."""
         program, metric = searching_copy(self.problem.program, {self.site.name: text}), self.problem.metric
-        runs = [run_pairs([(program, row)], metric, threads=1, refuse_dead=False)[0] for row in self.problem.train]
+        runs = [run_pairs([(program, row)], metric, threads=1)[0] for row in self.problem.train]
         return [self.examples.outcome(index, each) for index, each in enumerate(runs)]
 
     def random(self, step: int) -> random.Random:  # each step has a source of randomness of its own

@@ -26,9 +26,9 @@ from scripted_engine import (
 from dspy_greater import local_lm
 from dspy_greater.errors import MetricError, ProgramError
 from dspy_greater.metric import RowMetric
-from dspy_greater.program.rollout import pin_lms, roll_out, searching_copy
+from dspy_greater.program.rollout import Running, pin_lms, roll_out, searching_copy
 from dspy_greater.program.traced_run import carrying
-from dspy_greater.program.validation import Validating, validation_scores
+from dspy_greater.program.validation import validation_scores
 
 ROWS = planted_rows(6)
 MATCH = RowMetric(exact_match)
@@ -86,7 +86,7 @@ def quickly(work: Any, *, seconds: float = 20.0) -> Any:
 def test_there_is_one_rollout_per_program_and_row_in_their_order() -> None:
     engine = ScriptedEngine(obedient_script)
     programs = [program_on(engine, instruction=text) for text in ("Say it.", "Please count.")]
-    found = roll_out(programs, ROWS, MATCH, threads=2)
+    found = roll_out(programs, ROWS, MATCH, Running(2))
     assert [[each.score for each in group] for group in found] == [[0.0] * 6, [1.0] * 6]
     for group in found:
         assert [each.calls["predict"].inputs["question"] for each in group] == [row.question for row in ROWS]
@@ -96,7 +96,7 @@ def test_there_is_one_rollout_per_program_and_row_in_their_order() -> None:
 def test_all_programs_and_rows_share_one_batch() -> None:
     engine = ScriptedEngine(obedient_script)
     programs = [program_on(engine, instruction=text) for text in ("Say it.", "Please count.")]
-    roll_out(programs, ROWS, MATCH, threads=1)
+    roll_out(programs, ROWS, MATCH, Running(1))
     assert engine.batches == [12]
 
 
@@ -113,22 +113,22 @@ def test_the_predictors_of_a_program_are_looked_up_once_and_not_for_every_row(mo
     counts = []
     for rows in (ROWS[:1], ROWS):
         asked.clear()
-        roll_out([program], rows, MATCH, threads=2)
+        roll_out([program], rows, MATCH, Running(2))
         counts.append(len(asked))
     assert counts[0] == counts[1]
 
 
 def test_no_rows_give_no_rollouts() -> None:
     engine = ScriptedEngine(obedient_script)
-    assert roll_out([program_on(engine), program_on(engine)], [], MATCH, threads=1) == [[], []]
-    assert roll_out([], ROWS, MATCH, threads=1) == []
+    assert roll_out([program_on(engine), program_on(engine)], [], MATCH, Running(1)) == [[], []]
+    assert roll_out([], ROWS, MATCH, Running(1)) == []
 
 
 def test_batches_counters_and_texts_are_the_same_whatever_the_timing() -> None:
     def run(pause: float) -> Any:
         engine = planted_engine()
         chain = Chain(engine, pause=pause)
-        found = roll_out([chain], ROWS + planted_rows(14)[10:], MATCH, threads=4)
+        found = roll_out([chain], ROWS + planted_rows(14)[10:], MATCH, Running(4))
         sizes = chain.step.predict.lm.engine.batcher.batch_sizes
         return (
             sizes,
@@ -143,7 +143,7 @@ def test_batches_counters_and_texts_are_the_same_whatever_the_timing() -> None:
 
 def test_a_row_on_which_the_program_fails_says_why_and_holds_nobody_up() -> None:
     engine = ScriptedEngine(obedient_script)
-    [found] = quickly(lambda: roll_out([Fragile(engine)], planted_rows(8), MATCH, threads=4))
+    [found] = quickly(lambda: roll_out([Fragile(engine)], planted_rows(8), MATCH, Running(4)))
     errors = [each.error for each in found]
     assert errors == [None, None, *["ValueError: two is too many"] * 2, *["OSError: disk"] * 2, None, None]
     assert [each.score for each in found] == [0.0] * 8
@@ -152,7 +152,7 @@ def test_a_row_on_which_the_program_fails_says_why_and_holds_nobody_up() -> None
 
 def test_what_could_not_be_parsed_is_kept_as_text() -> None:
     engine = ScriptedEngine(lambda prompt: "I would rather not.")
-    [[found]] = roll_out([program_on(engine)], ROWS[:1], MATCH, threads=4)
+    [[found]] = roll_out([program_on(engine)], ROWS[:1], MATCH, Running(4))
     call = found.calls["predict"]
     assert call.completion == "I would rather not." and call.error is not None
     assert found.error is not None and found.error.startswith("AdapterParseError")
@@ -161,7 +161,7 @@ def test_what_could_not_be_parsed_is_kept_as_text() -> None:
 
 def test_a_program_that_asks_from_threads_of_its_own_does_not_hang() -> None:
     engine = ScriptedEngine(obedient_script)
-    [found] = quickly(lambda: roll_out([InThreads(engine)], ROWS, MATCH, threads=4))
+    [found] = quickly(lambda: roll_out([InThreads(engine)], ROWS, MATCH, Running(4)))
     assert [each.error for each in found] == [None] * 6
     assert sum(engine.batches) == 12
 
@@ -173,7 +173,7 @@ def test_a_metric_may_ask_the_same_model() -> None:
     def metric(example: Any, prediction: Any, trace: Any = None) -> bool:
         return judge(question=prediction.answer).answer == "yes"
 
-    [found] = quickly(lambda: roll_out([program_on(engine)], ROWS, RowMetric(metric), threads=4))
+    [found] = quickly(lambda: roll_out([program_on(engine)], ROWS, RowMetric(metric), Running(4)))
     assert [each.score for each in found] == [1.0] * 6
     assert engine.batches == [6, 6]
 
@@ -184,7 +184,7 @@ def test_a_metric_that_fails_on_a_row_scores_zero_there_and_says_why() -> None:
             raise KeyError("gold")
         return True
 
-    [found] = roll_out([program_on(ScriptedEngine(obedient_script))], ROWS, RowMetric(metric), threads=4)
+    [found] = roll_out([program_on(ScriptedEngine(obedient_script))], ROWS, RowMetric(metric), Running(4))
     assert [each.score for each in found] == [1.0, 1.0, 0.0, 0.0, 1.0, 1.0]
     assert found[2].error == "the metric raised KeyError: 'gold'"
 
@@ -192,7 +192,7 @@ def test_a_metric_that_fails_on_a_row_scores_zero_there_and_says_why() -> None:
 def test_a_metric_that_returns_no_score_ends_the_rollouts_at_once() -> None:
     program = program_on(ScriptedEngine(obedient_script))
     with pytest.raises(MetricError, match="returned 'good' of type str"):
-        quickly(lambda: roll_out([program], ROWS, RowMetric(lambda example, prediction: "good"), threads=4))
+        quickly(lambda: roll_out([program], ROWS, RowMetric(lambda example, prediction: "good"), Running(4)))
 
 
 def test_an_interrupt_ends_the_rollouts_and_the_next_ones_work() -> None:
@@ -202,8 +202,8 @@ def test_an_interrupt_ends_the_rollouts_and_the_next_ones_work() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        roll_out([program_on(engine)], ROWS, RowMetric(metric), threads=4)
-    [found] = quickly(lambda: roll_out([program_on(engine)], ROWS, MATCH, threads=4))
+        roll_out([program_on(engine)], ROWS, RowMetric(metric), Running(4))
+    [found] = quickly(lambda: roll_out([program_on(engine)], ROWS, MATCH, Running(4)))
     assert len(found) == 6
 
 
@@ -211,8 +211,8 @@ def test_when_no_call_of_a_language_model_succeeds_the_reason_is_an_error() -> N
     engine = ScriptedEngine(obedient_script)
     long = [dspy.Example(question="maybe " * 2000, answer="yes").with_inputs("question")] * 2
     with pytest.raises(ProgramError, match="could not be called on any of the 2 rows.*leaves no room for an answer"):
-        roll_out([program_on(engine)], long, MATCH, threads=2)
-    [found] = roll_out([program_on(engine)], [*long, *ROWS], MATCH, threads=2)
+        roll_out([program_on(engine)], long, MATCH, Running(2))
+    [found] = roll_out([program_on(engine)], [*long, *ROWS], MATCH, Running(2))
     assert [each.error is None for each in found] == [False, False, *[True] * 6]
 
 
@@ -220,7 +220,7 @@ def test_the_settings_of_the_calling_thread_hold_in_all_threads() -> None:
     lm = local_lm(ScriptedEngine(obedient_script), cache=False)
     program = dspy.ChainOfThought("question -> answer")
     with dspy.context(lm=lm):
-        [found] = roll_out([program], ROWS, MATCH, threads=4)
+        [found] = roll_out([program], ROWS, MATCH, Running(4))
     assert [each.error for each in found] == [None] * 6
 
 
@@ -236,7 +236,7 @@ def test_programs_on_two_models_run_on_both() -> None:
             self.first(question=question)
             return self.second(question=question)
 
-    [found] = quickly(lambda: roll_out([Two()], ROWS, MATCH, threads=4))
+    [found] = quickly(lambda: roll_out([Two()], ROWS, MATCH, Running(4)))
     assert [each.error for each in found] == [None] * 6
     assert sum(first.batches) == sum(second.batches) == 6
 
@@ -256,7 +256,7 @@ def test_a_server_is_asked_by_as_many_threads_as_the_settings_say() -> None:
 
     program = dspy.Predict("question -> answer")
     program.set_lm(Slow([{"answer": "yes"}] * 20))
-    roll_out([program], ROWS, MATCH, threads=3)
+    roll_out([program], ROWS, MATCH, Running(3))
     assert most[0] == 3
 
 
@@ -286,7 +286,7 @@ def sampled(search_seed: int, **own: Any) -> list[str]:
     program = dspy.ChainOfThought(dspy.Signature("question -> answer", SEED))
     program.set_lm(local_lm(planted_engine(sharpness=0.5), temperature=1.0, max_tokens=64, **own))
     program = searching_copy(program, {}, search_seed)
-    [rollouts] = roll_out([program], ROWS * 4, MATCH, threads=4)
+    [rollouts] = roll_out([program], ROWS * 4, MATCH, Running(4))
     return [str(rollout.calls["predict"].completion) for rollout in rollouts]
 
 
@@ -317,7 +317,7 @@ def test_the_predictors_of_a_searching_copy_do_not_share_their_draws() -> None:
 def test_two_threads_roll_out_on_one_model_at_once() -> None:
     engine = ScriptedEngine(obedient_script)
     programs = [Chain(engine, pause=0.002) for _ in range(2)]
-    alone = [[each.score for each in roll_out([program], ROWS, MATCH, threads=4)[0]] for program in programs]
+    alone = [[each.score for each in roll_out([program], ROWS, MATCH, Running(4))[0]] for program in programs]
     with ThreadPoolExecutor(2) as pool:
         runs = [pool.submit(roll_out, [program], ROWS, MATCH, threads=4) for program in programs]
         assert [[each.score for each in run.result(20)[0]] for run in runs] == alone
@@ -332,7 +332,7 @@ def test_a_metric_that_fails_on_all_validation_rows_of_all_finalists_is_refused(
     with pytest.raises(
         MetricError, match="The metric failed on all 6 validation rows; on the first, the metric raised AttributeError"
     ):
-        validation_scores(program, finalists, ROWS, RowMetric(metric), run=Validating(threads=1))
+        validation_scores(program, finalists, ROWS, RowMetric(metric), running=Running(threads=1))
 
 
 def test_a_pinned_program_carries_the_lm_it_would_use_now() -> None:
@@ -353,7 +353,7 @@ def test_a_pinned_program_carries_the_lm_it_would_use_now() -> None:
 
 def test_what_the_script_reads_is_what_the_row_asks() -> None:
     engine = ScriptedEngine(obedient_script)
-    roll_out([program_on(engine)], ROWS, MATCH, threads=4)
+    roll_out([program_on(engine)], ROWS, MATCH, Running(4))
     assert sorted(value_in(prompt) for prompt in engine.prompts) == sorted(row.question for row in ROWS)
 
 
@@ -374,7 +374,7 @@ def test_validation_runs_programs_as_they_are_deployed_and_the_search_does_not()
     program.set_lm(dspy.utils.DummyLM([{"answer": "yes"}]))
     row = dspy.Example(question="?", answer="yes").with_inputs("question")
     metric = RowMetric(lambda example, prediction, trace=None: True)
-    roll_out([program], [row], metric, threads=1)
+    roll_out([program], [row], metric, Running(1))
     roll_out([program], [row], metric, threads=1, deployed=True)
-    validation_scores(program, [{}], [row], metric, run=Validating(threads=1))
+    validation_scores(program, [{}], [row], metric, running=Running(threads=1))
     assert seen == [False, True, True]

@@ -15,7 +15,7 @@ from dspy_greater.metric import RowMetric
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.interface import Generation, GenerationRequest
 from dspy_greater.program.predictors import predictors_of
-from dspy_greater.program.rollout import roll_out, searching_copy
+from dspy_greater.program.rollout import Running, roll_out, searching_copy
 from dspy_greater.program.traced_run import calls_of, trace_calls
 from dspy_greater.program.tracing import PredictorCall
 from dspy_greater.prompt.layout import Layout, Span
@@ -241,7 +241,7 @@ def test_the_rollouts_of_a_search_hold_every_call_too() -> None:
     rows = [dspy.Example(question=f"{n} of apples").with_inputs("question") for n in ("one", "two")]
     copied = searching_copy(program, {"query": "Say more."})
     assert copied.again is copied.query
-    [rollouts] = roll_out([copied], rows, RowMetric(lambda example, prediction: 1.0), threads=2)
+    [rollouts] = roll_out([copied], rows, RowMetric(lambda example, prediction: 1.0), Running(2))
     assert [len(calls_of(each.trace, "query")) for each in rollouts] == [2, 2]
     every = [call for each in rollouts for call in each.trace]
     assert sorted(one.token_ids for one in laid_out(copied, every, engine.tokenizer)) == sorted(engine.said)

@@ -223,7 +223,6 @@ def _program_seconds(
         pairs,
         unscored,
         threads=problem.settings.num_threads,
-        refuse_dead=False,
         generate=lambda requests: [model.answers.get(each.prompt, anything) for each in requests],
     )
     return (time.perf_counter() - began) / len(pairs)

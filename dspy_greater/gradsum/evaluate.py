@@ -17,11 +17,11 @@ from dspy_greater.gradsum.modules import Judge
 from dspy_greater.gradsum.task import Prompts, Task
 from dspy_greater.program.rollout import (
     Rollout,
+    answered,
     refuse_dead_lm,
     run_pairs,
     run_uncached,
     searching_copy,
-    uncached,
     unscored,
 )
 from dspy_greater.prompt.gold import labels_as_text
@@ -87,14 +87,9 @@ class Evaluator:
                 run_pairs,
                 metric=metric,
                 threads=task.settings.num_threads,
-                refuse_dead=False,
                 failure_score=task.settings.failure_score,
             )
-
-            def again(indices: Sequence[int]) -> list[Rollout]:
-                return run([(uncached(runs[at][0]), runs[at][1]) for at in indices])
-
-            done = task.servers.settled(run(runs), again, probe=self._probe(), must=self._floor)
+            done = answered(runs, run, task.servers, probe=self._probe(), must=self._floor)
             refuse_dead_lm(done, len({row for _, row in pairs}), self._probe())
         meter.add("generation", runs=len(runs))
         self._latest = tuple(done)

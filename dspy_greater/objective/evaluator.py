@@ -31,6 +31,7 @@ from dspy_greater.program.copies import with_instructions
 from dspy_greater.program.predictors import PredictorSite
 from dspy_greater.program.rollout import (
     Rollout,
+    answered,
     asks_servers,
     engines_behind,
     refuse_dead_lm,
@@ -38,7 +39,6 @@ from dspy_greater.program.rollout import (
     run_uncached,
     searching_copy,
     spent_on_servers,
-    uncached,
 )
 from dspy_greater.program.sent import differences, refuse_differences, refuse_ignored_signature, warn_of_lost_thoughts
 from dspy_greater.program.servers import Servers, Spent
@@ -302,11 +302,7 @@ class Evaluator:
     def _settled(self, pairs: Sequence[tuple[Any, Any]], run: Callable[..., list[Rollout]]) -> list[Rollout]:
         """The runs of programs on rows, once every row is answered, or is at fault itself."""
         probe = None if self._first is None else partial(self._ask_again, self._first)
-
-        def again(indices: Sequence[int]) -> list[Rollout]:
-            return run([(uncached(pairs[at][0]), pairs[at][1]) for at in indices], refuse_dead=False)
-
-        done = self._servers.settled(run(pairs, refuse_dead=False), again, probe=probe)
+        done = answered(pairs, run, self._servers, probe=probe)
         self._runs += len(done)
         self.count(done)
         return done

@@ -6,10 +6,11 @@ that every wave of calls is one batch whose make-up does not depend on thread ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from dspy.adapters.utils import serialize_for_json
@@ -23,7 +24,7 @@ from dspy_greater.program.copies import with_instructions
 from dspy_greater.program.failures import Failure
 from dspy_greater.program.faults import ServerFault, ServerUsage, is_served
 from dspy_greater.program.predictors import predictor_names, predictors_of
-from dspy_greater.program.servers import Spent
+from dspy_greater.program.servers import Servers, Spent
 from dspy_greater.program.traced_run import Result, carrying, hearing_faults, trace_calls
 from dspy_greater.program.tracing import PredictorCall
 
@@ -61,41 +62,59 @@ class Rollout:
         return self.failure == "lm" or (len(self.trace) > 0 and all(call.lm_failed for call in self.trace))
 
 
+@dataclass(frozen=True)
+class Running:
+    """How programs are run.
+
+    Attributes:
+        threads: how many runs are under way at a time where an LM is a server; where the LM is an in-process model,
+            all of them are.
+        failure_score: of a run that failed, or that the metric failed on.
+        servers: waits for those that do not answer.
+    """
+
+    threads: int
+    failure_score: float = 0.0
+    servers: Servers = field(default_factory=Servers)
+
+
 def roll_out(
     programs: Sequence[Any],
     rows: Sequence[Any],
     metric: Callable[[Any, Any], Score],
+    running: Running,
     *,
-    threads: int,
     deployed: bool = False,
-    failure_score: float = 0.0,
 ) -> list[list[Rollout]]:
-    """Run every program on every row.
+    """Run every program on every row. The first program is the floor: none of its rows may stay without an answer.
 
     Args:
         programs: DSPy programs that differ in their instructions.
         rows: examples with inputs set.
         metric: scores (example, prediction).
-        threads: how many runs are under way at a time where an LM is a server; where the LM is
-            an in-process model, all of them are.
+        running: how they are run.
         deployed: let the adapter ask again in JSON where an answer does not parse, as it will when the
             program is used; while searching, only the prompt that is searched counts.
-        failure_score: of a run that failed, or that the metric failed on.
 
     Returns:
         For each program the rollouts of the rows, in their order.
 
     Raises:
         MetricError: the metric returned something that is not a score.
+        OutageError: a server gave no answer for longer than the run waits.
         ProgramError: the language model could not be called, not even once.
 
     ```python
-    [[rollout]] = roll_out([dspy.ChainOfThought("question -> answer")], rows[:1], RowMetric(metric), threads=8)
+    [[rollout]] = roll_out([dspy.ChainOfThought("question -> answer")], rows[:1], RowMetric(metric), Running(threads=8))
     rollout.score, rollout.calls["predict"].outputs["reasoning"]
     ```
     """
+    run = partial(
+        run_pairs, metric=metric, threads=running.threads, deployed=deployed, failure_score=running.failure_score
+    )
     pairs = [(program, row) for program in programs for row in rows]
-    done = run_pairs(pairs, metric, threads=threads, deployed=deployed, failure_score=failure_score)
+    done = answered(pairs, run, running.servers, must=range(len(rows)))
+    refuse_dead_lm(done, len(rows))
     return (
         [done[start : start + len(rows)] for start in range(0, len(done), len(rows))]
         if rows
@@ -103,17 +122,36 @@ def roll_out(
     )
 
 
+def answered(
+    pairs: Sequence[tuple[Any, Any]],
+    run: Callable[[Sequence[tuple[Any, Any]]], list[Rollout]],
+    servers: Servers,
+    *,
+    probe: Callable[[], Rollout] | None = None,
+    must: Container[int] = (),
+) -> list[Rollout]:
+    """The runs of programs on rows, once every row is answered or is at fault itself; see `Servers.settled`.
+
+    Raises:
+        OutageError: a server gave no answer for longer than the run waits.
+    """
+
+    def again(indices: Sequence[int]) -> list[Rollout]:
+        return run([(uncached(pairs[at][0]), pairs[at][1]) for at in indices])
+
+    return servers.settled(run(pairs), again, probe=probe, must=must)
+
+
 def run_pairs(
     pairs: Sequence[tuple[Any, Any]],
     metric: Callable[[Any, Any], Score],
     *,
     threads: int,
-    refuse_dead: bool = True,
     deployed: bool = False,
     generate: Generate | None = None,
     failure_score: float = 0.0,
 ) -> list[Rollout]:
-    """Run programs on rows, each (program, row) once; see `roll_out`. Without `refuse_dead` all may fail.
+    """Run programs on rows, each (program, row) once; see `roll_out`. All may fail.
 
     `generate` answers in the place of the one in-process model of the programs, such as a session's does.
     Recorded are the calls of predictors that a program has before its first run.
@@ -126,8 +164,6 @@ def run_pairs(
         return _run(program, row, metric, deployed, names[id(program)])
 
     done = together(run, pairs, lms=lms, threads=threads, generate=generate)
-    if refuse_dead:
-        refuse_dead_lm(done, len(pairs) // max(1, len(programs)))
     return [each if each.error is None else replace(each, score=failure_score) for each in done]
 
 
@@ -322,7 +358,7 @@ def refuse_dead_lm(done: Sequence[Rollout], rows: int, probe: Callable[[], Rollo
 
 def run_uncached(program: Any, row: Any, *, threads: int) -> Rollout:
     """A run of a program on a row that asks its language models themselves, and never a cache."""
-    [rollout] = run_pairs([(uncached(program), row)], unscored, threads=threads, refuse_dead=False)
+    [rollout] = run_pairs([(uncached(program), row)], unscored, threads=threads)
     return rollout
 
 

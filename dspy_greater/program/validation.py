@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from dspy_greater.metric import RowMetric, refuse_useless_metric
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.inputs import shortened
-from dspy_greater.program.rollout import Rollout, refuse_dead_lm, run_pairs, searching_copy, uncached
-from dspy_greater.program.servers import Servers
-
-
-@dataclass(frozen=True)
-class Validating:
-    """How finalists are run: see `roll_out`; `servers` waits for those that do not answer."""
-
-    threads: int
-    failure_score: float = 0.0
-    servers: Servers = field(default_factory=Servers)
+from dspy_greater.program.rollout import Rollout, Running, roll_out, searching_copy
 
 
 def validation_scores(
@@ -28,7 +17,7 @@ def validation_scores(
     rows: Sequence[Any],
     metric: RowMetric,
     *,
-    run: Validating,
+    running: Running,
     heard: Callable[[list[list[Rollout]]], object] | None = None,
 ) -> list[tuple[float, ...]]:
     """The metric of each finalist on each row, run as it will be deployed.
@@ -38,7 +27,7 @@ def validation_scores(
         finalists: instructions by predictor name; what is not named stays as it is in `program`.
         rows: the validation rows.
         metric: the user's metric.
-        run: how they are run.
+        running: how they are run.
         heard: is told the runs of each finalist, row by row.
 
     Raises:
@@ -48,24 +37,7 @@ def validation_scores(
         ProgramError: the language model never answered.
     """
     programs = [searching_copy(program, texts) for texts in finalists]
-    pairs = [(each, row) for each in programs for row in rows]
-
-    def ran(pairs: Sequence[tuple[Any, Any]]) -> list[Rollout]:
-        return run_pairs(
-            pairs,
-            metric.late,
-            threads=run.threads,
-            refuse_dead=False,
-            deployed=True,
-            failure_score=run.failure_score,
-        )
-
-    def again(indices: Sequence[int]) -> list[Rollout]:
-        return ran([(uncached(pairs[at][0]), pairs[at][1]) for at in indices])
-
-    done = run.servers.settled(ran(pairs), again, must=range(len(rows)))  # the floor is the student's
-    refuse_dead_lm(done, len(rows))
-    rollouts = [done[start : start + len(rows)] for start in range(0, len(done), len(rows))]
+    rollouts = roll_out(programs, rows, metric.late, running, deployed=True)
     refuse_useless_metric(*([each.error for each in group] for group in rollouts), rows="validation rows")
     if heard is not None:
         heard(rollouts)

@@ -228,7 +228,7 @@ class PredictorSearch:
             [{self._name: text} for text in texts],
             problem.validation,
             problem.metric,
-            run=problem.validating,
+            running=problem.running,
             heard=runs.extend,
         )
         self._evaluator.count([each for group in runs for each in group])

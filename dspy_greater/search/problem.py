@@ -28,9 +28,8 @@ from dspy_greater.program.dataset import (
 from dspy_greater.program.fingerprint import described, fingerprint
 from dspy_greater.program.inputs import refuse_strange_inputs, refuse_without_inputs
 from dspy_greater.program.predictors import PredictorSite, predictors_of, refuse_unsupported, refuse_unusable
-from dspy_greater.program.rollout import pin_lms
+from dspy_greater.program.rollout import Running, pin_lms
 from dspy_greater.program.servers import Servers
-from dspy_greater.program.validation import Validating
 from dspy_greater.prompt.gold import row_gold
 from dspy_greater.prompt.layout import Layout
 from dspy_greater.run.serialise import JSON
@@ -112,9 +111,9 @@ class Problem:
     servers: Servers = field(default_factory=Servers)
 
     @property
-    def validating(self) -> Validating:
-        """How finalists are run on the validation rows."""
-        return Validating(self.settings.num_threads, self.settings.failure_score, self.servers)
+    def running(self) -> Running:
+        """How the program is run."""
+        return Running(self.settings.num_threads, self.settings.failure_score, self.servers)
 
     def identity(self) -> dict[str, JSON]:
         """What must be the same for an interrupted run to be continued."""

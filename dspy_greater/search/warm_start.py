@@ -127,7 +127,7 @@ def _compared(problem: Problem, texts: Sequence[dict[str, str]]) -> list[tuple[f
         texts,
         problem.validation,
         problem.metric,
-        run=problem.validating,
+        running=problem.running,
     )
 
 

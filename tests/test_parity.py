@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -14,11 +15,13 @@ from scripted_engine import SEED, optimizer, planted_engine, planted_rows, progr
 from stand_ins import Answers, completion, length_of, stand_in, vllm, vllm_over
 from tiny_models import tiny_model, tiny_tokenizer
 
-from dspy_greater.errors import ParityError, SettingsError
+from dspy_greater.errors import OutageError, ParityError, SettingsError
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.greedy import greedy_tokens
 from dspy_greater.model.interface import GenerationRequest
 from dspy_greater.model.plain import PlainModel
+from dspy_greater.program import servers
+from dspy_greater.program.servers import Servers
 from dspy_greater.report.data import report_of
 from dspy_greater.run.record import read_record
 from dspy_greater.served.kinds import who_answers
@@ -88,6 +91,42 @@ def test_the_same_model_has_the_same_prompts_and_agrees_in_every_token(engine: E
         found = probe(twin, MESSAGES)
         assert (found.prompts, found.by_ids) == (2, 2 if tells_ids else 0)
         assert found.written > 0 and found.agreed == found.written
+
+
+@pytest.mark.parametrize("out", [(503, {"error": "busy"}), "<html>It works!</html>", {"choices": []}])
+def test_a_server_that_was_there_is_waited_for_while_it_is_compared(
+    engine: Engine, out: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers, "FIRST_WAIT", 0.01)
+    over, number = vllm_over(engine), itertools.count()
+
+    def flapping(body: Any) -> Any:
+        return out if next(number) in (1, 2, 4) else over["POST /v1/chat/completions"](body)
+
+    waits = Servers(max_outage_seconds=10.0)
+    with stand_in({**over, "POST /v1/chat/completions": flapping}) as url:
+        server = who_answers(lm_on(url), servers=waits)
+        assert server is not None
+        found = probe(Twin(server, engine, "predict"), MESSAGES, waits)
+    assert (found.prompts, found.agreed) == (2, found.written) and next(number) == 3 + 3
+    assert sum(waits.faults.values()) == 3
+    prompts = [engine.tokenizer.apply_chat_template(each, add_generation_prompt=True)["input_ids"] for each in MESSAGES]
+    assert (
+        waits.spent.prompt_tokens > sum(map(len, prompts)) and waits.spent.generated_tokens == 3
+    )  # as the stand-in counts
+
+
+def test_a_server_that_stays_away_while_it_is_compared_is_an_outage(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers, "FIRST_WAIT", 0.01)
+    over, number = vllm_over(engine), itertools.count()
+
+    def dying(body: Any) -> Any:
+        return (503, {}) if next(number) else over["POST /v1/chat/completions"](body)
+
+    with pytest.raises(OutageError, match="gave status 503"):
+        compiled({**over, "POST /v1/chat/completions": dying}, engine, max_outage_seconds=0.05)
 
 
 def test_a_vocabulary_of_another_model_is_refused_with_both_numbers(engine: Engine) -> None:

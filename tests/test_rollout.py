@@ -319,7 +319,7 @@ def test_two_threads_roll_out_on_one_model_at_once() -> None:
     programs = [Chain(engine, pause=0.002) for _ in range(2)]
     alone = [[each.score for each in roll_out([program], ROWS, MATCH, Running(4))[0]] for program in programs]
     with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(roll_out, [program], ROWS, MATCH, threads=4) for program in programs]
+        runs = [pool.submit(roll_out, [program], ROWS, MATCH, Running(4)) for program in programs]
         assert [[each.score for each in run.result(20)[0]] for run in runs] == alone
 
 
@@ -375,6 +375,6 @@ def test_validation_runs_programs_as_they_are_deployed_and_the_search_does_not()
     row = dspy.Example(question="?", answer="yes").with_inputs("question")
     metric = RowMetric(lambda example, prediction, trace=None: True)
     roll_out([program], [row], metric, Running(1))
-    roll_out([program], [row], metric, threads=1, deployed=True)
+    roll_out([program], [row], metric, Running(1), deployed=True)
     validation_scores(program, [{}], [row], metric, running=Running(threads=1))
     assert seen == [False, True, True]

@@ -11,16 +11,15 @@ from dataclasses import dataclass
 
 from dspy_greater.estimate.probe import Measured, Reasoned, prompt_lengths
 from dspy_greater.run.estimate import Cost
-from dspy_greater.search.prices import Glance, affordable_glance
+from dspy_greater.search.default_step import WRITTEN_TRIED
+from dspy_greater.search.phrases import LONGEST
+from dspy_greater.search.prices import KINDS, Glance, affordable_glance
+from dspy_greater.search.written import EVERY, EXAMPLES, ROOM
 from dspy_greater.settings import Settings
 from dspy_greater.stats import mean
 
-_KINDS = 2  # of edits that have slopes, each with a pass of its own
-_PHRASE = 8  # tokens
-_EVERY = 10  # steps from one request for whole instructions to the next
-_REQUEST, _EXAMPLES = 220, 3  # tokens of such a request, and the rows in it
-_ROOM, _ANSWERED = 32, 0.5  # tokens it leaves beside the instruction, and the part of them that is written
-_TRIED = 2  # whole instructions that reason for themselves
+_REQUEST = 220  # tokens of a request for whole instructions, without its examples
+_ANSWERED = 0.5  # of the tokens that such a request leaves, the part that is written
 _DRAFTED = 0.7  # of the decoding steps are left where earlier rows are drafts,
 _IN_VAIN = 0.5  # of which so much is read in vain
 
@@ -63,8 +62,8 @@ class Counts:
         usual = self._looked(seen) + self._tried()
         if not settings.written:
             return usual
-        asking = -(-steps // _EVERY) / steps
-        return (1.0 - asking) * usual + asking * (self._asked(seen) + self._tried(_TRIED))
+        asking = -(-steps // EVERY) / steps
+        return (1.0 - asking) * usual + asking * (self._asked(seen) + self._tried(WRITTEN_TRIED))
 
     def evaluated(self, instructions: float, drafted: float = _DRAFTED) -> Cost:
         """Instructions with reasoning of their own on all training rows, and the losses."""
@@ -111,15 +110,15 @@ class Counts:
         """Edits, slopes and forecasts at the positions ahead."""
         found = seen.positions * (self._proposed() + self._phrased())
         if seen.reasonings:
-            found += self._differentiated(seen.positions, _KINDS, seen.reasonings)
+            found += self._differentiated(seen.positions, KINDS, seen.reasonings)
         return found + self._forecast(seen, seen.positions, seen.candidates)
 
     def _asked(self, seen: Glance) -> Cost:
         """Whole instructions, written by the model, and their forecasts."""
         settings, speed = self.sizes.settings, self.measured.speed
         _, own = prompt_lengths(self.reasoned.runs)
-        read = settings.written * (_REQUEST + _EXAMPLES * (own + self.reasoned.written))
-        longest = _ANSWERED * (settings.max_instruction_tokens + _ROOM)
+        read = settings.written * (_REQUEST + EXAMPLES * (own + self.reasoned.written))
+        longest = _ANSWERED * (settings.max_instruction_tokens + ROOM)
         written = settings.written * longest
         seconds = speed.read * read + speed.writing(settings.written, longest, written)
         return Cost(0, read, 0.0, written, seconds) + self._forecast(seen, 1, settings.written)
@@ -137,10 +136,10 @@ class Counts:
         settings, speed = self.sizes.settings, self.measured.speed
         if not settings.phrases:
             return Cost()
-        written = settings.phrases * _PHRASE
+        written = settings.phrases * LONGEST
         others = max(1, min(settings.proposal_rows, self.sizes.train_rows - 1))
-        read = self.measured.context + settings.phrases * others * (self.measured.context + _PHRASE)
-        seconds = self._reading(read) + speed.writing(settings.phrases, _PHRASE, written)
+        read = self.measured.context + settings.phrases * others * (self.measured.context + LONGEST)
+        seconds = self._reading(read) + speed.writing(settings.phrases, LONGEST, written)
         return Cost(0, read, 0.0, written, seconds)
 
     def _differentiated(self, positions: int, kinds: int, sequences: float) -> Cost:

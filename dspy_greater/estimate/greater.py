@@ -7,6 +7,7 @@ from dspy_greater.estimate.counts import Counts, Sizes, peak_bytes
 from dspy_greater.estimate.probe import ROWS, Measured, probe
 from dspy_greater.run.estimate import Budget, Cost, Estimate
 from dspy_greater.run.outlook import Plan
+from dspy_greater.search.default_step import DefaultStep
 from dspy_greater.search.prices import write_price
 from dspy_greater.search.problem import Problem, Target
 
@@ -76,7 +77,7 @@ def _parts(problem: Problem, target: Target, measured: Measured) -> Estimate:
         len(problem.validation),
         settings.selections or getattr(problem.step, "selections", 1),
         write_price(target.engine, settings),
-        looks_ahead=problem.step.name != "paper",
+        looks_ahead=isinstance(problem.step, DefaultStep),
     )
     short, long = Counts(sizes, measured, measured.short), Counts(sizes, measured, measured.long)
 

@@ -10,37 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dspy_greater.model.engine import Engine
 from dspy_greater.model.interface import Generation, GenerationRequest, Leaf, TokenQuery, Tokens
+from dspy_greater.model.over_engine import OverEngine
 from dspy_greater.model.requests import row_of
 from dspy_greater.model.sampling import choose
 
 
-class PlainModel:
+class PlainModel(OverEngine):
     """`interface.Model` over the weights of an engine, without anything that makes it fast.
 
+    >>> from dspy_greater.model.engine import Engine
     >>> model = PlainModel(Engine.from_pretrained("pocket"))
     >>> model.token_logprobs([(1, 5, 6)], [TokenQuery(row=0, at=2)]).shape
     torch.Size([1])
     """
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    @property
-    def tokenizer(self) -> Any:
-        """The model's tokenizer."""
-        return self._engine.tokenizer
-
-    @property
-    def context_length(self) -> int | None:
-        """The most tokens of prompt and output together."""
-        return self._engine.context_length
 
     @torch.no_grad()
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:

@@ -137,14 +137,14 @@ def _kind(error: BaseException, chain: list[BaseException]) -> FaultKind | None:
     if isinstance(error, LMInvalidRequestError):
         return "refused" if error.status in (404, 405) else None
     if isinstance(error, LMProviderError):
-        return "malformed" if error.status is None or error.status < 300 else _by_status(error.status)
+        return "malformed" if error.status is None or error.status < 300 else by_status(error.status)
     if isinstance(error, LMError):
         return None  # what it was raised from may say more
     if isinstance(error, TimeoutError):
         return "timeout"
     if isinstance(error, ConnectionError):
         return "unreachable"
-    return _by_status(getattr(error, "status_code", None))
+    return by_status(getattr(error, "status_code", None))
 
 
 def _of_server_error(error: LMServerError, chain: list[BaseException]) -> FaultKind:
@@ -152,10 +152,15 @@ def _of_server_error(error: LMServerError, chain: list[BaseException]) -> FaultK
     if any(isinstance(each, JSONDecodeError) for each in chain) or any(text in told for text in _NO_JSON):
         return "malformed"
     # LiteLLM makes a status of its own for a connection that failed.
-    return "unreachable" if "connection error" in told else _by_status(error.status) or "server error"
+    return "unreachable" if "connection error" in told else by_status(error.status) or "server error"
 
 
-def _by_status(status: object) -> FaultKind | None:
+def by_status(status: object) -> FaultKind | None:
+    """The fault that a status of HTTP stands for; None where it is none of the server's.
+
+    >>> by_status(503), by_status(400)
+    ('server error', None)
+    """
     if not isinstance(status, int):
         return None
     if status in _BY_STATUS:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-_TOKENS = {"read": "prefilled_tokens", "differentiated": "backward_tokens", "written": "generated_tokens"}
+# kinds of tokens -> how events call them
+TOKENS = {"read": "prefilled_tokens", "differentiated": "backward_tokens", "written": "generated_tokens"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Cost:
     @classmethod
     def of(cls, spent: Mapping[str, int], seconds: float = 0.0) -> Cost:
         """What an event says that was spent."""
-        tokens = {name: float(spent.get(key, 0)) for name, key in _TOKENS.items()}
+        tokens = {name: float(spent.get(key, 0)) for name, key in TOKENS.items()}
         return cls(runs=spent.get("runs", 0), seconds=seconds, **tokens)
 
 

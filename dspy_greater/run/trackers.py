@@ -22,10 +22,10 @@ from typing import Any, cast
 from dspy_greater.errors import MissingExtraError, SettingsError
 from dspy_greater.notices import warn_caller
 from dspy_greater.objective.types import Evaluation
+from dspy_greater.run.estimate import TOKENS
 from dspy_greater.run.events import BeamValidated, Event, IterationTaken, SearchStarted, StepTaken, Validated
 
 ARTIFACTS = ("report.html", "best_program.json")
-_TOKENS = {"read": "prefilled_tokens", "differentiated": "backward_tokens", "written": "generated_tokens"}
 _LONGEST = 500  # characters of a parameter, which every version of MLflow takes
 
 
@@ -250,5 +250,5 @@ def _installed(name: str) -> bool:
 
 
 def _spent(event: SearchStarted | StepTaken) -> dict[str, float]:
-    tokens = {f"tokens_{name}": float(event.spent[key]) for name, key in _TOKENS.items() if key in event.spent}
+    tokens = {f"tokens_{name}": float(event.spent[key]) for name, key in TOKENS.items() if key in event.spent}
     return {**tokens, "seconds": event.seconds}

@@ -38,7 +38,7 @@ from dspy_greater.settings import Settings
 
 _ALIKE = 1e-9  # mistakes that differ by no more than rounding errors
 _KINDS = ("replace", "insert", "delete", "phrase")
-_WRITTEN_TRIED = 2  # the fewest written instructions that reason for themselves: each is a step of its own length
+WRITTEN_TRIED = 2  # the fewest written instructions that reason for themselves: each is a step of its own length
 
 Slopes = dict[str, float]  # by the candidate's text
 Forecasts = dict[str, Forecast]  # by the candidate's text
@@ -244,7 +244,7 @@ class DefaultStep:
     def _tried(self, look: _Look) -> list[Edit]:
         """At most μ candidates; only those that promise an improvement, once forecasts have proven themselves."""
         if look.rewrites:
-            return look.ranked()[: max(_WRITTEN_TRIED, self._most(look.at))]
+            return look.ranked()[: max(WRITTEN_TRIED, self._most(look.at))]
         ranked = look.ranked()[: self._most(look.at)]
         if self.rank is None or not forecasts_are_trusted(look.at.state):
             return ranked

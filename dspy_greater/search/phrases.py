@@ -17,7 +17,7 @@ from dspy_greater.search.state import ends_sentence
 from dspy_greater.search.step import StepContext
 from dspy_greater.stats import mean
 
-_SHORTEST, _LONGEST = 2, 8  # tokens
+_SHORTEST, LONGEST = 2, 8  # tokens
 _TOP_P = 0.95
 
 
@@ -53,7 +53,7 @@ def mean_likelihoods(
 def _continued(at: StepContext, context: Sequence[int], random: Random) -> list[tuple[int, ...]]:
     """Different continuations of the context, each up to the end of a sentence."""
     requests = [
-        GenerationRequest(tuple(context), _LONGEST, 1.0, _TOP_P, seed=random.randrange(2**31))
+        GenerationRequest(tuple(context), LONGEST, 1.0, _TOP_P, seed=random.randrange(2**31))
         for _ in range(at.settings.phrases)
     ]
     cut = [_to_the_end_of_a_sentence(at, each.token_ids) for each in at.model.generate(requests)]

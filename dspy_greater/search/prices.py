@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dspy_greater.model.engine import Engine
+from dspy_greater.model.kv_cache import shared_length
 from dspy_greater.search.step import StepContext
 from dspy_greater.settings import Settings
 from dspy_greater.stats import mean
@@ -17,7 +18,7 @@ from dspy_greater.stats import mean
 # In tokens read. A CPU computes what it reads; an accelerator waits for the weights with every token that it writes.
 _WRITE_ON_A_CPU, _WRITE_ON_AN_ACCELERATOR = 4.0, 32.0
 _DIFFERENTIATE = 3.0  # a forward pass, and a backward pass of twice its work
-_KINDS = 2  # of edits that have slopes, each with a pass of its own
+KINDS = 2  # of edits that have slopes, each with a pass of its own
 _FEWEST = 4  # reasonings from which anything is told
 
 
@@ -93,7 +94,7 @@ def _readings_for(runs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], price
 
     What all prompts begin with is read once, and is left out on both sides.
     """
-    shared = _common_prefix([prompt for prompt, _ in runs])
+    shared = shared_length([prompt for prompt, _ in runs]) if len(runs) > 1 else 0
     read = [len(prompt) - shared for prompt, _ in runs]
     written = [len(generated) for _, generated in runs]
     one = mean([before + behind for before, behind in zip(read, written, strict=True)])
@@ -103,12 +104,4 @@ def _readings_for(runs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], price
 def _cost(seen: Glance) -> float:
     """In reasonings read: gradients, forecasts, and the current instruction once."""
     forecasts = seen.positions * seen.candidates * (0.5 if seen.races else 1.0)
-    return seen.reasonings * (seen.positions * _KINDS * _DIFFERENTIATE + forecasts + 1.0)
-
-
-def _common_prefix(sequences: Sequence[tuple[int, ...]]) -> int:
-    """The length of the beginning that all sequences share; of one alone, nothing."""
-    if len(sequences) < 2:
-        return 0
-    first, last = min(sequences), max(sequences)
-    return next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return seen.reasonings * (seen.positions * KINDS * _DIFFERENTIATE + forecasts + 1.0)

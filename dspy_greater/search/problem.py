@@ -182,7 +182,8 @@ def pose(
         MetricError: there is no metric, or it cannot be called.
         ProgramError: not a program, nothing to optimise, a predictor that is not there or not supported.
         SettingsError: `predictors` or `mode` is of no known form.
-        ServerError: the server behind a predictor's LM does not answer, or is not the model that is loaded here.
+        OutageError: the server behind a predictor's LM gave no answer for longer than `max_outage_seconds`.
+        ServerError: it has never answered, or is not the model that is loaded here.
         WeightsError: a predictor's LM has no open weights that are known.
         ContextLengthError: a row's prompt leaves no room in the model's context.
     """
@@ -197,7 +198,9 @@ def pose(
     refuse_strange_inputs(student, rows)
     refuse_strange_inputs(student, held_out, name="valset")
     selected, named = selected_of(sites, options.predictors), options.predictors is not None
-    targets, kept = _targets(selected, rows, options, modes_of(sites, selected, options.mode), named=named)
+    servers = Servers(settings.max_outage_seconds)
+    modes = modes_of(sites, selected, options.mode)
+    targets, kept = _targets(selected, rows, options, modes, servers, named=named)
     _refuse_nothing_to_do(targets, kept, sites, rows, step)
     for target in targets:
         if target.field is not None:
@@ -226,13 +229,13 @@ def pose(
         borrowed={site.name: site.lm for site in sites if not site.own_lm},
         numbers=numbers_in(train, rows),
         named=named,
-        servers=Servers(settings.max_outage_seconds),
+        servers=servers,
     )
     if len(sites) == 1:  # the inputs of later predictors are known only once the program runs
         _check_context(problem)
     for target in targets:
         if target.watch is not None:
-            target.watch.begin(target.site, target.layout(problem.extractor), train)
+            target.watch.begin(target.site, target.layout(problem.extractor), train, servers)
     return problem
 
 
@@ -241,6 +244,7 @@ def _targets(
     trainset: Sequence[Any],
     options: Options,
     modes: Mapping[str, Mode | None],
+    servers: Servers,
     *,
     named: bool,
 ) -> tuple[tuple[Target, ...], dict[str, GreaterError]]:
@@ -259,7 +263,7 @@ def _targets(
                     f"Predictor `{site.name}` has no output field with gold values in the trainset, and "
                     "variant='paper' needs them."
                 )
-            target = _target(site, field, trainset, options, modes[site.name])
+            target = _target(site, field, trainset, options, modes[site.name], servers)
             if step.needs_gradient:
                 _refuse_weights_without_gradient(target)
             targets.append(target)
@@ -271,13 +275,18 @@ def _targets(
 
 
 def _target(
-    site: PredictorSite, field: str | None, trainset: Sequence[Any], options: Options, mode: Mode | None
+    site: PredictorSite,
+    field: str | None,
+    trainset: Sequence[Any],
+    options: Options,
+    mode: Mode | None,
+    servers: Servers,
 ) -> Target:
     refuse_unsupported(site, trainset)
     refuse_without_inputs(site)
     if field is not None:
         refuse_unfit_gold(site, field, trainset)
-    server = who_answers(site.lm, predictor_name=site.name)
+    server = who_answers(site.lm, predictor_name=site.name, servers=servers)
     engine = weights_behind(site.lm, weights=options.weights, predictor_name=site.name, server=server)
     engine.checks.renew()
     watch = None if server is None else Watch(server, engine, site.name, strict=options.strict)

@@ -18,10 +18,10 @@ from dspy_greater.search.edits import Edit
 from dspy_greater.search.state import ends_sentence
 from dspy_greater.search.step import StepContext
 
-_EVERY = 10  # steps from one request to the next
-_EXAMPLES = 3  # rows in a request, mistakes first
+EVERY = 10  # steps from one request to the next
+EXAMPLES = 3  # rows in a request, mistakes first
 _LONGEST = 400  # characters of a text in a request
-_ROOM = 32  # tokens that a request leaves beside the instruction: a greeting, a cut sentence
+ROOM = 32  # tokens that a request leaves beside the instruction: a greeting, a cut sentence
 _TEMPERATURE, _TOP_P = 0.8, 0.95
 
 # What the requests of one step ask for besides, in turn: the same words would come back otherwise.
@@ -35,13 +35,13 @@ _ACCENTS = (
 
 def writes(at: StepContext) -> bool:
     """Whether the step asks for whole instructions: the first one, and every tenth."""
-    return at.settings.written > 0 and at.state.step % _EVERY == 0 and any(row.inputs for row in at.current.rows)
+    return at.settings.written > 0 and at.state.step % EVERY == 0 and any(row.inputs for row in at.current.rows)
 
 
 def propose_written(at: StepContext) -> tuple[Edit, ...]:
     """What the model writes when it is asked for a better instruction, as far as it can be deployed and is new."""
     random = Random(f"{at.random_seed}/{at.predictor}/{at.state.step}/written")
-    room = at.settings.max_instruction_tokens + _ROOM
+    room = at.settings.max_instruction_tokens + ROOM
     requests = [
         GenerationRequest(prompt, room, _TEMPERATURE, _TOP_P, seed=random.randrange(2**31))
         for prompt in (at.evaluator.layout.encoder.chat_ids(each) for each in _requests(at, random))
@@ -76,7 +76,7 @@ def _requests(at: StepContext, random: Random) -> list[list[dict[str, str]]]:
     found: list[list[dict[str, str]]] = []
     for number in range(at.settings.written):
         shuffled = random.sample(called, len(called))
-        rows = sorted(shuffled, key=lambda row: row.score)[:_EXAMPLES]
+        rows = sorted(shuffled, key=lambda row: row.score)[:EXAMPLES]
         content = _request(at, rows, _ACCENTS[number % len(_ACCENTS)])
         found.append([{"role": "user", "content": content}])
     return found

@@ -9,10 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from dspy_greater.errors import ServerError
 from dspy_greater.lm.address import Address, address_of
+from dspy_greater.program.faults import FaultKind, ServerFault, by_status
+from dspy_greater.program.servers import Servers, Spent
 from dspy_greater.served.http import Reply, ask
 
 _PATIENCE = 120.0  # seconds for a first token: a server may load its weights only then
@@ -46,11 +49,19 @@ class Server:
     neutral: Mapping[str, float] = field(default_factory=dict[str, float])
     tells_ids: bool = False
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it is given beside the messages: its defaults do not count then, and it tells token ids."""
+        return {**self.neutral, **(_IDS if self.tells_ids else {})}
 
-def who_answers(lm: Any, *, predictor_name: str = "") -> Server | None:
+
+def who_answers(lm: Any, *, predictor_name: str = "", servers: Servers | None = None) -> Server | None:
     """The server behind an LM; None for an LM in this process, or of a provider's own service.
 
+    `servers` waits for one that answered before, or says that it has too much to do; by default nobody waits.
+
     Raises:
+        OutageError: the server gave no answer for longer than `servers` waits.
         ServerError: nothing answers there, it is no chat API, or the model is not served; says what was asked, what
             came back, and the line to write.
     """
@@ -66,7 +77,7 @@ def who_answers(lm: Any, *, predictor_name: str = "") -> Server | None:
         )
     entries = _entries(models)
     options: Mapping[str, Any] = getattr(lm, "kwargs", None) or {}
-    answered, taken = _settings_taken(address, _neutral(options))
+    answered, taken = _settings_taken(address, _neutral(options), servers)
     if not answered.ok:
         raise ServerError(_refusal(address, who, models, entries, answered))
     listed = tuple(str(entry["id"]) for entry in entries if entry.get("id"))
@@ -77,15 +88,49 @@ def who_answers(lm: Any, *, predictor_name: str = "") -> Server | None:
     return Server(kind, address, listed, said, told_by, neutral, tells)
 
 
-def chat(address: Address, messages: Any, *, most: int, extra: Mapping[str, Any]) -> Reply:
-    """What the server answers to these messages at temperature 0, with at most `most` tokens."""
-    body = {"model": address.model, "messages": messages, "temperature": 0.0, "max_tokens": most}
-    return ask(
-        f"{address.api}/chat/completions",
-        address.headers,
-        {**body, **address.options, **extra},
-        seconds=_PATIENCE,
-    )
+def chat(address: Address, messages: Any, *, most: int, extra: Mapping[str, Any], servers: Servers | None) -> Reply:
+    """What the server answers to these messages at temperature 0, with at most `most` tokens.
+
+    With `servers` it is asked again while no language model answers, like a row of a search, and its cost is counted.
+
+    Raises:
+        OutageError: the server gave no answer for longer than `servers` waits.
+    """
+    fixed = {"model": address.model, "messages": messages, "temperature": 0.0, "max_tokens": most}
+    body = {**fixed, **address.options, **extra}
+
+    def asked(_: object = None) -> list[_Asked]:
+        return [_Asked(ask(f"{address.api}/chat/completions", address.headers, body, seconds=_PATIENCE))]
+
+    if servers is None:
+        return asked()[0].reply
+    [found] = servers.settled(asked(), asked)
+    usage = (found.reply.data or {}).get("usage")
+    told = usage if isinstance(usage, dict) else {}
+    servers.count(Spent(told.get("prompt_tokens") or 0, told.get("completion_tokens") or 0))
+    return found.reply
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A reply, and whether it says that nobody answered. What a server refuses is told of elsewhere."""
+
+    reply: Reply
+
+    @property
+    def faults(self) -> tuple[ServerFault, ...]:
+        kind = self._kind()
+        return () if kind is None else (ServerFault(kind, str(self.reply)),)
+
+    def _kind(self) -> FaultKind | None:
+        if self.reply.ok:
+            return None if (self.reply.data or {}).get("choices") else "empty"
+        if self.reply.status is None:
+            return "unreachable"
+        kind = by_status(self.reply.status)
+        if self.reply.refused and kind in (None, "refused"):
+            return None
+        return kind or "malformed"
 
 
 # ------------------------------------------------------------------ internals
@@ -99,18 +144,21 @@ def _neutral(options: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in wanted.items() if own.get(name) is None}
 
 
-def _settings_taken(address: Address, wanted: Mapping[str, float]) -> tuple[Reply, dict[str, Any]]:
+def _settings_taken(
+    address: Address, wanted: Mapping[str, float], servers: Servers | None
+) -> tuple[Reply, dict[str, Any]]:
     """A first answer of one token, and which of the settings the server takes: all, or those it takes alone."""
     hello = [{"role": "user", "content": "Hello"}]
+    ask_with = partial(chat, address, hello, most=1, servers=servers)
     every = {**wanted, **_IDS}
-    reply = chat(address, hello, most=1, extra=every)
+    reply = ask_with(extra=every)
     if not reply.refused:
         return reply, every
-    reply = chat(address, hello, most=1, extra={})
+    reply = ask_with(extra={})
     if not reply.ok:
         return reply, {}
-    taken = {name: value for name, value in every.items() if chat(address, hello, most=1, extra={name: value}).ok}
-    return (chat(address, hello, most=1, extra=taken) if taken else reply), taken
+    taken = {name: value for name, value in every.items() if ask_with(extra={name: value}).ok}
+    return (ask_with(extra=taken) if taken else reply), taken
 
 
 def _entries(models: Reply) -> list[Mapping[str, Any]]:

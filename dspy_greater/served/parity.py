@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dspy_greater.errors import LayoutError, ParityError, ServerError
+from dspy_greater.program.servers import Servers
 from dspy_greater.prompt.chat_template import content_text, with_template_options
 from dspy_greater.prompt.encoder import PromptEncoder
 from dspy_greater.served.http import Reply, ask
@@ -136,14 +137,15 @@ class Probed:
     agreed: int
 
 
-def probe(twin: Twin, prompts: Sequence[Messages]) -> Probed:
+def probe(twin: Twin, prompts: Sequence[Messages], servers: Servers | None = None) -> Probed:
     """Ask the server for each prompt's beginning of an answer, and compare both.
 
     Raises:
+        OutageError: it gave no answer for longer than `servers` waits; by default nobody waits.
         ParityError: it reads another prompt.
-        ServerError: it does not answer.
+        ServerError: it does not take what a row asks.
     """
-    answers = [_asked(twin, messages) for messages in prompts]
+    answers = [_asked(twin, messages, servers) for messages in prompts]
     told = [each for each in answers if each.prompt_ids is not None or each.prompt_tokens is not None]
     for each in told:
         try:
@@ -177,10 +179,9 @@ def too_little(twin: Twin, agreed: int, written: int) -> str | None:
     )
 
 
-def _asked(twin: Twin, messages: Messages) -> Written:
+def _asked(twin: Twin, messages: Messages, servers: Servers | None) -> Written:
     server = twin.server
-    extra: dict[str, Any] = {**server.neutral, **({"return_token_ids": True} if server.tells_ids else {})}
-    reply = chat(server.address, list(messages), most=_PROBED_TOKENS, extra=extra)
+    reply = chat(server.address, list(messages), most=_PROBED_TOKENS, extra=server.settings, servers=servers)
     if not reply.ok:
         raise ServerError(
             f"Predictor `{twin.predictor}`: the server at {server.address.base} does not answer what a training row "

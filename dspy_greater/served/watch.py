@@ -12,6 +12,7 @@ from dspy_greater.program.called import merged_options
 from dspy_greater.program.copies import with_instructions
 from dspy_greater.program.predictors import PredictorSite
 from dspy_greater.program.rollout import Rollout
+from dspy_greater.program.servers import Servers
 from dspy_greater.program.tracing import Exchange
 from dspy_greater.prompt.chat_template import content_text
 from dspy_greater.prompt.layout import Layout
@@ -44,15 +45,17 @@ class Watch:
         self._found = Probed(0, 0, 0, 0)
         self._different, self._warned = 0, False
 
-    def begin(self, site: PredictorSite, layout: Layout, rows: Sequence[Any]) -> None:
+    def begin(self, site: PredictorSite, layout: Layout, rows: Sequence[Any], servers: Servers) -> None:
         """Compare on two of these rows, before anything is searched, and log who answers.
 
         Raises:
+            OutageError: the server gave no answer for longer than `servers` waits.
             ParityError: the server reads another prompt; with `strict`, or its tokens are not those of the weights.
-            ServerError: it does not answer.
+            ServerError: it does not take what a row asks.
         """
         _LOG.info("Predictor `%s`: %s", site.name, self.record())
-        self._add(probe(self._twin, [_messages(site, layout, row) for row in rows[:_COMPARED]]), different=0)
+        asked = [_messages(site, layout, row) for row in rows[:_COMPARED]]
+        self._add(probe(self._twin, asked, servers), different=0)
         self._judge()
 
     def heard(self, rollouts: Sequence[Rollout], *, before: bool) -> None:
@@ -86,9 +89,8 @@ class Watch:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the LM is given while a search runs: the server's defaults do not count, and it tells token ids."""
-        server = self._twin.server
-        return {**server.neutral, **({"return_token_ids": True} if server.tells_ids else {})}
+        """What the LM is given while a search runs."""
+        return self._twin.server.settings
 
     def record(self) -> ServedModel:
         """What is known up to now."""

@@ -24,12 +24,13 @@ from dspy_greater.model.engine import Engine
 from dspy_greater.model.fast.readings import Reading, by_row
 from dspy_greater.model.fast.session import Session
 from dspy_greater.model.interface import Generation, GenerationRequest, Leaf, TokenQuery, Tokens
+from dspy_greater.model.over_engine import OverEngine
 from dspy_greater.workers.jobs import Answer, Job, Opening
 from dspy_greater.workers.plan import even_batches, first_asked, opening_of
 from dspy_greater.workers.pool import Pool
 
 
-class ShardedModel:
+class ShardedModel(OverEngine):
     """A model whose reading is done by workers.
 
     Args:
@@ -44,17 +45,8 @@ class ShardedModel:
     """
 
     def __init__(self, engine: Engine, pool: Pool) -> None:
-        self._engine, self._pool = engine, pool
-
-    @property
-    def tokenizer(self) -> Any:
-        """The model's tokenizer."""
-        return self._engine.tokenizer
-
-    @property
-    def context_length(self) -> int | None:
-        """The most tokens of prompt and output together."""
-        return self._engine.context_length
+        super().__init__(engine)
+        self._pool = pool
 
     @contextmanager
     def session(self, expected: Iterable[tuple[Tokens, Tokens]] = ()) -> Iterator[ShardedSession]:
@@ -81,37 +73,20 @@ class ShardedModel:
         with self.session() as session:
             return session.logprob_gradient(sequences, queries, leaf)
 
-    def embed(self, tokens: Sequence[int]) -> Tensor:
-        """See `interface.Model`."""
-        return self._engine.embed(tokens)
 
-
-class ShardedSession:
+class ShardedSession(OverEngine):
     """A session of a `ShardedModel`: what it generated is read on here, all else by workers."""
 
     def __init__(self, engine: Engine, pool: Pool, here: Session) -> None:
-        self._engine, self._pool, self._here = engine, pool, here
+        super().__init__(engine)
+        self._pool, self._here = pool, here
         self._counted: set[Opening] = set()
         self._prompts: set[Tokens] = set()  # after which something was generated here
-
-    @property
-    def tokenizer(self) -> Any:
-        """The model's tokenizer."""
-        return self._engine.tokenizer
-
-    @property
-    def context_length(self) -> int | None:
-        """The most tokens of prompt and output together."""
-        return self._engine.context_length
 
     @contextmanager
     def session(self, expected: Iterable[tuple[Tokens, Tokens]] = ()) -> Iterator[ShardedSession]:
         """Itself."""
         yield self
-
-    def embed(self, tokens: Sequence[int]) -> Tensor:
-        """See `interface.Model`."""
-        return self._engine.embed(tokens)
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         """See `interface.Model`."""
@@ -136,9 +111,7 @@ class ShardedSession:
             found[numbers] = self._here.token_logprobs(sequences, [queries[number] for number in numbers]).cpu()
         asked = sorted(set(same.values()))
         readings = self._readings(sequences, queries, asked)
-        opening = opening_of(
-            [each.tokens[:-1] for each in readings], max((len(each.tokens) for each in readings), default=0)
-        )
+        opening = opening_of([each.tokens[:-1] for each in readings], _longest(readings))
         batches = [[readings[at] for at in batch] for batch in self._batches(readings, opening)]
         answers = self._done([_job("logprobs", batch, opening) for batch in batches])
         for batch, answer in zip(batches, answers, strict=True):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from dspy_greater.model.fast.speculative import Drafts
 from dspy_greater.model.generate import decode
 from dspy_greater.model.incremental import decode_by
 from dspy_greater.model.interface import Generation, GenerationRequest, Leaf, TokenQuery, Tokens
+from dspy_greater.model.over_engine import OverEngine
 from dspy_greater.model.requests import row_of
 from dspy_greater.model.sampling import Row
 from dspy_greater.model.teacher_forcing import in_batches, is_out_of_memory, next_logits
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from dspy_greater.model.engine import Engine
 
 
-class Session:
+class Session(OverEngine):
     """`interface.Model` over an engine; `Engine.session` opens one."""
 
     def __init__(
@@ -45,31 +46,17 @@ class Session:
         keeps: bool = True,
         beginning: Prefix | None = None,
     ) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._prefixes = PrefixCache(engine, beginning)
         self._generated = GeneratedStates() if keeps else None
         self._drafts = Drafts(expected)
         self._reader = Reader(engine, self._prefixes, self._generated)
         self._backward = Backward(engine, self._prefixes)
 
-    @property
-    def tokenizer(self) -> Any:
-        """The model's tokenizer."""
-        return self._engine.tokenizer
-
-    @property
-    def context_length(self) -> int | None:
-        """The most tokens of prompt and output together."""
-        return self._engine.context_length
-
     @contextmanager
     def session(self, expected: Iterable[tuple[Tokens, Tokens]] = ()) -> Iterator[Session]:
         """Itself: what it keeps serves the calls inside as well."""
         yield self
-
-    def embed(self, tokens: Sequence[int]) -> Tensor:
-        """See `interface.Model`."""
-        return self._engine.embed(tokens)
 
     def forget(self) -> None:
         """Give the memory back; what is needed again is read again."""

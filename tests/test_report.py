@@ -218,6 +218,8 @@ def test_a_journal_of_before_rows_were_kept_can_be_read(run: tuple[Path, Any]) -
 
 def test_a_run_of_grad_sum_has_a_report_too(tmp_path: Path) -> None:
     gradsum(iterations=1, log_dir=tmp_path).compile(program(), ROWS)
+    written = (tmp_path / "report.html").read_text()
+    assert written == page(report_of(read_record(tmp_path))), "the run writes what the journal tells"
     root = read(page(report_of(read_record(tmp_path))))
     assert "1 of 1 iterations" in root.text and root.all("div", "diff")
 

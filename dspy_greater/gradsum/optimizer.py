@@ -83,7 +83,7 @@ class GradSum(Teleprompter):
         listeners: the same, under an older name.
         progress: show a progress bar; None shows it on a terminal and in a notebook.
         use_mlflow, use_wandb: record the run in MLflow, in Weights & Biases (the extras `mlflow` and `wandb`):
-            settings, the numbers of each iteration, the best program. Their faults are warnings.
+            settings, the numbers of each iteration, `report.html`, the best program. Their faults are warnings.
         **keywords: besides those above, any field of `GradSumSettings`, which explains them.
 
     Raises:

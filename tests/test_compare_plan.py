@@ -74,3 +74,14 @@ def test_a_screening_reads_training_rows_alone_and_goes_on_where_it_was(
 def test_a_task_to_screen_that_does_not_exist_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["screen", "--tasks", "nowhere", "--out", str(tmp_path)]) == 2
     assert "There is no task 'nowhere'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_estimate_and_its_search_are_held_against_each_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["estimate", "--task", "pocket:navigate", "--steps", "1", "--limit", "4", "--out", str(tmp_path / "x.json")]
+    assert main(asked) in (0, 1)  # whether it was right; such a short search tells nothing of that
+    [found] = json.loads((tmp_path / "x.json").read_text())
+    assert {"seconds", "tokens", "written"} <= set(found["ratios"]) and found["spent"]["generated_tokens"] > 0
+    assert "pocket:navigate: seconds" in capsys.readouterr().out

@@ -34,7 +34,7 @@ def ratios(told: Cost, spent: Cost) -> dict[str, float]:
 def measure(task: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """The estimate of one search, and the search."""
     loaded = registry.load(task, data_dir=arguments.data_dir, seed=arguments.seed, limit=arguments.limit)
-    program = loaded.make_program(loaded.seed_instruction)
+    program = loaded.make_program()
     search = GReaTer(
         metric=loaded.metric, variant=arguments.variant, auto=arguments.auto, steps=arguments.steps, seed=arguments.seed
     )

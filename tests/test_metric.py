@@ -16,7 +16,7 @@ from scripted_engine import ScriptedEngine, chat_answer, obedient_script, plante
 from dspy_greater import local_lm
 from dspy_greater.errors import GreaterError, MetricError
 from dspy_greater.metric import RowMetric, Score, refuse_useless_metric
-from dspy_greater.program.rollout import roll_out
+from dspy_greater.program.rollout import Running, roll_out
 
 
 def score_of(value: Any) -> Score:
@@ -225,7 +225,7 @@ def test_a_judge_may_run_on_the_model_that_is_judged(shared: bool) -> None:
     engine = ScriptedEngine(script)
     judge = LLMJudge(local_lm(engine if shared else ScriptedEngine(script), cache=False))
     rows = planted_rows(6)
-    [rollouts] = roll_out([program_on(engine, instruction="Please count.")], rows, RowMetric(judge), threads=4)
+    [rollouts] = roll_out([program_on(engine, instruction="Please count.")], rows, RowMetric(judge), Running(4))
     assert [each.score for each in rollouts] == [float(each.prediction.answer == "yes") for each in rollouts]
     assert {each.feedback for each in rollouts} == {"I read."}
     # What the judge asked is no call of the program.

@@ -34,7 +34,7 @@ from dspy_greater import GReaTerTeleprompter, local_lm
 from dspy_greater.metric import RowMetric
 from dspy_greater.objective.evaluator import Evaluator
 from dspy_greater.pocket.tasks import generate, work_out
-from dspy_greater.program.rollout import roll_out
+from dspy_greater.program.rollout import Running, roll_out
 from dspy_greater.prompt.layout import Layout
 from dspy_greater.run.events import SearchStarted, StepTaken, Validated, Warned
 
@@ -339,7 +339,7 @@ def test_the_pocket_model_gets_better_from_an_instruction_that_does_not_fit(task
     rows = [dspy.Example(question=text, answer=gold).with_inputs("question") for text, gold in golds]
     poor = program_on("pocket", instruction="Answer the question.", max_tokens=400)
     fitting = program_on("pocket", instruction=FITTING[task], max_tokens=400)
-    groups = roll_out([poor, fitting], rows[:16], RowMetric(exact_match), threads=1)
+    groups = roll_out([poor, fitting], rows[:16], RowMetric(exact_match), Running(1))
     low, high = (sum(each.score for each in group) / 16 for group in groups)
     assert high - low >= 0.3, f"the pocket model answers {low:.0%} and, under a fitting instruction, {high:.0%}"
     better = optimizer(steps=4, train_rows=16, validation_rows=32).compile(poor, rows[:16], valset=rows[16:])

@@ -27,6 +27,7 @@ from benchmarks.harness.run import quiet, seeded
 from benchmarks.tasks.registry import load, names
 from benchmarks.tasks.task import Task
 from dspy_greater.errors import GreaterError
+from dspy_greater.program.copies import with_instructions
 
 FILE, TABLE = "screen.jsonl", "screen.md"
 PLAIN = (
@@ -90,8 +91,7 @@ def screen(task: Task, model: TaskModel, *, seed: int, threads: int) -> Screened
     adapter = dspy.ChatAdapter(use_json_adapter_fallback=False)
     for instruction in (task.seed_instruction, *PLAIN):
         program = task.make_program()
-        for predictor in program.predictors():
-            predictor.signature = predictor.signature.with_instructions(instruction)
+        program = with_instructions(program, {name: instruction for name, _ in program.named_predictors()})
         with dspy.context(lm=model.judge, adapter=adapter, num_threads=threads), seeded(seed):
             found = accuracy(program, task.train, task.metric, threads)
         accuracies[instruction] = found.accuracy

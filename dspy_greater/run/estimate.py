@@ -20,9 +20,10 @@ class Cost:
         differentiated: tokens that a backward pass goes through.
         written: tokens that models generate.
         seconds: of the clock.
+        calls: of language models, where those are what is counted.
 
     >>> Cost(runs=1, written=20.0) + 2 * Cost(runs=3, written=5.0)
-    Cost(runs=7, read=0.0, differentiated=0.0, written=30.0, seconds=0.0)
+    Cost(runs=7, read=0.0, differentiated=0.0, written=30.0, seconds=0.0, calls=0)
     """
 
     runs: float = 0
@@ -30,6 +31,7 @@ class Cost:
     differentiated: float = 0.0
     written: float = 0.0
     seconds: float = 0.0
+    calls: float = 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
@@ -56,7 +58,8 @@ class Estimate:
     `seed`, `step` and `validation` are what each predictor's search costs at its start, at a step and at its end, on
     the mean over the predictors. How long the reasoning will be under instructions that nobody has seen yet is not
     known: `low` and `high` are what all comes to if it stays as long as under the student's instruction, and if it
-    becomes as long as where the model is told to think step by step.
+    becomes as long as where the model is told to think step by step. For `GradSum`, whose steps are iterations, they
+    are what all comes to if no output needs a gradient at the end, and if all always do.
 
     Attributes:
         predictors: those that are searched.
@@ -70,6 +73,7 @@ class Estimate:
         probe: what the probe cost, from which all this was told.
         bounded_by: the budget that ends the search before its last step, if one does.
         after_steps: how many steps had reported when this was told.
+        unit: what steps are called.
     """
 
     predictors: tuple[str, ...]
@@ -83,6 +87,7 @@ class Estimate:
     probe: Cost = Cost()
     bounded_by: str | None = None
     after_steps: int = 0
+    unit: str = "steps"
 
     @property
     def total(self) -> Cost:
@@ -106,10 +111,12 @@ class Estimate:
         of = f" for each of {len(self.predictors)} predictors" if len(self.predictors) > 1 else ""
         memory = f", {self.peak_bytes / 1e9:.1f} GB of memory at most" if self.peak_bytes else ""
         bound = f"; {self.bounded_by} ends it" if self.bounded_by else ""
+        calls = f", {round(total.calls)} calls of language models" if total.calls else ""
+        differentiated = "" if total.calls else f", {count(total.differentiated)} differentiated"
         return (
             f"{duration(total.seconds)} ({duration(self.low.seconds)} to {duration(self.high.seconds)}): "
-            f"{self.steps} steps{of}, {round(total.runs)} runs of the program, {count(total.read)} tokens read, "
-            f"{count(total.differentiated)} differentiated, {count(total.written)} written{memory}{bound}"
+            f"{self.steps} {self.unit}{of}, {round(total.runs)} runs of the program{calls}, {count(total.read)} tokens "
+            f"read{differentiated}, {count(total.written)} written{memory}{bound}"
         )
 
 

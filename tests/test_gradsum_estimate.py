@@ -1,0 +1,93 @@
+"""What a run of GRAD-SUM is said to cost before it begins, against what it costs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import dspy
+import pytest
+from scripted_gradsum import exact_match, optimizer, program, program_script
+from scripted_text import text_lm
+
+from dspy_greater import Estimate
+from dspy_greater.errors import MetricError
+
+ROWS = [dspy.Example(question=str(number), answer=f"a{number}").with_inputs("question") for number in range(48)]
+VALIDATION, TRAIN = ROWS[::6], [row for number, row in enumerate(ROWS) if number % 6]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"iterations": 1},
+        {"beam_width": 1, "sample_size": 10, "subset_size": 8},
+        {"summarize": False, "candidates_per_edit": 1},
+        {"iterations": 6, "beam_width": 3},
+        {"criteria": None, "judge_lm": None, "metric": exact_match},
+    ],
+    ids=str,
+)
+def test_calls_and_tokens_are_within_half_as_much_again_and_below_the_bound(settings: dict[str, Any]) -> None:
+    told = optimizer(**settings).compile(program(), TRAIN, valset=VALIDATION, dry_run=True)
+    details = optimizer(**settings).compile(program(), TRAIN, valset=VALIDATION).detailed_results
+    spent = details.spent_by_module.values()
+    tokens = sum(counted["prompt_tokens"] + counted["completion_tokens"] for counted in spent)
+    calls = sum(counted["calls"] for counted in spent)
+    assert isinstance(told, Estimate) and told.unit == "iterations"
+    assert 1 / 1.5 < told.total.calls / calls < 1.5
+    assert 1 / 1.5 < told.total.tokens / tokens < 1.5
+    assert told.low.calls <= told.total.calls <= told.high.calls
+    assert calls <= told.high.calls
+
+
+def test_a_dry_run_takes_one_small_iteration_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    asked: Counter[str] = Counter()
+    events: list[Any] = []
+
+    def counted(question: Any) -> Any:
+        asked["program"] += 1
+        return program_script(question)
+
+    student = program(counted)
+    before = [each.signature.instructions for each in student.predictors()]
+    search = optimizer(log_dir=tmp_path / "run", callbacks=[events.append])
+    told = search.compile(student, TRAIN, valset=VALIDATION, dry_run=True)
+    assert not events and not (tmp_path / "run").exists()
+    assert [each.signature.instructions for each in student.predictors()] == before
+    assert asked["program"] == told.probe.runs <= 4 + 3  # the rows, and each candidate on one
+    assert told.probe.calls > told.probe.runs and told.probe.seconds > 0
+
+
+def test_a_dry_run_asks_again_what_dspys_cache_knows(tmp_path: Path) -> None:
+    student = program()
+    with dspy.context(lm=None):
+        dspy.configure_cache(disk_cache_dir=str(tmp_path), enable_disk_cache=False)
+        student.set_lm(dspy.LM("scripted/cached", engine=text_lm(program_script).engine, cache=True, num_retries=0))
+        first, second = (optimizer().compile(student, TRAIN, valset=VALIDATION, dry_run=True) for _ in range(2))
+    assert first.probe.calls == second.probe.calls > 0
+    assert first.total.calls == second.total.calls
+
+
+def test_a_budget_bounds_the_estimate_as_it_bounds_the_run() -> None:
+    whole = optimizer(iterations=6).compile(program(), TRAIN, valset=VALIDATION, dry_run=True)
+    limit = round(0.5 * whole.total.calls)
+    settings = {"iterations": 6, "max_lm_calls": limit}
+    told = optimizer(**settings).compile(program(), TRAIN, valset=VALIDATION, dry_run=True)
+    details = optimizer(**settings).compile(program(), TRAIN, valset=VALIDATION).detailed_results
+    assert told.bounded_by == "max_lm_calls" and 0 < told.steps < 6
+    assert told.total.calls <= limit
+    assert told.steps <= len(details.iterations) < 6
+
+
+def test_the_line_says_iterations_calls_and_tokens() -> None:
+    told = str(optimizer().compile(program(), TRAIN, valset=VALIDATION, dry_run=True))
+    assert "3 iterations, " in told and " runs of the program, " in told and " calls of language models, " in told
+    assert "differentiated" not in told
+
+
+def test_a_dry_run_raises_what_the_run_would() -> None:
+    with pytest.raises(MetricError, match="There is nothing to score outputs by"):
+        optimizer(criteria=None).compile(program(), TRAIN, valset=VALIDATION, dry_run=True)

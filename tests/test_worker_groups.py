@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from golden_runs import exact_match
+from test_workers import lines_of, searched
 from torch.nn import Linear, ModuleDict, ModuleList
 
-from dspy_greater.workers.fsdp import repeated_blocks
+from dspy_greater import GReaTer
+from dspy_greater.errors import SettingsError, WeightsError, WorkerError
+from dspy_greater.model.engine import Engine
+from dspy_greater.workers.fsdp import refuse_indivisible, repeated_blocks
+from dspy_greater.workers.pool import Pool
+from tests.tiny_models import numbered_tokenizer, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("llama", "gemma2")
@@ -93,3 +102,133 @@ def test_the_blocks_to_divide_are_found_by_what_they_hold() -> None:
         *(expert for layer in layers for expert in layer["experts"]),
     ]
     assert repeated_blocks(Linear(8, 8)) == []
+
+
+# --- what shards= may be
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 1.5, "2", [2]])
+def test_what_is_no_number_of_shards_is_refused_when_the_optimizer_is_built(value: Any) -> None:
+    with pytest.raises(SettingsError, match="shards=.*: give a whole number of at least 1, the processes over which"):
+        GReaTer(metric=exact_match, shards=value)
+
+
+def test_shards_without_workers_of_ours_are_refused_with_what_to_write() -> None:
+    with pytest.raises(SettingsError, match="shards=2 divides the weights of workers, .*: write workers=1, too."):
+        GReaTer(metric=exact_match, shards=2)
+    with pytest.raises(SettingsError, match="shards=2, and workers= is a function.*: write workers=1 or 'auto'"):
+        GReaTer(metric=exact_match, shards=2, workers=lambda engine: Pool([], lambda: None))  # type: ignore[arg-type]
+    assert GReaTer(metric=exact_match, shards=1).shards == GReaTer(metric=exact_match).shards == 1
+
+
+def test_weights_that_cannot_be_divided_are_refused_before_a_process_starts() -> None:
+    one_layer = Engine(tiny_model("llama", 64, layers=1), numbered_tokenizer(64), name="tiny")
+    with pytest.raises(WeightsError, match="'tiny' cannot be divided among processes. The model has no list of layers"):
+        refuse_indivisible(one_layer)
+    packed = Engine(tiny_model("llama", 64), numbered_tokenizer(64), name="tiny")
+    packed.model.model.norm.register_parameter("packed", torch.nn.Parameter(torch.ones(1, dtype=torch.int8), False))
+    with pytest.raises(WeightsError, match="They are quantised, or parts of others already. Leave shards= out."):
+        refuse_indivisible(packed)
+
+
+# --- with Ray
+
+ray_tests = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+def with_ray(test: Any) -> Any:
+    for mark in ray_tests:
+        test = mark(test)
+    return test
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cpus", "count", "shards", "expected"),
+    [
+        (8, 16, 2, 4, (2, 0, 1, 4)),
+        (8, 16, None, 3, (2, 0, 1, 3)),
+        (0, 16, None, 3, (2, 1, 0, 3)),
+        (0, 2, 2, 2, (2, 0.5, 0, 2)),
+        (3, 16, 2, 2, (2, 1, 0, 2)),
+        (0, 2, 1, 3, "workers=1, shards=3, and the cluster has 2 CPUs; each worker takes 3. Give at most so many"),
+        (1, 2, None, 3, "shards=3, and the cluster has 2 CPUs; each worker takes 3."),
+    ],
+)
+def test_a_worker_of_several_processes_takes_as_many_devices(
+    gpus: int, cpus: int, count: int | None, shards: int, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray")
+    from dspy_greater.workers.ray_actors import Share, _share
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(cpus), **({"GPU": gpus} if gpus else {})})
+    engine = Engine(tiny_model("llama", 64), numbered_tokenizer(64), name="tiny")
+    if isinstance(expected, str):
+        with pytest.raises(WorkerError, match=expected):
+            _share(engine, count, shards)
+    else:
+        assert _share(engine, count, shards) == Share(*expected)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A cluster on this machine, for all tests of this module."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'dspy-greater[ray]'")
+    from dspy_greater.workers.ray_actors import joined
+
+    leave = joined(None, 2)
+    yield
+    leave()
+
+
+@with_ray
+def test_groups_that_cannot_start_say_why(cluster: None) -> None:
+    from dspy_greater.workers.groups import hire
+
+    engine = Engine.from_pretrained("pocket", device="cpu")
+    loaded = engine.origin
+    engine.origin = {**(loaded or {}), "name_or_path": "/nowhere/at/all"}
+    with pytest.raises(WeightsError, match="The weights of '/nowhere/at/all' could not be loaded"):
+        hire(engine, 1, 2)
+    engine.origin = loaded
+    with torch.no_grad():
+        next(engine.model.parameters()).mul_(1.5)
+    with pytest.raises(WeightsError, match="A worker loaded 'pocket@.*and this process has 'pocket@"):
+        hire(engine, 1, 2)
+
+
+@with_ray
+def test_searches_with_a_worker_and_with_a_group_of_two_write_the_same_journal_even_if_one_of_them_is_killed(
+    cluster: None, tmp_path: Path
+) -> None:
+    from dspy_greater.workers.groups import hire
+
+    killed: list[int] = []
+
+    def hire_and_kill(engine: Engine) -> Pool:
+        pool = hire(engine, 1, 2)
+        victim: Any = pool._workers[0]
+        submit = victim.submit
+
+        def murderous(job: Any) -> Any:
+            future = submit(job)
+            if job.kind == "gradient" and not killed:
+                killed.append(victim.pids[1])
+                os.kill(victim.pids[1], signal.SIGKILL)
+            return future
+
+        victim.submit = murderous
+        return pool
+
+    searched(1, tmp_path / "one")
+    searched(1, tmp_path / "group", shards=2)
+    searched(hire_and_kill, tmp_path / "killed")
+    assert len(killed) == 1
+    journals = [lines_of(tmp_path / each) for each in ("one", "group", "killed")]
+    assert len(journals[0]) >= 4
+    assert journals[0] == journals[1] == journals[2]

@@ -145,17 +145,23 @@ def repeated_blocks(model: Module) -> list[Module]:
     return list(dict.fromkeys(block for each in lists.values() for block in each))
 
 
+def refuse_indivisible(engine: Engine) -> None:
+    """Raises `WeightsError` where a look at the weights says that they cannot be divided."""
+    parameters = list(engine.model.parameters())
+    if any(type(each) not in (Tensor, Parameter) or not each.is_floating_point() for each in parameters):
+        raise _indivisible(engine.name, "They are quantised, or parts of others already.")
+    if not repeated_blocks(engine.model):
+        raise _indivisible(engine.name, "The model has no list of layers that could be divided.")
+
+
 def _divide(engine: Engine, device: torch.device) -> list[Any]:
     """Divide the blocks of a model that is on the CPU, then move what is left whole; returns the blocks."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    refuse_indivisible(engine)
     model: Module = engine.model
     blocks = repeated_blocks(model)
-    if not blocks:
-        raise _indivisible(engine.name, "The model has no list of layers that could be divided.")
-    if any(not each.is_floating_point() for each in model.parameters()):
-        raise _indivisible(engine.name, "They are quantised.")
     model.requires_grad_(False).eval()
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     kept = _kept_whole(model, blocks)
@@ -203,4 +209,4 @@ def _is_part(parameter: Parameter) -> bool:
 
 
 def _indivisible(name: str, why: str) -> WeightsError:
-    return WeightsError(f"The weights of {name!r} cannot be divided over several processes. {why} Leave shards= out.")
+    return WeightsError(f"The weights of {name!r} cannot be divided among processes. {why} Leave shards= out.")

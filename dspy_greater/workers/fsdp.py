@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.distributed_c10d import Store
 from torch.nn import Module, ModuleDict, ModuleList, Parameter
 
 from dspy_greater.errors import GreaterError, WeightsError, WorkerLostError
@@ -35,7 +36,7 @@ _LEAST_SHARE = 0.1  # of the model's parameters that a list of blocks has to hol
 _PLACE = re.compile(r"^\[[^\]]*\]\s*")  # in C++, at the beginning of what collectives say
 
 
-def join(store: dist.Store, rank: int, count: int, *, device: torch.device, seconds: float) -> dist.ProcessGroup:
+def join(store: Store, rank: int, count: int, *, device: torch.device, seconds: float) -> dist.ProcessGroup:
     """Make this process one of `count` that divide weights among themselves; all of them call this.
 
     Args:
@@ -50,7 +51,8 @@ def join(store: dist.Store, rank: int, count: int, *, device: torch.device, seco
     """
     backend, patience = ("nccl" if device.type == "cuda" else "gloo"), timedelta(seconds=seconds)
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=patience)
-    return dist.new_group(backend="gloo", timeout=patience)
+    control: Any = dist.new_group(backend="gloo", timeout=patience)
+    return control
 
 
 class LockstepRunner:

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from dspy_greater.errors import WeightsError, WorkerLostError
 from dspy_greater.model.engine import Engine
@@ -127,14 +127,14 @@ class _Member:
         torch.set_num_threads(1)  # the same for any number of workers
         self._plan, self._rank, self._count, self._seconds = plan, rank, share.shards, seconds
         self._device = torch.device("cuda" if share.gpus else "cpu")
-        self._store: dist.Store | None = None
+        self._store: TCPStore | None = None
 
     def open(self) -> tuple[str, int]:
         """Where the others find this one: the address of its machine, and a free port."""
         from ray.util import get_node_ip_address
 
         host = get_node_ip_address()
-        self._store = store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self._store = store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
         return host, store.port
 
     def join(self, host: str, port: int) -> tuple[str, str, int]:
@@ -143,7 +143,7 @@ class _Member:
         One after the other: at no time are the weights whole in more than one process.
         """
         patience = timedelta(seconds=START_SECONDS * self._count)
-        store = self._store or dist.TCPStore(host, port, is_master=False, timeout=patience)
+        store = self._store or TCPStore(host, port, is_master=False, timeout=patience)
         control = join(store, self._rank, self._count, device=self._device, seconds=self._seconds)
         if self._rank:
             store.wait([f"divided {self._rank - 1}"], patience)

@@ -41,7 +41,7 @@ from dspy_greater.search.variants import Variant, step_of
 from dspy_greater.search.warm_start import compile_warm
 from dspy_greater.served.record import ServedModel
 from dspy_greater.settings import Auto, Knobs, Settings, checked_log_dir, checked_seed, spelled_out
-from dspy_greater.workers.crews import Crews, Hire, Workers, checked_workers
+from dspy_greater.workers.crews import Crews, Hire, Workers, checked_shards, checked_workers
 
 
 class Keywords(Knobs, total=False):
@@ -54,6 +54,7 @@ class Keywords(Knobs, total=False):
     listeners: Sequence[Listener]
     progress: bool | None
     workers: Workers | Hire | None
+    shards: int | None
     strict: bool | None
     use_mlflow: bool
     use_wandb: bool
@@ -98,6 +99,8 @@ class GReaTer(Teleprompter):
         workers: how many processes read with the weights, beside this one: gradients, forecasts, losses and proposals.
             A number, "auto" (one a GPU) or the address of a Ray cluster; needs `pip install 'dspy-greater[ray]'`. Any
             number finds the same, bit for bit, on devices of one kind; a run may go on with another.
+        shards: processes over which each worker divides the weights (FSDP2), for a model that fits no single GPU;
+            `workers=2, shards=2` is two workers of two processes each. One when not given.
         strict: where the LM is a server that writes other tokens than the weights here would, stop with an error; by
             default that is a warning with numbers. Another prompt is an error in any case.
         **keywords: besides those above, any field of `Settings`, which explains them and what they cost.
@@ -143,6 +146,7 @@ class GReaTer(Teleprompter):
         self.listeners = (*listeners, *checked_callbacks(callbacks))
         self.progress: bool | None = knobs.pop("progress", None)
         self.workers = checked_workers(knobs.pop("workers", None))
+        self.shards = checked_shards(knobs.pop("shards", None), self.workers)
         self.strict = bool(knobs.pop("strict", None))
         self.trackers = checked_trackers(
             use_mlflow=knobs.pop("use_mlflow", False), use_wandb=knobs.pop("use_wandb", False)
@@ -209,7 +213,10 @@ class GReaTer(Teleprompter):
             with terminable():
                 return compile_warm(self, student, problem, trainset, valset)
         stop_file = StopFile(self.log_dir)
-        with self._watched(student, problem, stop_file) as (journal, listeners), Crews(self.workers) as crews:
+        with (
+            self._watched(student, problem, stop_file) as (journal, listeners),
+            Crews(self.workers, self.shards) as crews,
+        ):
             problem = replace(problem, model_of=crews.model)
             meter = _Meter(problem)
             found = CoordinateDescent(problem, journal, listeners).run()  # Algorithm 1, predictor by predictor

@@ -37,7 +37,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """A cluster on this machine, for all tests of this module."""
-    leave = ray_actors._joined(None, 2)
+    leave = ray_actors.joined(None, 2)
     yield
     leave()
 

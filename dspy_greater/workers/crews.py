@@ -47,19 +47,51 @@ def checked_workers(workers: Any) -> Workers | Hire | None:
     return found
 
 
+def checked_shards(shards: Any, workers: Workers | Hire | None) -> int:
+    """`shards=` of an optimizer: over how many processes each worker divides the weights; None: one.
+
+    Args:
+        shards: what was given.
+        workers: as `checked_workers` returns it.
+
+    Raises:
+        SettingsError: it is no number, or there are no workers, or they come from a function of one's own.
+
+    >>> checked_shards(None, None), checked_shards(2, "auto")
+    (1, 2)
+    """
+    found: Any = plain_scalar(shards)
+    if found is None:
+        return 1
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise SettingsError(
+            f"shards={shards!r}: give a whole number of at least 1, the processes over which each worker divides the "
+            "weights."
+        )
+    if found > 1 and workers is None:
+        raise SettingsError(f"shards={found} divides the weights of workers, and there are none: write workers=1, too.")
+    if found > 1 and callable(workers):
+        raise SettingsError(
+            f"shards={found}, and workers= is a function, which hires what it likes: write workers=1 or 'auto', or "
+            "leave shards out."
+        )
+    return found
+
+
 class Crews:
     """The workers of one run: a pool at a time, over the weights that are asked for.
 
     Args:
         workers: as `checked_workers` returns it.
+        shards: as `checked_shards` returns it.
 
     >>> with Crews(None) as crews:
     ...     crews.model("an engine")
     'an engine'
     """
 
-    def __init__(self, workers: Workers | Hire | None) -> None:
-        self._workers = workers
+    def __init__(self, workers: Workers | Hire | None, shards: int = 1) -> None:
+        self._workers, self._shards = workers, shards
         self._engine: Engine | None = None
         self._pool: Pool | None = None
 
@@ -93,10 +125,13 @@ class Crews:
     ) -> None:
         self.close()
 
-    @staticmethod
-    def _hired(engine: Engine, workers: Workers | Hire) -> Pool:
+    def _hired(self, engine: Engine, workers: Workers | Hire) -> Pool:
         if callable(workers):
             return workers(engine)
+        if self._shards > 1:
+            from dspy_greater.workers.groups import hire as hire_groups
+
+            return hire_groups(engine, workers, self._shards)
         from dspy_greater.workers.ray_actors import hire
 
         return hire(engine, workers)

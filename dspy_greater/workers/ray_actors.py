@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from dspy_greater.errors import MissingExtraError, WeightsError, WorkerError, WorkerLostError
+from dspy_greater.errors import GreaterError, MissingExtraError, WeightsError, WorkerError, WorkerLostError
 from dspy_greater.model.engine import Engine
 from dspy_greater.workers.jobs import Answer, Job, JobRunner
-from dspy_greater.workers.pool import Pool
+from dspy_greater.workers.pool import Pool, Worker
 
-_START_SECONDS = 900.0  # for loading weights, and for a cluster that is busy
+START_SECONDS = 900.0  # for loading weights, and for a cluster that is busy
 _ANSWER_SECONDS = 10.0  # for the head of a cluster
 _MOST_ON_CPUS = 8  # that "auto" starts where there is no GPU: each holds the weights
 _LOG = logging.getLogger(__name__)
@@ -51,19 +51,30 @@ def hire(engine: Engine, workers: int | str) -> Pool:
         WorkerError: the cluster does not answer, or has no room for them.
         WeightsError: an actor found other weights.
     """
+    return hired(engine, workers, 1, _started, _ready)
+
+
+def hired(
+    engine: Engine,
+    workers: int | str,
+    shards: int,
+    start: Callable[[Plan, Share], Any],
+    ready: Callable[[Any, Share, Engine], Worker],
+) -> Pool:
+    """See `hire`; a worker takes `shards` processes, `start` begins one and `ready` waits for it."""
     refuse_without_ray()
     address = workers if isinstance(workers, str) and workers != "auto" else None
-    leave = _joined(address, workers if isinstance(workers, int) else 1)
+    leave = joined(address, workers if isinstance(workers, int) else 1)
     try:
-        share = _share(engine, workers if isinstance(workers, int) else None)
-        plan = _Plan.of(engine)
-        actors = [_started(plan, share) for _ in range(share.count)]
-        hired = [_ready(actor, share, engine) for actor in actors]
+        share = _share(engine, workers if isinstance(workers, int) else None, shards)
+        plan = Plan.of(engine)
+        started = [start(plan, share) for _ in range(share.count)]
+        found = [ready(each, share, engine) for each in started]
     except BaseException:
         leave()
         raise
-    _LOG.info("%d workers on %s", len(hired), ", ".join(sorted({each.device for each in hired})))
-    return Pool(hired, lambda: _ready(_started(plan, share), share, engine), leave)
+    _LOG.info("%d workers on %s", len(found), ", ".join(sorted({each.device for each in found})))
+    return Pool(found, lambda: ready(start(plan, share), share, engine), leave)
 
 
 class RayWorker:
@@ -81,7 +92,7 @@ class RayWorker:
             if error is None:
                 future.set_result(done.result())
             else:
-                future.set_exception(_meant(error))
+                future.set_exception(meant(error))
 
         self._actor.run.remote(job).future().add_done_callback(settle)
         return future
@@ -95,17 +106,18 @@ class RayWorker:
 
 
 @dataclass(frozen=True)
-class _Share:
-    """How many actors, and what each takes of the cluster."""
+class Share:
+    """How many workers, and what each of a worker's processes takes of the cluster."""
 
     count: int
     cpus: float
     gpus: int
+    shards: int = 1  # processes of a worker
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """How an actor comes by the weights: as they were loaded here, or as objects."""
+class Plan:
+    """How a process comes by the weights: as they were loaded here, or as objects."""
 
     name: str
     max_batch_rows: int
@@ -115,7 +127,7 @@ class _Plan:
     options: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @classmethod
-    def of(cls, engine: Engine) -> _Plan:
+    def of(cls, engine: Engine) -> Plan:
         import ray
 
         sizes = (engine.name, engine.max_batch_rows, engine.max_batch_tokens)
@@ -146,7 +158,7 @@ class _Plan:
 class _Actor:
     """What runs in a process of its own."""
 
-    def __init__(self, plan: _Plan, gpus: int) -> None:
+    def __init__(self, plan: Plan, gpus: int) -> None:
         torch.set_num_threads(1)  # the same for any number of workers
         self._runner = JobRunner(plan.build("cuda" if gpus else "cpu"))
 
@@ -161,7 +173,7 @@ class _Actor:
         return self._runner.run(job)
 
 
-def _joined(address: str | None, count: int) -> Callable[[], object]:
+def joined(address: str | None, count: int) -> Callable[[], object]:
     """Connect to a cluster or start one; returns what undoes it."""
     import ray
 
@@ -211,25 +223,29 @@ def _unanswered(where: str, said: str) -> WorkerError:
     )
 
 
-def _share(engine: Engine, count: int | None) -> _Share:
-    """What each actor takes of the cluster; `count` None: as many as there is room for."""
+def _share(engine: Engine, count: int | None, shards: int) -> Share:
+    """What each process takes of the cluster; `count` None: as many workers as there is room for."""
     import ray
 
     there = ray.cluster_resources()
     gpus, cpus = int(there.get("GPU", 0)), there.get("CPU", 0)
-    if count is None:
-        return _Share(gpus, 0, 1) if gpus else _Share(max(1, min(int(cpus), _MOST_ON_CPUS)), min(1, cpus), 0)
-    if gpus >= count:
-        return _Share(count, 0, 1)
-    if engine.weights.device.type != "cpu":
+    if gpus >= (count or 1) * shards:
+        return Share(count or gpus // shards, 0, 1, shards)
+    on_gpus = engine.weights.device.type != "cpu" and (count is not None or shards > 1)
+    if on_gpus or (shards > 1 and cpus < shards):
+        asked = [f"workers={count}"] * (count is not None) + [f"shards={shards}"] * (shards > 1)
+        room = f"{gpus} GPUs" if on_gpus else f"{cpus:g} CPUs"
         raise WorkerError(
-            f"workers={count}, and the cluster has {gpus} GPUs; each worker takes one. Give at most so many, "
-            "or add machines."
+            f"{', '.join(asked)}, and the cluster has {room}; each worker takes {'one' if shards == 1 else shards}. "
+            "Give at most so many, or add machines."
         )
-    return _Share(count, 1 if cpus >= count else int(100 * cpus / count) / 100, 0)
+    if count is None:
+        return Share(max(1, min(int(cpus), _MOST_ON_CPUS) // shards), min(1, cpus), 0, shards)
+    processes = count * shards
+    return Share(count, 1 if cpus >= processes else int(100 * cpus / processes) / 100, 0, shards)
 
 
-def _started(plan: _Plan, share: _Share) -> Any:
+def _started(plan: Plan, share: Share) -> Any:
     """An actor that begins to load the weights."""
     import ray
 
@@ -237,37 +253,51 @@ def _started(plan: _Plan, share: _Share) -> Any:
     return kind.remote(plan, share.gpus)
 
 
-def _ready(actor: Any, share: _Share, engine: Engine) -> RayWorker:
+def _ready(actor: Any, share: Share, engine: Engine) -> RayWorker:
     """The worker, once its weights are loaded and are the same."""
     import ray
-    from ray.exceptions import GetTimeoutError, RayError
+    from ray.exceptions import RayError
 
     try:
-        identity, device, pid = ray.get(actor.about.remote(), timeout=_START_SECONDS)
-    except GetTimeoutError as error:
-        raise WorkerError(
-            f"A worker did not start within {_START_SECONDS:.0f} seconds: the cluster has no room for one with "
-            f"{share.cpus:g} CPUs and {share.gpus} GPUs, or loading the weights takes longer. `ray status` says which."
-        ) from error
+        identity, device, pid = ray.get(actor.about.remote(), timeout=START_SECONDS)
     except RayError as error:
-        meant = _meant(error)
-        if isinstance(meant, WeightsError):
-            raise meant from error
-        raise WorkerError(
-            f"A worker could not start: {meant} It needs dspy-greater and the weights of {engine.name!r} on its "
-            "machine."
-        ) from error
-    if engine.origin is not None and identity != engine.identity:
-        ray.kill(actor)
-        raise WeightsError(
-            f"A worker loaded {identity!r}, and this process has {engine.identity!r}: the weights were changed since "
-            "they were loaded, or its machine has others under that name. Pass weights=(model, tokenizer), which are "
-            "sent as they are."
+        raise not_started(error, share, engine) from error
+    worker = RayWorker(actor, device, pid)
+    refuse_others(identity, engine, worker)
+    return worker
+
+
+def not_started(error: BaseException, share: Share, engine: Engine) -> GreaterError:
+    """What is to be raised where Ray says that a worker could not start."""
+    from ray.exceptions import GetTimeoutError
+
+    if isinstance(error, GetTimeoutError):
+        cpus, gpus = share.cpus * share.shards, share.gpus * share.shards
+        return WorkerError(
+            f"A worker did not start within {START_SECONDS * share.shards:.0f} seconds: the cluster has no room for "
+            f"one with {cpus:g} CPUs and {gpus} GPUs, or loading the weights takes longer. `ray status` says which."
         )
-    return RayWorker(actor, device, pid)
+    found = meant(error)
+    if isinstance(found, WeightsError):
+        return found
+    return WorkerError(
+        f"A worker could not start: {found} It needs dspy-greater and the weights of {engine.name!r} on its machine."
+    )
 
 
-def _meant(error: BaseException) -> BaseException:
+def refuse_others(identity: str, engine: Engine, worker: Worker) -> None:
+    """Close a worker and raise `WeightsError` where its weights are not those of this process."""
+    if engine.origin is None or identity == engine.identity:
+        return
+    worker.close()
+    raise WeightsError(
+        f"A worker loaded {identity!r}, and this process has {engine.identity!r}: the weights were changed since "
+        "they were loaded, or its machine has others under that name. Pass weights=(model, tokenizer), which are "
+        "sent as they are."
+    )
+
+
+def meant(error: BaseException) -> BaseException:
     """What an error of Ray's stands for: the job's own, or that the actor is gone."""
     from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 

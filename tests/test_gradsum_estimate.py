@@ -28,7 +28,7 @@ VALIDATION, TRAIN = ROWS[::6], [row for number, row in enumerate(ROWS) if number
         {"iterations": 6, "beam_width": 3},
         {"criteria": None, "judge_lm": None, "metric": exact_match},
     ],
-    ids=str,
+    ids=["usual", "one iteration", "one prompt", "raw feedback", "wide and long", "metric alone"],
 )
 def test_calls_and_tokens_are_within_half_as_much_again_and_below_the_bound(settings: dict[str, Any]) -> None:
     told = optimizer(**settings).compile(program(), TRAIN, valset=VALIDATION, dry_run=True)

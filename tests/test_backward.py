@@ -49,15 +49,11 @@ class Detached(NoBackward):
 
 
 class Kernel(torch.autograd.Function):
-    """A kernel whose authors left the backward pass for later."""
+    """A kernel without a backward pass: torch itself raises where one is asked for."""
 
     @staticmethod
     def forward(context: Any, hidden: Tensor, weight: Tensor) -> Tensor:
         return hidden @ weight.T
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> Any:
-        raise NotImplementedError("no backward kernel for 4-bit weights")  # as such kernels do
 
 
 class Unfinished(NoBackward):
@@ -88,7 +84,7 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 FAULTS = {
     NoBackward: r"is zero, though they are related\. No gradient passes \d+ layers of type NoBackward, such as",
     Detached: r"is zero, though they are related\. No gradient passes \d+ layers of type Detached, such as",
-    Unfinished: r"backward pass fails: no backward kernel for 4-bit weights",
+    Unfinished: r"backward pass fails: You must implement either the backward or vjp method for your custom autograd\.",
     Overflowing: r"with respect to an earlier token's embedding is not finite",
 }
 

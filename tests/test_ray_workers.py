@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ray_marks import MARKS
 from test_workers import lines_of, queries_of, searched, sequences_of
 
 from dspy_greater.errors import WeightsError, WorkerError
@@ -25,21 +25,7 @@ from tests.tiny_models import numbered_tokenizer, tiny_model
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'dspy-greater[ray]'")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """A cluster on this machine, for all tests of this module."""
-    leave = ray_actors.joined(None, 2)
-    yield
-    leave()
+pytestmark = MARKS
 
 
 def bits(model: Any, engine: Engine) -> list[bytes]:

@@ -189,7 +189,8 @@ class Sealed(Tensor):
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten.detach.default:
             return cls(args[0].codes, args[0].scale, args[0].mode)
-        raise NotImplementedError(f"{function} is not for {cls.__name__}")  # what torchao's tensors raise
+        # Not work left to do: it stands for torchao's tensors, and this is what those raise for what they lack.
+        raise NotImplementedError(f"{function} is not for {cls.__name__}")
 
 
 class Wrapped(Sealed):
@@ -218,7 +219,8 @@ class Packed(Tensor):
         name = getattr(function, "__name__", "")
         if name in ("__get__", "__set__", "detach", "untyped_storage", "requires_grad_", "__repr__", "numel", "size"):
             return super().__torch_function__(function, types, args, kwargs or {})
-        raise NotImplementedError(f"{name} is not for packed weights")  # what such tensors raise
+        # Not work that is left to do: packed tensors raise this for nearly everything, and the digest has to bear it.
+        raise NotImplementedError(f"{name} is not for packed weights")
 
 
 def linear_with(weight: Tensor) -> torch.nn.Linear:

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from golden_runs import exact_match
+from ray_marks import with_ray
 from test_workers import lines_of, queries_of, searched, sequences_of
 from torch.nn import Linear, ModuleDict, ModuleList
 
@@ -24,8 +24,8 @@ from dspy_greater.errors import SettingsError, WeightsError, WorkerError, Worker
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.interface import Leaf
 from dspy_greater.workers.fsdp import refuse_indivisible, repeated_blocks
+from dspy_greater.workers.in_process import in_process
 from dspy_greater.workers.jobs import Job
-from dspy_greater.workers.pool import Pool
 from dspy_greater.workers.sharded import ShardedModel
 from tests.tiny_models import numbered_tokenizer, tiny_model
 
@@ -122,7 +122,7 @@ def test_shards_without_workers_of_ours_are_refused_with_what_to_write() -> None
     with pytest.raises(SettingsError, match="shards=2 divides the weights of workers, .*: write workers=1, too."):
         GReaTer(metric=exact_match, shards=2)
     with pytest.raises(SettingsError, match="shards=2, and workers= is a function.*: write workers=1 or 'auto'"):
-        GReaTer(metric=exact_match, shards=2, workers=lambda engine: Pool([], lambda: None))  # type: ignore[arg-type]
+        GReaTer(metric=exact_match, shards=2, workers=lambda engine: in_process(engine, 1))
     assert GReaTer(metric=exact_match, shards=1).shards == GReaTer(metric=exact_match).shards == 1
 
 
@@ -137,20 +137,6 @@ def test_weights_that_cannot_be_divided_are_refused_before_a_process_starts() ->
 
 
 # --- with Ray
-
-ray_tests = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-
-
-def with_ray(test: Any) -> Any:
-    for mark in ray_tests:
-        test = mark(test)
-    return test
 
 
 @pytest.mark.parametrize(
@@ -215,17 +201,6 @@ def bits(model: Any, engine: Engine) -> list[bytes]:
         model.next_token_logprobs(sequences),
     )
     return [each.numpy().tobytes() for each in found]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """A cluster on this machine, for all tests of this module."""
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'dspy-greater[ray]'")
-    from dspy_greater.workers.ray_actors import joined
-
-    leave = joined(None, 2)
-    yield
-    leave()
 
 
 @with_ray

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from scripted_gradsum import exact_match, optimizer, program, program_script
 from scripted_text import text_lm
 
 from dspy_greater import Estimate
-from dspy_greater.errors import MetricError
+from dspy_greater.errors import MetricError, ProgramError
 
 ROWS = [dspy.Example(question=str(number), answer=f"a{number}").with_inputs("question") for number in range(48)]
 VALIDATION, TRAIN = ROWS[::6], [row for number, row in enumerate(ROWS) if number % 6]
@@ -91,3 +92,20 @@ def test_the_line_says_iterations_calls_and_tokens() -> None:
 def test_a_dry_run_raises_what_the_run_would() -> None:
     with pytest.raises(MetricError, match="There is nothing to score outputs by"):
         optimizer(criteria=None).compile(program(), TRAIN, valset=VALIDATION, dry_run=True)
+
+
+def test_a_row_that_a_dry_run_names_is_the_callers() -> None:
+    class Broken(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.predict = program().predictors()[0]
+
+        def forward(self, question: str) -> Any:
+            raise KeyError(f"no table for {question}")
+
+    with pytest.raises(ProgramError) as told:
+        optimizer(seed=1).compile(Broken(), TRAIN, valset=VALIDATION, dry_run=True)
+    failed = re.search(r"no table for (\d+)", str(told.value))
+    named = re.search(r"trainset\[(\d+)\]", str(told.value))
+    assert failed is not None and named is not None, told.value
+    assert TRAIN[int(named[1])].question == failed[1]

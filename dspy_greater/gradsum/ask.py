@@ -11,6 +11,7 @@ import dspy
 
 from dspy_greater.errors import MalformedAnswer
 from dspy_greater.gradsum.meter import Meter, Module
+from dspy_greater.program.asked_lm import uncached_lm
 from dspy_greater.program.faults import ServerFault
 from dspy_greater.program.predictors import search_adapter
 from dspy_greater.program.rollout import together
@@ -85,8 +86,7 @@ class Asker:
             return together(partial(_try, lm), jobs, lms=[lm], threads=self._threads)
 
         def again(indices: Sequence[int]) -> list[_Tried[Answer]]:
-            fresh = lm.copy(cache=False) if getattr(lm, "cache", False) else lm
-            return ask(fresh, [jobs[index] for index in indices])
+            return ask(uncached_lm(lm), [jobs[index] for index in indices])
 
         return self._servers.settled(ask(lm, jobs), again, must=must)
 

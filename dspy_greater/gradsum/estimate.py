@@ -18,8 +18,9 @@ from typing import Any
 from dspy_greater.gradsum.loop import Loop
 from dspy_greater.gradsum.meter import Meter, Module
 from dspy_greater.gradsum.task import Task
-from dspy_greater.program.copies import copy_program
+from dspy_greater.program.asked_lm import uncached_lm
 from dspy_greater.program.faults import is_served
+from dspy_greater.program.rollout import uncached
 from dspy_greater.run.estimate import Cost, Estimate
 
 ROWS = 4  # of the small iteration
@@ -43,7 +44,7 @@ def estimate(task: Task) -> Estimate:
     numbers = range(len(taken))
     spent = probed.meter.spent()
     return Estimate(
-        predictors=("all predictors",),
+        predictors=(", ".join(site.name for site in task.edited),),  # edited together, in one loop
         steps=len(taken),
         seed=Cost(),
         step=share * loop,
@@ -146,12 +147,9 @@ class _Probed:
 
 def _probe(task: Task) -> _Probed:
     """A small iteration from the student's prompts."""
-    rows = random.Random(f"{task.seed}/probe").sample(task.train, min(ROWS, len(task.train)))
-    settings = replace(task.settings, sample_size=ROWS, subset_size=1, max_lm_calls=None, max_lm_tokens=None)
     meter = _TimedMeter()
-    loop = Loop(replace(_uncached(task), train=tuple(rows), validation=(), settings=settings), meter)
-    taken = loop.take_iteration()
-    outputs = taken.members[0].outputs
+    loop = Loop(_small(task), meter)
+    outputs = loop.take_iteration().members[0].outputs
     wrong = sum(bool(each.evaluation) for each in outputs)
     asked = meter.spent().get("gradients", {})
     asked_of = asked.get("answered", 0) + asked.get("unanswered", 0)
@@ -164,17 +162,20 @@ def _probe(task: Task) -> _Probed:
     )
 
 
-def _uncached(task: Task) -> Task:
-    """The task with LMs that ask again what DSPy's cache knows: it says nothing of what a call takes."""
-
-    def fresh(lm: Any) -> Any:
-        return lm.copy(cache=False) if getattr(lm, "cache", False) else lm
-
-    program = copy_program(task.program)
-    for predictor in program.predictors():
-        predictor.lm = fresh(predictor.lm)
-    judge, gradient, editor = map(fresh, (task.judge_lm, task.gradient_lm, task.editor_lm))
-    return replace(task, program=program, judge_lm=judge, gradient_lm=gradient, editor_lm=editor)
+def _small(task: Task) -> Task:
+    """The task on a few rows, whose LMs ask again what DSPy's cache knows: that says nothing of what a call takes."""
+    rows = random.Random(f"{task.seed}/probe").sample(range(len(task.train)), min(ROWS, len(task.train)))
+    return replace(
+        task,
+        program=uncached(task.program),
+        judge_lm=uncached_lm(task.judge_lm),
+        gradient_lm=uncached_lm(task.gradient_lm),
+        editor_lm=uncached_lm(task.editor_lm),
+        train=tuple(task.train[row] for row in rows),
+        numbers=tuple(task.numbers[row] for row in rows),
+        validation=(),
+        settings=replace(task.settings, sample_size=ROWS, subset_size=1, max_lm_calls=None, max_lm_tokens=None),
+    )
 
 
 def _within_budget(task: Task, iterations: list[Cost], validation: Cost) -> tuple[list[Cost], str | None]:

@@ -51,6 +51,15 @@ def for_search(lm: Any, *, weights: str = "", timeout: float | None = None) -> A
     return copied
 
 
+def uncached_lm(lm: Any) -> Any:
+    """The LM, or a copy that asks again what DSPy's cache knows.
+
+    >>> uncached_lm(dspy.LM("openai/model")).cache
+    False
+    """
+    return lm.copy(cache=False) if getattr(lm, "cache", False) else lm
+
+
 def _server_of(lm: Any) -> str:
     """Where an LM's server is, or its servers; "" for the provider's own."""
     if isinstance(lm.engine, ServerPool):

@@ -19,7 +19,7 @@ from dspy_greater.errors import ProgramError
 from dspy_greater.lm.local import LocalEngine
 from dspy_greater.lm.request import PROVIDER
 from dspy_greater.metric import Score
-from dspy_greater.program.asked_lm import for_search
+from dspy_greater.program.asked_lm import for_search, uncached_lm
 from dspy_greater.program.copies import with_instructions
 from dspy_greater.program.failures import Failure
 from dspy_greater.program.faults import ServerFault, ServerUsage, is_served
@@ -366,8 +366,7 @@ def uncached(program: Any) -> Any:
     """A copy of the program whose language models do not answer from a cache."""
     copied = with_instructions(program, {})
     for _, predictor in copied.named_predictors():
-        if getattr(predictor.lm, "cache", False):
-            predictor.lm = predictor.lm.copy(cache=False)
+        predictor.lm = uncached_lm(predictor.lm)
     return copied
 
 

@@ -112,7 +112,7 @@ class Estimate:
         memory = f", {self.peak_bytes / 1e9:.1f} GB of memory at most" if self.peak_bytes else ""
         bound = f"; {self.bounded_by} ends it" if self.bounded_by else ""
         calls = f", {round(total.calls)} calls of language models" if total.calls else ""
-        differentiated = "" if total.calls else f", {count(total.differentiated)} differentiated"
+        differentiated = f", {count(total.differentiated)} differentiated" if total.differentiated else ""
         return (
             f"{duration(total.seconds)} ({duration(self.low.seconds)} to {duration(self.high.seconds)}): "
             f"{self.steps} {self.unit}{of}, {round(total.runs)} runs of the program{calls}, {count(total.read)} tokens "

@@ -14,14 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import re
 import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -29,6 +25,7 @@ from typing import Any
 
 import dspy
 from dspy import lm15
+from server_process import NotUpError, server_process
 
 from dspy_greater import GradSumTeleprompter, pocket
 from dspy_greater.pocket.tasks import generate, work_out
@@ -55,32 +52,10 @@ def served(weights: Path, *, seconds: float = 300.0) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", str(weights)]
-    options = ["--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    server = subprocess.Popen(
-        [*command, *options], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        deadline = time.monotonic() + seconds
-        while not answers(f"http://127.0.0.1:{port}/health"):
-            if server.poll() is not None:
-                raise SystemExit("transformers serve ended at once. Is transformers[serving] installed?")
-            if time.monotonic() > deadline:
-                raise SystemExit(f"transformers serve did not answer within {seconds:.0f} seconds.")
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.terminate()
-        server.wait(timeout=60)
-
-
-def answers(address: str) -> bool:
-    """Whether a server is there."""
-    try:
-        with urllib.request.urlopen(address, timeout=5) as response:
-            return response.status == 200
-    except OSError:
-        return False
+    command += ["--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
+    address = f"http://127.0.0.1:{port}"
+    with server_process(command, address, environment={"HF_HUB_OFFLINE": "1"}, seconds=seconds):
+        yield f"{address}/v1"
 
 
 class ScriptedOptimizer:
@@ -213,4 +188,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except NotUpError as error:
+        sys.exit(f"{error}\nIs transformers[serving] installed?")

@@ -11,13 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import subprocess
 import sys
-import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -25,12 +21,15 @@ from pathlib import Path
 
 import dspy
 from quickstart import exact_match, load_rows
+from server_process import NotUpError, server_process
 
 from dspy_greater import GReaTer, pocket
 
 HERE = Path(__file__).resolve().parent
 # What vLLM needs on a CPU: a bound for its memory in GiB, and threads that the system places.
 ON_A_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+
+OF_THIS_MACHINE = ("url", "said", "weights")  # addresses and paths
 
 
 def command(given: argparse.Namespace) -> list[str]:
@@ -45,30 +44,9 @@ def command(given: argparse.Namespace) -> list[str]:
 @contextmanager
 def server(given: argparse.Namespace) -> Iterator[str]:
     """A server over the weights, while the block lasts; its address."""
-    line = command(given)
     address = f"http://127.0.0.1:{given.port}"
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(line, env={**os.environ, **ON_A_CPU}, stdout=said, stderr=subprocess.STDOUT)
-        try:
-            deadline = time.monotonic() + given.start_seconds
-            while not is_up(f"{address}/health"):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    said.seek(0)
-                    sys.exit(f"The server did not start: {' '.join(line)}\n{said.read().decode()[-2000:]}")
-                time.sleep(0.5)
-            yield f"{address}/v1"
-        finally:
-            process.terminate()
-            process.wait()
-
-
-def is_up(address: str) -> bool:
-    """Whether a server answers there with status 200."""
-    try:
-        with urllib.request.urlopen(address, timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
+    with server_process(command(given), address, environment=ON_A_CPU, seconds=given.start_seconds):
+        yield f"{address}/v1"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -100,33 +78,39 @@ def main() -> None:
     given = parse_arguments()
     rows, source = load_rows(given.task, given.bbh)
     random.Random(0).shuffle(rows)
-    started = nullcontext(given.api_base) if given.api_base else server(given)
-    with started as address:
-        lm = dspy.LM(
-            f"openai/{given.name}",
-            api_base=address,
-            api_key="none",
-            temperature=0.0,
-            max_tokens=given.max_tokens,
-            cache=False,
-        )
-        dspy.configure(lm=lm, adapter=dspy.ChatAdapter(use_json_adapter_fallback=False))
-        program = dspy.ChainOfThought(dspy.Signature("question -> answer", "Answer the question."))
-        optimizer = GReaTer(
-            metric=exact_match,
-            weights=str(given.weights),
-            steps=given.steps,
-            train_rows=given.rows,
-            validation_rows=given.rows,
-            num_threads=given.rows,
-            progress=True,
-        )
-        since = time.monotonic()
-        better = optimizer.compile(program, trainset=rows[: given.rows], valset=rows[given.rows : 2 * given.rows])
-    details = better.detailed_results
+    since = time.monotonic()
+    try:
+        with nullcontext(given.api_base) if given.api_base else server(given) as address:
+            better = search(given, rows, address)
+    except NotUpError as error:
+        sys.exit(str(error))
     print(f"rows: {source}")
-    print(details)
+    report(given, better, round(time.monotonic() - since, 1))
+
+
+def search(given: argparse.Namespace, rows: list[dspy.Example], address: str) -> dspy.Module:
+    """A program with a better instruction; the server at this address runs it meanwhile."""
+    model, limit = f"openai/{given.name}", given.max_tokens
+    lm = dspy.LM(model, api_base=address, api_key="none", temperature=0.0, max_tokens=limit, cache=False)
+    dspy.configure(lm=lm, adapter=dspy.ChatAdapter(use_json_adapter_fallback=False))
+    optimizer = GReaTer(
+        metric=exact_match,
+        weights=str(given.weights),
+        steps=given.steps,
+        train_rows=given.rows,
+        validation_rows=given.rows,
+        num_threads=given.rows,
+        progress=True,
+    )
+    program = dspy.ChainOfThought(dspy.Signature("question -> answer", "Answer the question."))
+    return optimizer.compile(program, trainset=rows[: given.rows], valset=rows[given.rows : 2 * given.rows])
+
+
+def report(given: argparse.Namespace, better: dspy.Module, seconds: float) -> None:
+    """Print what was found and how alike the server is, and write both to a file."""
+    details = better.detailed_results
     server_told = details.server
+    print(details)
     print(server_told)
     print(
         f"prompts that differ: {server_told.prompts_different} of {server_told.prompts}; tokens that the weights "
@@ -134,15 +118,15 @@ def main() -> None:
     )
     given.out.mkdir(parents=True, exist_ok=True)
     told = {
-        "weights": given.weights.name,
+        "weights": "pocket" if given.weights == Path(pocket.path()) else given.weights.name,
         "task": given.task,
         "rows": given.rows,
         "steps": len(details.steps),
-        "seconds": round(time.monotonic() - since, 1),
+        "seconds": seconds,
         "seed_score": details.seed_score,
         "score": details.score,
         "found": better.predictors()[0].signature.instructions,
-        "server": asdict(details.server),
+        "server": {name: value for name, value in asdict(server_told).items() if name not in OF_THIS_MACHINE},
         "faults": details.faults,
         "spent": details.spent,
     }

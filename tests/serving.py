@@ -6,19 +6,15 @@ Import `pocket_server` into a test module: pytest then starts one server for the
 from __future__ import annotations
 
 import importlib.util
-import os
 import socket
-import subprocess
 import sys
-import tempfile
-import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from server_process import server_process
 
 from dspy_greater import pocket
 
@@ -47,29 +43,15 @@ def transformers_serve(
 ) -> Iterator[Served]:
     """`transformers serve` over a directory of weights while the block lasts.
 
-    Raises `RuntimeError` with the end of what the server wrote where it does not come up within `seconds`.
+    Raises `NotUpError` with the end of what the server wrote where it does not come up within `seconds`.
     """
     port = free_port() if port is None else port
     command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", str(weights)]
     command += ["--device", "cpu", "--dtype", dtype, "--host", "127.0.0.1", "--port", str(port)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with tempfile.TemporaryFile() as said:
-        server = subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT)
-        try:
-            deadline = time.monotonic() + seconds
-            while not is_up(f"http://127.0.0.1:{port}/health"):
-                if server.poll() is not None or time.monotonic() > deadline:
-                    said.seek(0)
-                    raise RuntimeError(f"transformers serve did not come up: {said.read().decode()[-2000:]}")
-                time.sleep(0.2)
-            yield Served(f"http://127.0.0.1:{port}/v1", str(weights))
-        finally:
-            server.terminate()
-            try:
-                server.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    address = f"http://127.0.0.1:{port}"
+    with server_process(command, address, environment=environment, seconds=seconds):
+        yield Served(f"{address}/v1", str(weights))
 
 
 def free_port() -> int:
@@ -77,15 +59,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def is_up(address: str) -> bool:
-    """Whether a server answers there with status 200."""
-    try:
-        with urllib.request.urlopen(address, timeout=5) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,27 +9,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import gradsum_judge
 import pytest
+from serving import needs_serving
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "gradsum_judge.py"
-MISSING = [name for name in ("fastapi", "uvicorn", "accelerate") if importlib.util.find_spec(name) is None]
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(MISSING), reason=f"needs pip install 'dspy-greater[serving]': no {', '.join(MISSING)}"),
-]
-
-
-def example() -> Any:
-    spec = importlib.util.spec_from_file_location("gradsum_judge", EXAMPLE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+pytestmark = [pytest.mark.slow, needs_serving]
 
 
 def test_a_served_model_is_optimised_end_to_end_by_a_judge(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    gradsum_judge, addresses = example(), []
+    addresses: list[str] = []
     serve = gradsum_judge.served
 
     @contextmanager

@@ -69,6 +69,9 @@ def test_a_screening_reads_training_rows_alone_and_goes_on_where_it_was(
     assert "| pocket:navigate | 4 |" in capsys.readouterr().out
     assert main([*asked, "--out", str(tmp_path)]) == 0
     assert len((tmp_path / "screen.jsonl").read_text().splitlines()) == 1, "it was screened already"
+    assert main([*asked, "--instruction", "Track it.", "--out", str(tmp_path)]) == 0
+    other = json.loads((tmp_path / "screen.jsonl").read_text().splitlines()[-1])
+    assert list(other["accuracies"]) == [next(iter(line["accuracies"])), "Track it."]
 
 
 def test_a_task_to_screen_that_does_not_exist_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

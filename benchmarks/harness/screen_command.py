@@ -82,16 +82,16 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def screen(task: Task, model: TaskModel, *, seed: int, threads: int) -> Screened:
-    """The task's training rows with its seed instruction and with the plain ones."""
+def screen(task: Task, model: TaskModel, *, seed: int, threads: int, instructions: Sequence[str] = PLAIN) -> Screened:
+    """The task's training rows with its seed instruction and with the others."""
     read = model.counters()
     started = time.monotonic()
     accuracies: dict[str, float] = {}
     unreadable: dict[str, float] = {}
     adapter = dspy.ChatAdapter(use_json_adapter_fallback=False)
-    for instruction in (task.seed_instruction, *PLAIN):
-        program = task.make_program()
-        program = with_instructions(program, {name: instruction for name, _ in program.named_predictors()})
+    student = task.make_program()
+    for instruction in (task.seed_instruction, *instructions):
+        program = with_instructions(student, {name: instruction for name, _ in student.named_predictors()})
         with dspy.context(lm=model.judge, adapter=adapter, num_threads=threads), seeded(seed):
             found = accuracy(program, task.train, task.metric, threads)
         accuracies[instruction] = found.accuracy
@@ -112,7 +112,7 @@ def screen(task: Task, model: TaskModel, *, seed: int, threads: int) -> Screened
 def table(found: Sequence[Screened]) -> str:
     """Markdown, the task on which instructions matter most first."""
     lines = [
-        "| task | rows | seed instruction | best plain one | spread | no answer found | tokens written a row |",
+        "| task | rows | seed instruction | best one | spread | no answer found | tokens written a row |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for each in sorted(found, key=lambda each: (-each.spread, each.task)):
@@ -128,13 +128,14 @@ def _screen_all(flags: argparse.Namespace) -> None:
     chosen = config.chosen(flags.tasks, names(), "task")
     flags.out.mkdir(parents=True, exist_ok=True)
     path = flags.out / FILE
-    found = _known(path)
+    instructions = tuple(flags.instruction or PLAIN)
+    found = {name: each for name, each in _known(path).items() if tuple(each.accuracies)[1:] == instructions}
     model: TaskModel | None = None
     missing = [name for name in chosen if name not in found]  # rows that are not there are found out before any is run
     for task in [load(name, data_dir=flags.data_dir, seed=flags.seed, limit=flags.limit) for name in missing]:
         name, model = task.name, model or task_model(flags.model, config.arguments(flags.model_args))
         with quiet(flags.out):
-            found[name] = each = screen(task, model, seed=flags.seed, threads=flags.threads)
+            found[name] = each = screen(task, model, seed=flags.seed, threads=flags.threads, instructions=instructions)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(each)) + "\n")
         sys.stdout.write(f"{name}: {each.at_first:.0%}, spread {each.spread:.0%}, {each.seconds:.0f} s\n")
@@ -157,6 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", default="bbh:*", help="names with commas between; patterns too (default: bbh:*)")
     parser.add_argument("--model", default="pocket", help="'pocket', a directory, a GGUF file or a hub id")
     parser.add_argument("--model-args", default={}, help="key=value with commas between: dtype, max_tokens, ...")
+    parser.add_argument(
+        "--instruction", action="append", metavar="TEXT", help="instead of the plain ones; may be repeated"
+    )
     parser.add_argument("--limit", type=int, default=24, help="training rows of a task (default 24)")
     parser.add_argument("--seed", type=int, default=0, help="of the split (default 0)")
     parser.add_argument("--threads", type=int, default=32, help="rows under way at a time (default 32)")

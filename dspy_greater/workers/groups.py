@@ -123,9 +123,9 @@ class _Verdict:
 class _Member:
     """What runs in each process of a group."""
 
-    def __init__(self, plan: Plan, rank: int, share: Share, seconds: float) -> None:
+    def __init__(self, plan: Plan, rank: int, share: Share) -> None:
         torch.set_num_threads(1)  # the same for any number of workers
-        self._plan, self._rank, self._count, self._seconds = plan, rank, share.shards, seconds
+        self._plan, self._rank, self._count = plan, rank, share.shards
         self._device = torch.device("cuda" if share.gpus else "cpu")
         self._store: TCPStore | None = None
 
@@ -144,7 +144,7 @@ class _Member:
         """
         patience = timedelta(seconds=START_SECONDS * self._count)
         store = self._store or TCPStore(host, port, is_master=False, timeout=patience)
-        control = join(store, self._rank, self._count, device=self._device, seconds=self._seconds)
+        control = join(store, self._rank, self._count, device=self._device, seconds=_COLLECTIVE_SECONDS)
         if self._rank:
             store.wait([f"divided {self._rank - 1}"], patience)
         self._runner = LockstepRunner(self._plan.build("cpu"), self._device, control)
@@ -173,7 +173,7 @@ def _started(plan: Plan, share: Share) -> RayGroup:
     actors = [
         kind.options(
             scheduling_strategy=PlacementGroupSchedulingStrategy(room, placement_group_bundle_index=rank)
-        ).remote(own, rank, share, _COLLECTIVE_SECONDS)
+        ).remote(own, rank, share)
         for rank in range(share.shards)
     ]
     return RayGroup(actors, room)

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
+from typing import Any
+from weakref import WeakSet
 
 import openai
 import pytest
 
 
+@pytest.fixture(scope="session")
+def openai_clients() -> Iterator[WeakSet[openai.OpenAI]]:
+    """Every client of this process that is still there."""
+    clients = WeakSet[openai.OpenAI]()
+    make = openai.OpenAI.__init__
+
+    @functools.wraps(make)
+    def make_and_remember(self: openai.OpenAI, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        clients.add(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openai.OpenAI, "__init__", make_and_remember)
+        yield clients
+
+
 @pytest.fixture(autouse=True)
-def connections_to_servers_end_with_the_test() -> Iterator[None]:
-    """LiteLLM keeps a client for ten minutes and drops it unclosed, in whatever test is running by then."""
+def connections_to_servers_end_with_the_test(openai_clients: WeakSet[openai.OpenAI]) -> Iterator[None]:
+    """LiteLLM drops clients unclosed, to be collected in whatever test is running by then.
+
+    It keeps one for ten minutes. Threads that ask a server at the same time make one each, and all but the last to be kept
+    are dropped at once.
+    """
     yield
-    litellm = sys.modules.get("litellm")
-    kept = getattr(litellm, "in_memory_llm_clients_cache", None)
-    clients = [] if kept is None else [each for each in kept.cache_dict.values() if isinstance(each, openai.OpenAI)]
-    for client in clients:
+    left = list(openai_clients)
+    for client in left:
         client.close()
-    if kept is not None and clients:
-        kept.flush_cache()
+    openai_clients.clear()
+    if left and "litellm" in sys.modules:
+        sys.modules["litellm"].in_memory_llm_clients_cache.flush_cache()
 
 
 @pytest.fixture(scope="module")

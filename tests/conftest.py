@@ -32,8 +32,8 @@ def openai_clients() -> Iterator[WeakSet[openai.OpenAI]]:
 def connections_to_servers_end_with_the_test(openai_clients: WeakSet[openai.OpenAI]) -> Iterator[None]:
     """LiteLLM drops clients unclosed, to be collected in whatever test is running by then.
 
-    It keeps one for ten minutes. Threads that ask a server at the same time make one each, and all but the last to be kept
-    are dropped at once.
+    It keeps one for ten minutes. Threads that ask a server at the same time make one each, and all but the last to be
+    kept are dropped at once.
     """
     yield
     left = list(openai_clients)

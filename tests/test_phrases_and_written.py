@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import dspy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,6 +37,7 @@ from dspy_greater.search.written import instruction_in, propose_written, writes
 from dspy_greater.settings import Settings
 
 ROWS = planted_rows(8)
+ANSWERS_ONLY = "Write the instruction for this task."  # how a request that says nothing of mistakes ends
 
 
 class Writer(ScriptedEngine):
@@ -45,7 +47,7 @@ class Writer(ScriptedEngine):
         self.asked: list[str] = []
 
         def write(prompt: str) -> str:
-            if "Write a better one" not in prompt:
+            if "Write a better one" not in prompt and ANSWERS_ONLY not in prompt:
                 return obedient_script(prompt)
             self.asked.append(prompt)
             return texts[(len(self.asked) - 1) % len(texts)]
@@ -54,13 +56,21 @@ class Writer(ScriptedEngine):
 
 
 def before_a_step(
-    engine: Any = None, instruction: str = SEED, *, position: int = 0, step: int = 0, fixed: str = "", **knobs: Any
+    engine: Any = None,
+    instruction: str = SEED,
+    *,
+    position: int = 0,
+    step: int = 0,
+    fixed: str = "",
+    objective: tuple[str, list[Any], Any] = ("answer", ROWS, exact_match),
+    **knobs: Any,
 ) -> StepContext:
     program = program_on(engine or planted_engine(), instruction=instruction)
     [site] = predictors_of(program)
     settings = Settings(**knobs)
+    field, rows, metric = objective
     evaluator = Evaluator(
-        Objective(program, site, "answer", ROWS, RowMetric(exact_match), fixed=fixed),
+        Objective(program, site, field or None, rows, RowMetric(metric), fixed=fixed),
         engine=site.lm.engine.engine,
         settings=settings,
     )
@@ -133,17 +143,40 @@ def test_a_phrase_leaves_the_fixed_text_and_the_longest_length() -> None:
 # --- whole instructions
 
 
-def test_the_model_is_shown_the_instruction_and_rows_that_went_wrong_first() -> None:
+def test_of_two_requests_one_shows_the_instruction_and_rows_that_went_wrong_first() -> None:
     engine = Writer("List and count.")
-    at = before_a_step(engine, written=3)
+    at = before_a_step(engine, written=6)
     propose_written(at)
-    assert len(engine.asked) == 3
     wrong = [row for row in at.current.rows if row.score < 1.0]
     assert wrong
-    for prompt in engine.asked:
+    about_mistakes = [each for each in engine.asked if ANSWERS_ONLY not in each]
+    assert len(engine.asked) == 6 and about_mistakes == engine.asked[1::2]
+    for prompt in about_mistakes:
         assert f"Instruction: {SEED}" in prompt and prompt.count("Right answer: ") == 3
         assert any(str(row.inputs["question"]) in prompt for row in wrong)
-    assert len(set(engine.asked)) == 3
+    assert len(set(engine.asked)) == 6
+
+
+def test_the_other_shows_right_answers_alone_behind_other_tasks_with_their_instructions() -> None:
+    engine = Writer("List and count.")
+    at = before_a_step(engine, written=5)
+    propose_written(at)
+    about_answers = [each for each in engine.asked if ANSWERS_ONLY in each]
+    assert about_answers == engine.asked[::2] and len(set(about_answers)) == 3
+    for prompt in about_answers:
+        *lessons, own = prompt.split(ANSWERS_ONLY)[:-1]
+        assert len(lessons) == 3 and "such as (B)." in prompt and "positive or negative." in prompt
+        shown = [row for row in at.current.rows if str(row.inputs["question"]) in own]
+        assert len(shown) == 4 and all(f"Right answer: {ROWS[row.row].answer}" in own for row in shown)
+        assert SEED not in prompt and "It wrote: " not in prompt
+
+
+def test_without_right_answers_every_request_is_about_mistakes() -> None:
+    engine = Writer("List and count.")
+    rows = [dspy.Example(question=row.question).with_inputs("question") for row in ROWS]
+    at = before_a_step(engine, written=4, objective=("", rows, lambda example, prediction, trace=None: 0.5))
+    propose_written(at)
+    assert len(engine.asked) == 4 and not any(ANSWERS_ONLY in each for each in engine.asked)
 
 
 def test_what_it_writes_becomes_a_candidate_only_where_it_can_be_deployed_and_is_new() -> None:
@@ -196,6 +229,16 @@ def test_a_written_instruction_that_is_better_is_taken_and_the_search_goes_on_fr
     assert first.chosen.score > result.seed.score
     assert edit_of(first) == f"{SEED!r} -> 'Now {BEST} and add.'"
     assert result.origin == "written" or instruction_of(better) != first.chosen.instruction
+
+
+def test_while_one_is_taken_the_next_step_asks_again_from_where_that_one_led() -> None:
+    engine = Writer("Maybe look here.", f"Now {BEST} and add.", "Hurry and guess.", "Guess.", "Look.", "See.")
+    first, second, third = compiled(engine, steps=3, written=2).detailed_results.predictors[0].steps
+    assert first.chosen.instruction == f"Now {BEST} and add."
+    assert {each.origin for each in second.candidates} == {"written"}
+    assert f"Instruction: Now {BEST} and add." in engine.asked[3] and len(engine.asked) == 4
+    assert second.chosen.instruction == first.chosen.instruction
+    assert "written" not in {each.origin for each in third.candidates}
 
 
 def test_where_the_written_ones_are_worse_the_search_stays_at_its_position() -> None:

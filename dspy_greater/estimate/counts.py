@@ -14,12 +14,12 @@ from dspy_greater.run.estimate import Cost
 from dspy_greater.search.default_step import WRITTEN_TRIED
 from dspy_greater.search.phrases import LONGEST
 from dspy_greater.search.prices import KINDS, Glance, affordable_glance
-from dspy_greater.search.written import EVERY, EXAMPLES, ROOM
+from dspy_greater.search.written import ANSWERED, EVERY, EXAMPLES, ROOM
 from dspy_greater.settings import Settings
 from dspy_greater.stats import mean
 
-_REQUEST = 220  # tokens of a request for whole instructions, without its examples
-_ANSWERED = 0.5  # of the tokens that such a request leaves, the part that is written
+_FROM_MISTAKES, _FROM_ANSWERS = 220, 340  # tokens of a request for a whole instruction, without its rows
+_USED = 0.5  # of the tokens that such a request leaves, the part that is written
 _DRAFTED = 0.7  # of the decoding steps are left where earlier rows are drafts,
 _IN_VAIN = 0.5  # of which so much is read in vain
 
@@ -117,8 +117,10 @@ class Counts:
         """Whole instructions, written by the model, and their forecasts."""
         settings, speed = self.sizes.settings, self.measured.speed
         _, own = prompt_lengths(self.reasoned.runs)
-        read = settings.written * (_REQUEST + EXAMPLES * (own + self.reasoned.written))
-        longest = _ANSWERED * (settings.max_instruction_tokens + ROOM)
+        mistakes, answers = settings.written // 2, -(-settings.written // 2)
+        read = mistakes * (_FROM_MISTAKES + EXAMPLES * (own + self.reasoned.written))
+        read += answers * (_FROM_ANSWERS + ANSWERED * own)
+        longest = _USED * (settings.max_instruction_tokens + ROOM)
         written = settings.written * longest
         seconds = speed.read * read + speed.writing(settings.written, longest, written)
         return Cost(0, read, 0.0, written, seconds) + self._forecast(seen, 1, settings.written)

@@ -1,14 +1,17 @@
-"""Instructions that the model writes itself, whole: asked with examples, and with what it got wrong.
+"""Instructions that the model writes itself, whole: asked with right answers, and with what it got wrong.
 
 A token at a time, a search stays near where it began. The model whose instruction is optimised knows the language of
-its task, so it is asked for other instructions now and then. What it writes is a candidate like any edit: it is
-forecast on the reasonings at hand, and reasons for itself. The gradient has nothing to say of it.
+its task, so it is asked for other instructions now and then, in two ways in turn. From right answers alone it says
+what is asked for and in which form; other tasks with their instructions come first, because a small model repeats a
+request that comes without. From its mistakes it says what to do better. What it writes is a candidate like any edit:
+it is forecast on the reasonings at hand, and reasons for itself. The gradient has nothing to say of it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from random import Random
 
 from dspy_greater.model.interface import GenerationRequest
@@ -19,10 +22,49 @@ from dspy_greater.search.state import ends_sentence
 from dspy_greater.search.step import StepContext
 
 EVERY = 10  # steps from one request to the next
-EXAMPLES = 3  # rows in a request, mistakes first
+EXAMPLES = 3  # rows in a request about mistakes, which come first
+ANSWERED = 4  # rows in a request about right answers
 _LONGEST = 400  # characters of a text in a request
 ROOM = 32  # tokens that a request leaves beside the instruction: a greeting, a cut sentence
 _TEMPERATURE, _TOP_P = 0.8, 0.95
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """A task with an instruction for it, which says what to find out and how to write the answer."""
+
+    rows: tuple[str, str]
+    instruction: str
+
+
+# Each has another form of answer: a word of a few, a value, one of the options.
+_LESSONS = (
+    _Lesson(
+        (
+            "review: The soup was cold and the waiter rude.\nRight mood: negative",
+            "review: We will certainly come again!\nRight mood: positive",
+        ),
+        "Decide whether the guest was content. Answer with the one word positive or negative.",
+    ),
+    _Lesson(
+        (
+            "question: A train leaves at 14:30 and needs 45 minutes. When does it arrive?\nRight answer: 15:15",
+            "question: A bus leaves at 09:50 and needs 20 minutes. When does it arrive?\nRight answer: 10:10",
+        ),
+        "Add the minutes to the time of departure step by step, and carry over at 60. Answer with the time alone, "
+        "such as 15:15.",
+    ),
+    _Lesson(
+        (
+            "question: Which is the heaviest? (A) a cat (B) a cow (C) a mouse\nRight answer: (B)",
+            "question: Which is the longest? (A) a river (B) a pond (C) a puddle\nRight answer: (A)",
+        ),
+        "Compare the options with each other one after the other. Answer with the letter of the right option in "
+        "brackets, such as (B).",
+    ),
+)
 
 # What the requests of one step ask for besides, in turn: the same words would come back otherwise.
 _ACCENTS = (
@@ -34,8 +76,9 @@ _ACCENTS = (
 
 
 def writes(at: StepContext) -> bool:
-    """Whether the step asks for whole instructions: the first one, and every tenth."""
-    return at.settings.written > 0 and at.state.step % EVERY == 0 and any(row.inputs for row in at.current.rows)
+    """Whether the step asks for whole instructions: the first, every tenth, and again while one of them is taken."""
+    due = at.state.replaced or at.state.step % EVERY == 0
+    return at.settings.written > 0 and due and any(row.inputs for row in at.current.rows)
 
 
 def propose_written(at: StepContext) -> tuple[Edit, ...]:
@@ -70,21 +113,38 @@ def instruction_in(answer: str) -> str:
     return text[: ends[-1]] if ends else text
 
 
-def _requests(at: StepContext, random: Random) -> list[list[dict[str, str]]]:
-    """As many as are asked for, each with rows of its own."""
+def _requests(at: StepContext, random: Random) -> list[list[Message]]:
+    """As many as are asked for, each with rows of its own; from right answers and from mistakes in turn."""
     called = [row for row in at.current.rows if row.inputs]
-    found: list[list[dict[str, str]]] = []
+    answered = [row for row in called if at.evaluator.examples.labels(row)]
+    found: list[list[Message]] = []
     for number in range(at.settings.written):
-        shuffled = random.sample(called, len(called))
-        rows = sorted(shuffled, key=lambda row: row.score)[:EXAMPLES]
-        content = _request(at, rows, _ACCENTS[number % len(_ACCENTS)])
-        found.append([{"role": "user", "content": content}])
+        if answered and number % 2 == 0:
+            found.append(_from_answers(at, answered, random))
+        else:
+            accent = _ACCENTS[(number // 2 if answered else number) % len(_ACCENTS)]
+            found.append([_from_mistakes(at, called, accent, random)])
     return found
 
 
-def _request(at: StepContext, rows: Sequence[RowOutcome], accent: str) -> str:
+def _from_answers(at: StepContext, answered: Sequence[RowOutcome], random: Random) -> list[Message]:
+    """Other tasks with their instructions, in an order of their own, and then the rows of this one."""
+    messages: list[Message] = []
+    for lesson in random.sample(_LESSONS, len(_LESSONS)):
+        messages += [_user(_ask(lesson.rows)), {"role": "assistant", "content": lesson.instruction}]
+    rows = random.sample(answered, min(ANSWERED, len(answered)))
+    return [*messages, _user(_ask([_shown(at, row, mistakes=False) for row in rows]))]
+
+
+def _ask(rows: Sequence[str]) -> str:
+    return "\n\n".join([*rows, "Write the instruction for this task."])
+
+
+def _from_mistakes(at: StepContext, called: Sequence[RowOutcome], accent: str, random: Random) -> Message:
+    """The current instruction, and rows that went wrong under it first."""
+    rows = sorted(random.sample(called, len(called)), key=lambda row: row.score)[:EXAMPLES]
     shown = "\n\n".join(_shown(at, row) for row in rows)
-    return (
+    return _user(
         "An assistant follows the instruction below. Write a better one.\n\n"
         f"Instruction: {at.current.instruction}\n\n"
         f"What it was given, and what would have been right:\n\n{shown}\n\n"
@@ -93,10 +153,14 @@ def _request(at: StepContext, rows: Sequence[RowOutcome], accent: str) -> str:
     )
 
 
-def _shown(at: StepContext, row: RowOutcome) -> str:
+def _user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def _shown(at: StepContext, row: RowOutcome, *, mistakes: bool = True) -> str:
     """An example: inputs, what was reasoned where that went wrong, and the right answer where there is one."""
     lines = [f"{name}: {_shortened(value)}" for name, value in row.inputs.items()]
-    if row.score < 1.0:
+    if mistakes and row.score < 1.0:
         lines += [f"It wrote: {_shortened(text)}" for text in row.written.values() if text]
     labels = at.evaluator.examples.labels(row)
     return "\n".join([*lines, *(f"Right {name}: {_shortened(text)}" for name, text in labels.items())])

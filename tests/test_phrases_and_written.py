@@ -27,11 +27,12 @@ from dspy_greater import GReaTerTeleprompter
 from dspy_greater.metric import RowMetric
 from dspy_greater.model.plain import PlainModel
 from dspy_greater.objective.evaluator import Evaluator, Objective
+from dspy_greater.objective.types import Evaluation
 from dspy_greater.program.predictors import predictors_of
 from dspy_greater.run.log import edit_of
 from dspy_greater.search.edits import Edit
 from dspy_greater.search.phrases import mean_likelihoods, propose_phrases
-from dspy_greater.search.state import begin
+from dspy_greater.search.state import SearchState, advance, begin
 from dspy_greater.search.step import StepContext
 from dspy_greater.search.written import instruction_in, propose_written, writes
 from dspy_greater.settings import Settings
@@ -231,7 +232,7 @@ def test_a_written_instruction_that_is_better_is_taken_and_the_search_goes_on_fr
     assert result.origin == "written" or instruction_of(better) != first.chosen.instruction
 
 
-def test_while_one_is_taken_the_next_step_asks_again_from_where_that_one_led() -> None:
+def test_while_it_makes_mistakes_fewer_the_next_step_asks_again_from_where_that_led() -> None:
     engine = Writer("Maybe look here.", f"Now {BEST} and add.", "Hurry and guess.", "Guess.", "Look.", "See.")
     first, second, third = compiled(engine, steps=3, written=2).detailed_results.predictors[0].steps
     assert first.chosen.instruction == f"Now {BEST} and add."
@@ -239,6 +240,18 @@ def test_while_one_is_taken_the_next_step_asks_again_from_where_that_one_led() -
     assert f"Instruction: Now {BEST} and add." in engine.asked[3] and len(engine.asked) == 4
     assert second.chosen.instruction == first.chosen.instruction
     assert "written" not in {each.origin for each in third.candidates}
+
+
+def test_a_lower_loss_alone_is_no_reason_to_ask_again() -> None:
+    [result] = compiled(Writer(f"Now {BEST} and add."), steps=1).detailed_results.predictors
+    state, [step] = begin(result.seed, Settings()), result.steps
+
+    def after(chosen: Evaluation) -> SearchState:
+        return advance(state, replace(step, chosen=chosen), (), Settings(), lambda ids: range(len(ids)))
+
+    assert after(step.chosen).rewriting_pays
+    alike = replace(step.chosen, score=result.seed.score, objective=result.seed.objective)
+    assert after(alike).current.instruction == step.chosen.instruction and not after(alike).rewriting_pays
 
 
 def test_where_the_written_ones_are_worse_the_search_stays_at_its_position() -> None:

@@ -8,9 +8,9 @@ Each stage is dearer and more faithful than the one before, and fewer candidates
     evaluate            reasonings of their own                                generation
 
 The first three look at the next few positions, the last at the one of them that promises most. While forecasts do not
-come true, some steps leave gradient and forecast out and try edits by chance (`exploration`). The first step, every
-tenth, and the one behind a step that took one, ask the model for whole instructions instead (`written`), which pass the
-last two gates.
+come true, some steps leave gradient and forecast out and try edits by chance (`exploration`). The first step and every
+tenth ask the model for whole instructions instead (`written`), and so does the next while that makes mistakes fewer.
+They pass the last two gates.
 """
 
 from __future__ import annotations

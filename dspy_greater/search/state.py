@@ -69,7 +69,7 @@ class SearchState:
     fixed: str = ""  # the leading text of the instruction that may not change
     unchanged: int = 0
     predictions: tuple[tuple[float, tuple[float, float]], ...] = ()  # (predicted, realised) of what was tried
-    replaced: bool = False  # the last step took another instruction altogether
+    rewriting_pays: bool = False  # the last step took another instruction altogether, which makes fewer mistakes
 
     def finished(self, settings: Settings) -> bool:
         """Whether all steps are taken, or a budget is spent."""
@@ -128,7 +128,7 @@ def advance(
         usage=state.usage.after(step.spent, step.seconds),
         unchanged=0 if further else state.unchanged + 1,
         predictions=(*state.predictions, *step.predictions)[-_RECENT:],
-        replaced=rewritten and chosen.instruction != state.current.instruction,
+        rewriting_pays=rewritten and chosen.score > state.current.score,
     )
 
 

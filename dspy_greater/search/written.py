@@ -76,8 +76,8 @@ _ACCENTS = (
 
 
 def writes(at: StepContext) -> bool:
-    """Whether the step asks for whole instructions: the first, every tenth, and again while one of them is taken."""
-    due = at.state.replaced or at.state.step % EVERY == 0
+    """Whether the step asks for whole instructions: the first, every tenth, and again while mistakes get fewer."""
+    due = at.state.rewriting_pays or at.state.step % EVERY == 0
     return at.settings.written > 0 and due and any(row.inputs for row in at.current.rows)
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import dspy
+
 from dspy_greater.metric import RowMetric, refuse_useless_metric
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.inputs import shortened
-from dspy_greater.program.rollout import Rollout, Running, roll_out, searching_copy
+from dspy_greater.program.rollout import Rollout, Running, plain, roll_out, searching_copy
+
+_TELLING = 8  # rows
 
 
 def validation_scores(
@@ -50,6 +54,27 @@ def validation_scores(
             RuntimeWarning,
         )
     return [tuple(each.score for each in group) for group in rollouts]
+
+
+def warn_of_one_answer(rows: Sequence[Any], runs: Sequence[Rollout]) -> None:
+    """Warn where a program gives all rows one answer while their gold values differ: its score is that value's share.
+
+    Args:
+        rows: the validation rows; fewer than eight may have one answer by chance, and say nothing.
+        runs: the program's runs on them.
+    """
+    predictions = [each.prediction for each in runs if isinstance(each.prediction, dspy.Prediction)]
+    for name in {str(name): None for row in rows for name in row.labels()}:
+        golds = [repr(plain(row.labels()[name])) for row in rows if name in row.labels()]
+        given = [repr(plain(each[name])) for each in predictions if name in each]
+        if len(given) == len(golds) >= _TELLING and len(set(golds)) > 1 and len(set(given)) == 1:
+            answer = shortened(plain(predictions[0][name]))
+            warn_caller(
+                f"The program that was found answers all {len(given)} validation rows with {answer} in the field "
+                f"`{name}`, while their gold values differ. Its score says how common that answer is among them, and "
+                "nothing of other rows; give rows with other answers, or a metric that weighs each answer alike.",
+                RuntimeWarning,
+            )
 
 
 def winner(scores: Sequence[float] | Sequence[tuple[float, ...]]) -> int:

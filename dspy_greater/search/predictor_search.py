@@ -13,7 +13,7 @@ from dspy_greater.notices import warn_caller
 from dspy_greater.objective.evaluator import Evaluator, Objective
 from dspy_greater.program.rollout import Rollout
 from dspy_greater.program.roundtrip import round_trip
-from dspy_greater.program.validation import validation_scores, winner
+from dspy_greater.program.validation import validation_scores, warn_of_one_answer, winner
 from dspy_greater.report.result import PredictorResult
 from dspy_greater.run.events import SearchStarted, StepTaken, Validated
 from dspy_greater.run.journal import Journal
@@ -234,6 +234,8 @@ class PredictorSearch:
         self._evaluator.count([each for group in runs for each in group])
         scores = [mean(each) for each in subscores]
         best = winner(scores)
+        if best > 0:
+            warn_of_one_answer(problem.validation, runs[best])
         spent = self._evaluator.spent(before)
         spent["runs"] = len(texts) * len(problem.validation)
         return Validated(

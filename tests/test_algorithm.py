@@ -62,6 +62,7 @@ def instruction_of_step(details: Any, index: int) -> str:
 # ---- a planted optimum
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_planted_word_is_found_within_one_round(seed: int) -> None:
     better = compiled(seed, steps=4)
@@ -140,6 +141,7 @@ def positions(program: Any) -> list[int]:
     return [step.position for step in program.detailed_results.steps]
 
 
+@pytest.mark.slow
 def test_no_step_is_spent_on_a_position_that_cannot_be_edited() -> None:
     program = program_on(planted_engine(), instruction="Look\n  here now.")
     better = optimizer(steps=6, train_rows=4).compile(program, ROWS[:4], valset=ROWS[4:8])
@@ -171,6 +173,7 @@ def test_an_instruction_at_its_longest_starts_over_instead_of_growing() -> None:
     assert positions(better) == [0, 1, 0, 1, 0]
 
 
+@pytest.mark.slow
 def test_every_step_that_has_candidates_records_what_it_cost() -> None:
     for step in compiled(steps=3).detailed_results.steps:
         assert step.spent["forwards"] > 0

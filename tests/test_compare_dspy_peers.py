@@ -320,6 +320,7 @@ def two_steps() -> Any:
     return TwoSteps()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in TEXTUAL if name != "simba"])
 def test_a_program_of_two_predictors_is_optimised_whole(name: str, tmp_path: Path) -> None:
     arena = Arena(tmp_path)
@@ -376,6 +377,7 @@ def test_textgrad_asks_as_its_own_engines_do_unless_the_proposer_has_settings(tm
     assert arena.proposer.settings[0] == (0.7, 50)
 
 
+@pytest.mark.slow
 def test_an_adapter_whose_library_is_missing_costs_only_its_own_row() -> None:
     code = """
 import sys

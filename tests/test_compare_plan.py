@@ -59,6 +59,7 @@ def test_the_task_on_which_instructions_matter_most_comes_first() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_screening_reads_training_rows_alone_and_goes_on_where_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

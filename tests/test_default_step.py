@@ -111,6 +111,7 @@ def planted_search(engine: Any, seed: int) -> Any:
     return optimizer(steps=3, train_rows=8, seed=seed).compile(program_on(engine), ROWS[:8], valset=ROWS[8:12])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_the_planted_word_is_found_within_one_round(seed: int) -> None:
     better = planted_search(planted_engine(), seed)
@@ -118,6 +119,7 @@ def test_the_planted_word_is_found_within_one_round(seed: int) -> None:
     assert (better.detailed_results.seed_score, better.score) == (0.0, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_a_model_that_proposes_other_words_is_made_to_obey_too(seed: int) -> None:
     better = planted_search(planted_engine(seed=seed), seed)
@@ -189,6 +191,7 @@ def test_the_best_forecasts_are_tried() -> None:
     assert sorted(each.forecast for each in tried(step)) == passed[:3]
 
 
+@pytest.mark.slow
 def test_of_the_next_positions_it_takes_the_one_that_promises_most() -> None:
     objective, state, settings = searching(positions_ahead=3)
     here = sorted(objective.layout.edits.positions(state.current.token_ids))[1:4]
@@ -339,6 +342,7 @@ def test_chance_differs_from_step_to_step_and_with_the_seed() -> None:
     assert len(picked) > 4 and len(set(picked)) > 3
 
 
+@pytest.mark.slow
 def test_nothing_that_was_tried_is_tried_again() -> None:
     objective, state, settings = searching()
     seen: list[str] = []

@@ -52,6 +52,7 @@ def test_a_dry_run_searches_nothing_and_writes_nothing(tmp_path: Path) -> None:
     assert found.probe.runs <= 8 * 4 and found.probe.seconds > 0
 
 
+@pytest.mark.slow
 def test_runs_of_the_program_are_told_exactly_where_every_step_tries_one_candidate() -> None:
     sizes = {"steps": 5, "written": 0, "train_rows": len(TRAIN), "finalists": 3}
     found = told(selections=1, **sizes)
@@ -178,6 +179,7 @@ def test_an_estimate_is_corrected_by_the_first_steps(caplog: pytest.LogCaptureFi
     assert looking(step(0)).corrected() is None
 
 
+@pytest.mark.slow
 def test_a_search_logs_its_estimate_first_and_finds_the_same(caplog: pytest.LogCaptureFixture) -> None:
     def run() -> str:
         engine = planted_engine()

@@ -19,6 +19,7 @@ ROWS = [dspy.Example(question=str(number), answer=f"a{number}").with_inputs("que
 VALIDATION, TRAIN = ROWS[::6], [row for number, row in enumerate(ROWS) if number % 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

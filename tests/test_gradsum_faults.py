@@ -170,6 +170,7 @@ def too_long(asked: Asked) -> Any:
     return program_script(asked)
 
 
+@pytest.mark.slow
 def test_a_row_that_the_model_cannot_take_scores_nothing_and_blames_no_prompt() -> None:
     better = optimizer(iterations=6).compile(program(too_long), TRAIN, valset=VALIDATION)
     failed = [
@@ -193,6 +194,7 @@ def test_a_candidate_that_the_model_cannot_take_is_only_a_bad_one() -> None:
     assert [each.score for each in better.detailed_results.iterations[0].compared][1] == (0.0,)
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_during_the_run_is_an_error_and_the_run_goes_on_later(tmp_path: Path) -> None:
     def dying(asked: Asked) -> Any:
         if len(task.engine.asked) > 40:
@@ -337,6 +339,7 @@ def told(better: Any) -> Any:
     return details.iterations, details.finalists, details.validation, details.winner, details.spent_by_module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path: Path, number: int) -> None:
     with pytest.raises(Killed):
@@ -350,6 +353,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path: Path, number: int)
     assert asked[0] < asked[1]
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_of_an_iteration_loses_that_iteration_only(tmp_path: Path) -> None:
     def tired(asked: Asked) -> Any:
         if len(editor.engine.asked) > 2:  # the second iteration's

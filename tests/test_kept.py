@@ -87,6 +87,7 @@ def raising(error: BaseException, unless: str = SEED) -> Any:
     return then
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [
@@ -106,6 +107,7 @@ def test_a_candidate_whose_code_fails_on_every_row_is_only_a_bad_one(error: Base
     assert all(row.error and row.error.startswith(type(error).__name__) for each in tried for row in each.rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [
@@ -143,6 +145,7 @@ def test_a_candidate_that_no_language_model_answers_is_only_a_bad_one(
     assert len(asked) == 4 + 4 * tried + probes + 4 * len(details.predictors[0].validation) + again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", ["I would rather not.", ""])
 def test_a_candidate_whose_answers_never_parse_is_only_a_bad_one(answer: str) -> None:
     better = compiled(
@@ -157,6 +160,7 @@ def test_a_candidate_whose_answers_never_parse_is_only_a_bad_one(answer: str) ->
     assert len(better.detailed_results.steps) == 3 and better.detailed_results.stopped_by is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [None, "good", KeyError("note"), float("nan"), SystemExit(2)], ids=repr)
 def test_a_candidate_that_the_metric_cannot_score_is_only_a_bad_one(value: Any) -> None:
     """It returns what is no score, or raises, for every answer of the candidates."""
@@ -405,6 +409,7 @@ def test_a_step_that_cannot_be_recorded_returns_the_best_so_far(monkeypatch: pyt
     assert len(better.detailed_results.steps) == 2 and better.score == 1.0
 
 
+@pytest.mark.slow
 def test_a_validation_that_cannot_be_recorded_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     error = GreaterError("a field holds a value of another type")
     monkeypatch.setattr(Journal, "append", failing_at(3, error, Journal.append))
@@ -442,6 +447,7 @@ def test_a_journal_or_a_bar_that_cannot_be_closed_does_not_cost_the_program(
     assert better.score == 1.0
 
 
+@pytest.mark.slow
 def test_a_first_interrupt_after_the_validation_returns_what_was_validated() -> None:
     def listener(event: Any) -> None:
         if isinstance(event, Validated):
@@ -497,6 +503,7 @@ def on_validation_rows(error: BaseException) -> Any:
     return metric
 
 
+@pytest.mark.slow
 def test_a_metric_that_fails_on_all_validation_rows_leaves_what_was_found_in_the_error() -> None:
     with pytest.raises(
         UnvalidatedError, match="(?s)in the validation.*MetricError: The metric failed on all 4"
@@ -579,6 +586,7 @@ class Router(dspy.Module):
         return (self.rare if self.word in question and not changed else self.usual)(question=question)
 
 
+@pytest.mark.slow
 def test_a_predictor_that_is_never_called_is_known_before_the_first_search_and_costs_nothing(tmp_path: Path) -> None:
     heard: list[Any] = []
     engine = engine_that()
@@ -612,6 +620,7 @@ def test_a_predictor_that_comes_first_and_is_never_called_is_passed_over(tmp_pat
     assert sum(engine.batches) == 4 + 4 + 4 + 8  # its turn and the next one's, a candidate, two finalists
 
 
+@pytest.mark.slow
 def test_a_predictor_that_is_no_longer_called_under_what_was_found_before_it_is_passed_over() -> None:
     with pytest.warns(UserWarning, match=r"`rare\.predict` was not called on any of the 4 training rows\. It keeps"):
         better = compiled(Router(engine_that(), "one"), steps=1, selections=30)
@@ -692,6 +701,7 @@ def test_where_the_first_optimizer_found_nothing_either_the_error_is_raised(monk
         compile_warm(SEED)
 
 
+@pytest.mark.slow
 def test_what_the_second_found_takes_part_though_its_own_validation_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     import dspy_greater.search.predictor_search as predictor_search
 
@@ -703,6 +713,7 @@ def test_what_the_second_found_takes_part_though_its_own_validation_failed(monke
     assert len(better.candidate_programs) == 3
 
 
+@pytest.mark.slow
 def test_a_last_comparison_that_fails_leaves_what_was_found_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     import dspy_greater.search.warm_start as warm_start
 

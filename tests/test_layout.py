@@ -343,6 +343,7 @@ def test_a_supervised_sequence_is_the_joint_tokenisation(adapter: str, kind: str
     assert supervised.reasoning.stop <= supervised.answer.start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize(
     "fields", ["question -> reasoning, answer", "question -> answer", "question -> a, b, answer, c"]

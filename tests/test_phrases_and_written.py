@@ -274,6 +274,7 @@ def test_the_papers_variant_knows_neither() -> None:
     assert {each.origin for each in step.candidates} == {"token"}
 
 
+@pytest.mark.slow
 def test_a_run_with_phrases_and_written_instructions_is_resumed_bit_by_bit(tmp_path: Any) -> None:
     def steps(log_dir: Any, count: int) -> list[Any]:
         found = compiled(planted_engine(), steps=count, log_dir=log_dir).detailed_results

@@ -55,6 +55,7 @@ def solved_independently(task: str, question: str) -> str:
     return "Yes" if place == 0 else "No"
 
 
+@pytest.mark.slow
 @given(TASK, SEED)
 @settings(max_examples=400, deadline=None)
 def test_the_reasoning_of_a_generated_row_ends_in_its_right_answer(task: str, seed: int) -> None:

@@ -196,6 +196,7 @@ def test_a_metric_that_is_nan_on_every_row_is_useless_and_refused(engine: Any) -
         compile_with(engine, metric=lambda example, prediction, trace=None: float("nan"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [lambda hit: dspy.Prediction(score=hit), np.bool_, np.float32, float, int])
 def test_a_metric_may_return_any_kind_of_number(engine: Any, wrap: Any) -> None:
     def metric(example: Any, prediction: Any, trace: Any = None) -> Any:

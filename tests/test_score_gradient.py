@@ -156,6 +156,7 @@ def test_a_beginning_that_is_shared_and_read_once_changes_nothing(kind: Any) -> 
     assert engine.counters.prefilled_tokens < tokens - 6 * 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("term", TERMS)
 @pytest.mark.parametrize("alike", [0, 30])

@@ -112,6 +112,7 @@ def test_no_request_leaves_the_page(tmp_path: Path) -> None:
         assert heard and heard[0].startswith(b"GET /x ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS)
 def test_nothing_sticks_out_at_any_width_whatever_is_on_the_page(width: int, tmp_path: Path) -> None:
     opened = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", hostile(1))

@@ -291,6 +291,7 @@ def test_a_walk_to_where_nothing_is_finite_ends_at_the_best_and_not_with_an_erro
     assert back(failing).failed_steps == SETTINGS.max_failed_steps
 
 
+@pytest.mark.slow
 @given(seed=instructions, history=histories)
 @quick
 def test_replaying_with_returns_gives_the_same_states(

@@ -53,6 +53,7 @@ def test_calls_go_to_the_least_busy_server(one: StandIn, other: StandIn) -> None
     assert len(one.asked) > len(other.asked) + 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["die", "500", "429", "html", "garbage"])
 def test_a_server_that_fails_is_left_out_and_taken_back(fault: Fault, one: StandIn, other: StandIn) -> None:
     with FaultProxy(other.url, between(0, 6, fault)).serving() as proxy:

@@ -180,6 +180,7 @@ def test_a_handler_of_the_callers_is_called_first_and_what_it_raises_ends_the_se
         compiled(callbacks=[at(StepTaken, 0, terminate)])
 
 
+@pytest.mark.slow
 @on_posix
 @pytest.mark.usefixtures("handler")
 def test_who_ignores_sigterm_goes_on_ignoring_it() -> None:
@@ -237,6 +238,7 @@ def test_a_stop_file_that_was_there_before_takes_no_step_says_so_and_is_removed(
     assert found(compiled(steps=4, log_dir=tmp_path)) == found(compiled(steps=4))
 
 
+@pytest.mark.slow
 def test_a_stop_file_where_nothing_is_left_to_stop_is_only_removed(tmp_path: Path) -> None:
     whole = compiled(log_dir=tmp_path, callbacks=[at(Validated, 0, (tmp_path / "STOP").touch)])
     assert whole.detailed_results.stopped_by is None and not (tmp_path / "STOP").exists()
@@ -316,6 +318,7 @@ class Clock:
         return self.now
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "steps"), [(0.5, 0), (1.0, 0), (1.5, 1), (3.0, 2), (100, 5)])
 def test_the_step_that_reaches_max_seconds_is_the_last(
     limit: float, steps: int, monkeypatch: pytest.MonkeyPatch
@@ -346,6 +349,7 @@ def test_a_resumed_run_counts_the_seconds_that_were_recorded_and_more_of_them_le
     assert found(compiled(steps=5, log_dir=tmp_path)) == found(compiled(steps=5))
 
 
+@pytest.mark.slow
 def test_the_first_predictors_validation_counts_for_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("dspy_greater.search.loop.time", "dspy_greater.search.predictor_search.time"):
         monkeypatch.setattr(module, Clock())

@@ -212,6 +212,7 @@ def test_the_result_tells_scores_rows_and_cost(engine: Any) -> None:
     assert sum(step.spent["generated_tokens"] for step in details.steps) < spent.generated_tokens
 
 
+@pytest.mark.slow
 def test_the_cost_is_told_by_phase_and_adds_up(engine: Any) -> None:
     details = compiled(engine, steps=3).detailed_results
     phases = details.spent_by_phase
@@ -426,6 +427,7 @@ def test_every_adapter_and_type_is_searched_with_and_without_demonstrations(
     assert better.predictors()[0].demos == program.predictors()[0].demos
 
 
+@pytest.mark.slow
 def test_an_extractor_of_the_users_own_changes_the_loss_and_not_the_deployed_program(engine: Any) -> None:
     plain, own = compiled(engine), compiled(engine, extractor="\n\nSo the answer is ")
     losses = [each.detailed_results.predictors[0].seed.cross_entropy for each in (plain, own)]
@@ -534,6 +536,7 @@ def test_the_budget_counts_all_models_and_all_predictors() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_predictor_under_two_names_is_optimised_once(engine: Any) -> None:
     class Twice(dspy.Module):
         def __init__(self) -> None:
@@ -559,6 +562,7 @@ def test_a_bare_predict_without_reasoning_is_optimised_too() -> None:
     assert better.detailed_results.predictors[0].name == "self"
 
 
+@pytest.mark.slow
 def test_where_nothing_is_reasoned_and_some_answers_are_right_the_gold_answers_tell_candidates_apart() -> None:
     engine = ScriptedEngine(lambda prompt: obedient_script(prompt).split("\n\n", 1)[1], model=planted_engine().model)
     program = dspy.Predict(dspy.Signature("question -> answer", "Add it now."))

@@ -104,6 +104,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, package: str) -> Callable[..., Sta
     return put
 
 
+@pytest.mark.slow
 def test_a_run_has_parameters_a_metric_a_step_and_the_report(package: str, stand_in: Callable[..., StandIn]) -> None:
     found = stand_in()
     better = compiled(**{f"use_{package}": True})
@@ -118,6 +119,7 @@ def test_a_run_has_parameters_a_metric_a_step_and_the_report(package: str, stand
     assert found.ended == ["FINISHED" if package == "mlflow" else 0]
 
 
+@pytest.mark.slow
 def test_a_run_directory_gives_the_best_program_as_well(
     package: str, stand_in: Callable[..., StandIn], tmp_path: Path
 ) -> None:
@@ -127,6 +129,7 @@ def test_a_run_directory_gives_the_best_program_as_well(
     assert instruction_of(better) in json.dumps(json.loads(found.artifacts["best_program.json"]), ensure_ascii=False)
 
 
+@pytest.mark.slow
 def test_grad_sum_is_tracked_by_iterations(package: str, stand_in: Callable[..., StandIn]) -> None:
     found = stand_in()
     gradsum(iterations=2, **{f"use_{package}": True}).compile(program(), trainset=ROWS[:8], valset=ROWS[8:])

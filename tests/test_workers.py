@@ -164,6 +164,7 @@ def test_batches_are_even_and_follow_from_the_rows_alone() -> None:
 # --- workers that die
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["logprobs", "gradient", "next"])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_batch_of_a_worker_that_died_is_done_by_another(kind: str, count: int) -> None:

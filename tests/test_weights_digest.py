@@ -189,8 +189,7 @@ class Sealed(Tensor):
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten.detach.default:
             return cls(args[0].codes, args[0].scale, args[0].mode)
-        # Not work left to do: it stands for torchao's tensors, and this is what those raise for what they lack.
-        raise NotImplementedError(f"{function} is not for {cls.__name__}")
+        raise NotImplementedError(f"{function}: torchao's tensors refuse most operations with this very error")
 
 
 class Wrapped(Sealed):
@@ -219,8 +218,7 @@ class Packed(Tensor):
         name = getattr(function, "__name__", "")
         if name in ("__get__", "__set__", "detach", "untyped_storage", "requires_grad_", "__repr__", "numel", "size"):
             return super().__torch_function__(function, types, args, kwargs or {})
-        # Not work that is left to do: packed tensors raise this for nearly everything, and the digest has to bear it.
-        raise NotImplementedError(f"{name} is not for packed weights")
+        raise NotImplementedError(f"{name}: packed weights refuse nearly everything with this very error")
 
 
 def linear_with(weight: Tensor) -> torch.nn.Linear:

@@ -18,7 +18,7 @@ from dspy_greater.search.written import ANSWERED, EVERY, EXAMPLES, ROOM
 from dspy_greater.settings import Settings
 from dspy_greater.stats import mean
 
-_FROM_MISTAKES, _FROM_ANSWERS = 220, 340  # tokens of a request for a whole instruction, without its rows
+_FROM_MISTAKES, _FROM_ANSWERS = 220, 320  # tokens of a request for a whole instruction, without its rows
 _USED = 0.5  # of the tokens that such a request leaves, the part that is written
 _DRAFTED = 0.7  # of the decoding steps are left where earlier rows are drafts,
 _IN_VAIN = 0.5  # of which so much is read in vain

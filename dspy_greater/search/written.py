@@ -9,6 +9,7 @@ it is forecast on the reasonings at hand, and reasons for itself. The gradient h
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ _LESSONS = (
     ),
 )
 
-# What the requests of one step ask for besides, in turn: the same words would come back otherwise.
+# What requests about mistakes ask for besides, each for something else: the same words would come back otherwise.
 _ACCENTS = (
     "Name the steps to take, in order.",
     "Say what is easily got wrong.",
@@ -117,14 +118,13 @@ def _requests(at: StepContext, random: Random) -> list[list[Message]]:
     """As many as are asked for, each with rows of its own; from right answers and from mistakes in turn."""
     called = [row for row in at.current.rows if row.inputs]
     answered = [row for row in called if at.evaluator.examples.labels(row)]
-    found: list[list[Message]] = []
-    for number in range(at.settings.written):
-        if answered and number % 2 == 0:
-            found.append(_from_answers(at, answered, random))
-        else:
-            accent = _ACCENTS[(number // 2 if answered else number) % len(_ACCENTS)]
-            found.append([_from_mistakes(at, called, accent, random)])
-    return found
+    accents = itertools.cycle(random.sample(_ACCENTS, len(_ACCENTS)))
+    return [
+        _from_answers(at, answered, random)
+        if answered and number % 2 == 0
+        else [_from_mistakes(at, called, next(accents), random)]
+        for number in range(at.settings.written)
+    ]
 
 
 def _from_answers(at: StepContext, answered: Sequence[RowOutcome], random: Random) -> list[Message]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import dspy
 import pytest
+import scripted_gradsum
 from scripted_engine import (
     SEED,
     ScriptedEngine,
@@ -19,6 +20,7 @@ from scripted_engine import (
     planted_rows,
     program_on,
 )
+from scripted_text import Asked
 
 from dspy_greater.program.rollout import Rollout
 from dspy_greater.program.validation import warn_of_one_answer
@@ -78,6 +80,17 @@ def test_a_search_says_so_of_what_it_found() -> None:
     with pytest.warns(RuntimeWarning, match="all 8 validation rows with 'yes' in the field `answer`"):
         better = searched(always_yes)
     assert instruction_of(better) != SEED
+
+
+def test_grad_sum_says_so_too() -> None:
+    def script(asked: Asked) -> dict[str, Any]:
+        return {"reasoning": "I look.", "answer": "You see." if asked.instruction == scripted_gradsum.SEED else "a1"}
+
+    teacher = scripted_gradsum.optimizer(iterations=1, validation_rows=8, metric=scripted_gradsum.exact_match)
+    rows = scripted_gradsum.ROWS
+    with pytest.warns(RuntimeWarning, match="all 8 validation rows with 'a1' in the field `answer`"):
+        better = teacher.compile(scripted_gradsum.program(script), rows[8:], valset=rows[:8])
+    assert instruction_of(better) != scripted_gradsum.SEED
 
 
 def test_a_search_that_finds_reasoning_or_nothing_says_nothing() -> None:

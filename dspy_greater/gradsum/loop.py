@@ -19,6 +19,7 @@ from dspy_greater.gradsum.modules import Edit, EditUnaware, Summarise, WriteGrad
 from dspy_greater.gradsum.task import Prompts, Task
 from dspy_greater.metric import refuse_useless_metric
 from dspy_greater.notices import warn_caller
+from dspy_greater.program.rollout import Rollout
 from dspy_greater.run.events import IterationTaken, MemberEdited, Output, PromptsScored, TextGradient
 from dspy_greater.search.seed_run import SeedRun, check_seed_run, kept_as_they_are, refuse_nameless_inputs, unused_error
 
@@ -112,8 +113,8 @@ class Loop:
         self.uncalled = frozenset(uncalled)
         self._sites = {name: site for name, site in self._sites.items() if name not in self.uncalled}
 
-    def validate(self, finalists: Sequence[Prompts]) -> list[tuple[Output, ...]]:
-        """What prompts lead to on the validation rows, whatever is left of the budget.
+    def validate(self, finalists: Sequence[Prompts]) -> tuple[list[tuple[Output, ...]], list[tuple[Rollout, ...]]]:
+        """What prompts lead to on the validation rows and the runs behind it, whatever is left of the budget.
 
         Raises:
             JudgeError: the judge gave no usable verdict.
@@ -126,7 +127,8 @@ class Loop:
         validation = Evaluator(task, task.validation, self._asker, self._meter, floor=len(task.validation))
         outputs = validation.evaluate(finalists, range(len(task.validation)))
         refuse_useless_metric(*([output.error for output in each] for each in outputs), rows="validation rows")
-        return outputs
+        runs, count = validation.take_runs(), len(task.validation)
+        return outputs, [runs[start : start + count] for start in range(0, len(runs), count)]
 
     def _draw(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The rows of this iteration, the same whether or not the run was interrupted before it."""

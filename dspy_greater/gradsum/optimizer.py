@@ -22,8 +22,9 @@ from dspy_greater.gradsum.settings import GradSumKnobs, GradSumSettings
 from dspy_greater.gradsum.task import Options, Prompts, Task, pose
 from dspy_greater.metric import Metric
 from dspy_greater.notices import warn_caller
+from dspy_greater.program.rollout import Rollout
 from dspy_greater.program.roundtrip import saved, write_back
-from dspy_greater.program.validation import winner
+from dspy_greater.program.validation import warn_of_one_answer, winner
 from dspy_greater.report.file import ReportFile
 from dspy_greater.report.result import GradSumResult, what_stopped
 from dspy_greater.run.best import BestFile
@@ -265,8 +266,9 @@ class _Run:
         finalists += [prompts for prompts in loop.beam if prompts != task.seed_prompts]
         scores: list[tuple[float, ...]] = [(math.nan,)] * len(finalists)
         outputs: list[tuple[Output, ...]] = []
+        runs: list[tuple[Rollout, ...]] = []
         try:
-            outputs = loop.validate(finalists)
+            outputs, runs = loop.validate(finalists)
             scores = [mean_score(each) for each in outputs]
             self._tell(BeamValidated(tuple(finalists), tuple(scores), winner(scores)), record=False)
         except KeyboardInterrupt as interrupt:
@@ -280,6 +282,8 @@ class _Run:
             self.unvalidated = error
         by_module = self._meter.spent()
         _warn_of_unanswered(by_module)
+        if runs and winner(scores) > 0:
+            warn_of_one_answer(task.validation, runs[winner(scores)])
         return GradSumResult(
             iterations=tuple(loop.iterations),
             finalists=tuple(finalists),

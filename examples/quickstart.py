@@ -15,6 +15,7 @@ import os
 import random
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 # A hub that cannot be reached should not hold up the demo; read when the hub's client is imported.
@@ -64,12 +65,21 @@ def exact_match(example: dspy.Example, prediction: dspy.Prediction, trace: objec
     return str(prediction.answer).strip().lower() == str(example.answer).strip().lower()
 
 
-def accuracy(program: dspy.Module, rows: list[dspy.Example]) -> float:
-    """Share of rows answered rightly, as DSPy itself measures it."""
+def measured(program: dspy.Module, rows: list[dspy.Example]) -> tuple[float, Counter[str]]:
+    """Share of rows answered rightly, as DSPy itself measures it, and how often each answer was given."""
     evaluate = dspy.Evaluate(
         devset=rows, metric=exact_match, num_threads=len(rows), display_progress=False, max_errors=len(rows)
     )
-    return evaluate(program).score / 100
+    found = evaluate(program)
+    answers = Counter(str(prediction.get("answer", "(none)")).strip() for _, prediction, _ in found.results)
+    return found.score / 100, answers
+
+
+def commonest(answers: Counter[str], most: int = 3) -> str:
+    """The answers that were given most often; a program that reasons gives several."""
+    told = [f"{count} x {answer[:40]!r}" for answer, count in answers.most_common(most)]
+    others = answers.total() - sum(count for _, count in answers.most_common(most))
+    return ", ".join([*told, *([f"{others} others"] if others else [])])
 
 
 def interval(share: float, count: int) -> tuple[float, float]:
@@ -131,18 +141,23 @@ def main() -> None:
     better = optimizer.compile(program, trainset=train, valset=validation)
     found = better.predictors()[0].signature.instructions
 
-    before, after = accuracy(program, test), accuracy(better, test)
+    before, answers_before = measured(program, test)
+    after, answers_after = measured(better, test)
     arguments.out.mkdir(parents=True, exist_ok=True)
     saved = arguments.out / f"{arguments.task}.json"
     better.save(saved)
     loaded = dspy.ChainOfThought("question -> answer")
     loaded.load(saved)
-    again = accuracy(loaded, test)
+    again, _ = measured(loaded, test)
 
     details = better.detailed_results
-    for name, text, share in (("seed ", arguments.instruction, before), ("found", found, after)):
+    for name, text, share, answers in (
+        ("seed ", arguments.instruction, before, answers_before),
+        ("found", found, after, answers_after),
+    ):
         low, high = interval(share, len(test))
         print(f"{name} {100 * share:5.1f} % [{100 * low:.1f}, {100 * high:.1f}]  {text!r}")
+        print(f"      answers: {commonest(answers)}")
     print(f"saved to {saved}; loaded in plain DSPy it scores {100 * again:.1f} %")
     print(f"{details.train_rows} training and {details.validation_rows} validation rows, {len(details.steps)} steps,")
     print(f"{details.spent['generated_tokens']} generated tokens, {details.seconds:.0f} s")
@@ -160,8 +175,10 @@ def main() -> None:
         "found_instruction": found,
         "seed_accuracy": before,
         "seed_interval": interval(before, len(test)),
+        "seed_answers": dict(answers_before.most_common()),
         "found_accuracy": after,
         "found_interval": interval(after, len(test)),
+        "found_answers": dict(answers_after.most_common()),
         "loaded_accuracy": again,
         "steps": len(details.steps),
         "generated_tokens": details.spent["generated_tokens"],

@@ -173,7 +173,6 @@ def test_an_instruction_at_its_longest_starts_over_instead_of_growing() -> None:
     assert positions(better) == [0, 1, 0, 1, 0]
 
 
-@pytest.mark.slow
 def test_every_step_that_has_candidates_records_what_it_cost() -> None:
     for step in compiled(steps=3).detailed_results.steps:
         assert step.spent["forwards"] > 0

@@ -377,7 +377,6 @@ def test_textgrad_asks_as_its_own_engines_do_unless_the_proposer_has_settings(tm
     assert arena.proposer.settings[0] == (0.7, 50)
 
 
-@pytest.mark.slow
 def test_an_adapter_whose_library_is_missing_costs_only_its_own_row() -> None:
     code = """
 import sys

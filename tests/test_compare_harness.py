@@ -510,7 +510,6 @@ def test_a_model_that_cannot_be_called_is_an_error_and_not_a_score_of_zero() -> 
 # --- runs ---
 
 
-@pytest.mark.slow
 def test_a_run_writes_one_row_for_every_cell_and_does_not_run_it_again(tmp_path: Path) -> None:
     cells, lines, failed = a_run(tmp_path, "seed", seeds=(0, 1))
     assert failed == 0 and [cell.key.seed for cell in cells] == [0, 1]
@@ -531,7 +530,6 @@ def test_what_an_optimizer_returns_is_judged_on_dev_and_tested_once(tmp_path: Pa
     assert cell.chosen == "returned" and cell.instructions == {"predict": FITTING}
 
 
-@pytest.mark.slow
 def test_a_worse_program_loses_to_the_seed(tmp_path: Path, enter: Any) -> None:
     enter("worse", lambda student, *_: with_text(student, "[[ ## completed ## ]] " * 3))
     (cell,), _, _ = a_run(tmp_path, "worse")
@@ -555,7 +553,6 @@ def test_an_optimizer_is_stopped_at_its_budget_and_judged_by_its_best_so_far(tmp
     assert "stopped by tokens" in lines[-1]
 
 
-@pytest.mark.slow
 def test_an_optimizer_that_makes_an_error_of_being_stopped_has_not_failed(tmp_path: Path, enter: Any) -> None:
     def translating(student: Student, train: Rows, dev: Rows, context: Context) -> Student:
         try:
@@ -586,7 +583,6 @@ def test_an_optimizer_that_never_comes_back_is_interrupted(
     assert cell.stopped == "seconds" and cell.error is None and cell.seconds < 30
 
 
-@pytest.mark.slow
 def test_a_failure_is_a_row_with_its_error_and_the_next_cell_goes_on(tmp_path: Path, enter: Any) -> None:
     ways: Iterator[Any] = iter([ValueError("no beam"), None])
 

@@ -414,7 +414,6 @@ def test_transferred_results_come_back_as_they_were_written(tmp_path: Path) -> N
     assert read_transfer(tmp_path / "none.jsonl") == []
 
 
-@pytest.mark.slow
 def test_instructions_are_evaluated_on_another_model_once(tmp_path: Path, capsys: Any) -> None:
     finished_run(tmp_path, [cell("a", (1, 0), limit=2), cell("b", (1, 0), limit=2), cell("c", None, limit=2)])
     command = ["transfer", "--cells", str(tmp_path / "cells.jsonl"), "--model", "pocket", "--threads", "2"]

@@ -342,7 +342,6 @@ def test_chance_differs_from_step_to_step_and_with_the_seed() -> None:
     assert len(picked) > 4 and len(set(picked)) > 3
 
 
-@pytest.mark.slow
 def test_nothing_that_was_tried_is_tried_again() -> None:
     objective, state, settings = searching()
     seen: list[str] = []

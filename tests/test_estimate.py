@@ -52,7 +52,6 @@ def test_a_dry_run_searches_nothing_and_writes_nothing(tmp_path: Path) -> None:
     assert found.probe.runs <= 8 * 4 and found.probe.seconds > 0
 
 
-@pytest.mark.slow
 def test_runs_of_the_program_are_told_exactly_where_every_step_tries_one_candidate() -> None:
     sizes = {"steps": 5, "written": 0, "train_rows": len(TRAIN), "finalists": 3}
     found = told(selections=1, **sizes)

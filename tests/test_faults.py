@@ -365,7 +365,6 @@ class Bomb:
         return os.mkdir, (str(self.mark),)
 
 
-@pytest.mark.slow
 def test_a_pickle_in_a_run_directory_is_never_opened(tmp_path: Path) -> None:
     mark, run = tmp_path / "mark", tmp_path / "run"
     run.mkdir()

@@ -141,7 +141,6 @@ def test_the_planted_best_prompt_is_found_by_a_judge() -> None:
     assert instruction_of(student) == SEED
 
 
-@pytest.mark.slow
 def test_the_planted_best_prompt_is_found_by_a_metric_alone() -> None:
     teacher = optimizer(criteria=None, metric=exact_match, **THOROUGH)
     better = teacher.compile(program(), TRAIN, valset=VALIDATION)
@@ -250,7 +249,6 @@ def test_settings_of_dspy_hold_in_all_threads() -> None:
     assert len(asked_of(by_default)) > 0
 
 
-@pytest.mark.slow
 def test_the_student_and_dspys_settings_are_untouched() -> None:
     student = program()
     lm, before = student.predictors()[0].lm, student.predictors()[0].signature
@@ -263,7 +261,6 @@ def test_the_student_and_dspys_settings_are_untouched() -> None:
     assert sum(map(len, usage.usage_data.values())) == better.detailed_results.spent["calls"]
 
 
-@pytest.mark.slow
 def test_what_was_spent_is_exactly_what_was_asked() -> None:
     student, teacher = program(), optimizer(num_threads=8)
     spent = teacher.compile(student, TRAIN, valset=VALIDATION).detailed_results.spent_by_module
@@ -380,7 +377,6 @@ def test_presets_change_only_what_they_name() -> None:
     assert GradSumSettings.of("light", iterations=7).iterations == 7
 
 
-@pytest.mark.slow
 def test_the_editor_is_shown_what_was_tried() -> None:
     teacher = optimizer(iterations=2)
     better = teacher.compile(program(), TRAIN, valset=VALIDATION)

@@ -67,7 +67,6 @@ def recorded(directory: Path) -> tuple[Event, ...]:
         return journal.recorded()
 
 
-@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.lists(events, max_size=3))
 def test_every_event_comes_back_from_a_journal_bit_for_bit(

@@ -409,7 +409,6 @@ def test_a_step_that_cannot_be_recorded_returns_the_best_so_far(monkeypatch: pyt
     assert len(better.detailed_results.steps) == 2 and better.score == 1.0
 
 
-@pytest.mark.slow
 def test_a_validation_that_cannot_be_recorded_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     error = GreaterError("a field holds a value of another type")
     monkeypatch.setattr(Journal, "append", failing_at(3, error, Journal.append))
@@ -447,7 +446,6 @@ def test_a_journal_or_a_bar_that_cannot_be_closed_does_not_cost_the_program(
     assert better.score == 1.0
 
 
-@pytest.mark.slow
 def test_a_first_interrupt_after_the_validation_returns_what_was_validated() -> None:
     def listener(event: Any) -> None:
         if isinstance(event, Validated):
@@ -503,7 +501,6 @@ def on_validation_rows(error: BaseException) -> Any:
     return metric
 
 
-@pytest.mark.slow
 def test_a_metric_that_fails_on_all_validation_rows_leaves_what_was_found_in_the_error() -> None:
     with pytest.raises(
         UnvalidatedError, match="(?s)in the validation.*MetricError: The metric failed on all 4"
@@ -586,7 +583,6 @@ class Router(dspy.Module):
         return (self.rare if self.word in question and not changed else self.usual)(question=question)
 
 
-@pytest.mark.slow
 def test_a_predictor_that_is_never_called_is_known_before_the_first_search_and_costs_nothing(tmp_path: Path) -> None:
     heard: list[Any] = []
     engine = engine_that()
@@ -701,7 +697,6 @@ def test_where_the_first_optimizer_found_nothing_either_the_error_is_raised(monk
         compile_warm(SEED)
 
 
-@pytest.mark.slow
 def test_what_the_second_found_takes_part_though_its_own_validation_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     import dspy_greater.search.predictor_search as predictor_search
 

@@ -487,7 +487,6 @@ def test_an_interrupt_returns_the_best_so_far(variant: str) -> None:
     assert worth_of(instruction_of(better)) > 0 and better.score == 1.0
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself this signal")
 def test_the_signal_of_ctrl_c_returns_the_best_so_far() -> None:
     # A process that a shell started in the background ignores the signal until somebody says otherwise.
@@ -585,7 +584,6 @@ def test_an_interrupt_in_the_second_predictor_keeps_what_the_first_one_gained() 
     assert instruction_of(better.second) == SEED
 
 
-@pytest.mark.slow
 def test_a_first_interrupt_in_the_validation_returns_the_seed_and_a_second_one_raises(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

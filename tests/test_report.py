@@ -74,7 +74,6 @@ def event_of(folder: Path, kind: type) -> Any:
 # --- what is said is what was recorded ---
 
 
-@pytest.mark.slow
 def test_the_report_of_a_run_and_the_one_from_its_journal_are_the_same(run: tuple[Path, Any]) -> None:
     folder, _ = run
     assert page(report_of(read_record(folder))) == (folder / "report.html").read_text(encoding="utf-8")

@@ -688,7 +688,6 @@ class Gathers(dspy.Module):
         return await self.p.acall(question=question)
 
 
-@pytest.mark.slow
 def test_a_program_that_can_only_be_awaited_is_scored_as_it_was_sent() -> None:
     check_that_what_is_scored_was_sent(Waits(), Asked())
     check_that_what_is_scored_was_sent(dspy.syncify(Waits()), Asked())

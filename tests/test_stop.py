@@ -180,7 +180,6 @@ def test_a_handler_of_the_callers_is_called_first_and_what_it_raises_ends_the_se
         compiled(callbacks=[at(StepTaken, 0, terminate)])
 
 
-@pytest.mark.slow
 @on_posix
 @pytest.mark.usefixtures("handler")
 def test_who_ignores_sigterm_goes_on_ignoring_it() -> None:
@@ -238,7 +237,6 @@ def test_a_stop_file_that_was_there_before_takes_no_step_says_so_and_is_removed(
     assert found(compiled(steps=4, log_dir=tmp_path)) == found(compiled(steps=4))
 
 
-@pytest.mark.slow
 def test_a_stop_file_where_nothing_is_left_to_stop_is_only_removed(tmp_path: Path) -> None:
     whole = compiled(log_dir=tmp_path, callbacks=[at(Validated, 0, (tmp_path / "STOP").touch)])
     assert whole.detailed_results.stopped_by is None and not (tmp_path / "STOP").exists()

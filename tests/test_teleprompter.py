@@ -212,7 +212,6 @@ def test_the_result_tells_scores_rows_and_cost(engine: Any) -> None:
     assert sum(step.spent["generated_tokens"] for step in details.steps) < spent.generated_tokens
 
 
-@pytest.mark.slow
 def test_the_cost_is_told_by_phase_and_adds_up(engine: Any) -> None:
     details = compiled(engine, steps=3).detailed_results
     phases = details.spent_by_phase
@@ -536,7 +535,6 @@ def test_the_budget_counts_all_models_and_all_predictors() -> None:
     )
 
 
-@pytest.mark.slow
 def test_a_predictor_under_two_names_is_optimised_once(engine: Any) -> None:
     class Twice(dspy.Module):
         def __init__(self) -> None:

@@ -382,6 +382,7 @@ def test_a_pickle_in_a_run_directory_is_never_opened(tmp_path: Path) -> None:
     assert mark.exists()  # it would have
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
 @pytest.mark.parametrize("there", ["empty", "full", "missing"])
 @pytest.mark.parametrize(

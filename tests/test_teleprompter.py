@@ -392,6 +392,7 @@ FIELDS = {
 ADAPTERS = {"chat": dspy.ChatAdapter, "json": dspy.JSONAdapter, "xml": dspy.XMLAdapter}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_demos", [False, True], ids=["bare", "demos"])
 @pytest.mark.parametrize("field", FIELDS)
 @pytest.mark.parametrize("kind", ADAPTERS)

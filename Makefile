@@ -22,7 +22,6 @@ POCKET_OUT ?= checkpoints/pocket
 export TOKENIZERS_PARALLELISM := false
 export LITELLM_LOCAL_MODEL_COST_MAP := True
 
-.NOTPARALLEL:
 .PHONY: install demo real-demo served served-vllm test test-quick test-slow lint format types check docs notebook pocket clean
 
 install: $(STAMP)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -187,6 +188,15 @@ def test_what_it_writes_becomes_a_candidate_only_where_it_can_be_deployed_and_is
     assert [each.instruction.text for each in found] == ["List and count."]
     assert (found[0].kind, found[0].origin) == ("rewrite", "written") and math.isnan(found[0].log_probability)
     assert_deployed_as_scored(at, found)
+
+
+def test_what_is_copied_from_another_tasks_lesson_is_no_candidate() -> None:
+    engine = Writer("List and count.")
+    propose_written(before_a_step(engine, written=1))
+    lessons = re.findall(r"(?:Answer|Add|Compare|Decide) [^<]*? Answer with [^<]*?\.(?=<)", engine.asked[0])
+    assert len(lessons) == 3
+    found = propose_written(before_a_step(Writer(*lessons, "List and count."), written=4))
+    assert [each.instruction.text for each in found] == ["List and count."]
 
 
 def test_behind_a_fixed_text_the_written_instruction_is_a_sentence_more() -> None:

@@ -177,9 +177,10 @@ def _fits(at: StepContext, tokens: int) -> bool:
 
 
 def _edit(at: StepContext, text: str) -> Edit | None:
+    """The edit; None for what cannot be deployed, is known, or was only copied from another task's lesson."""
     edits = at.evaluator.layout.edits
     written = edits.rewrite(text)
-    if written is None or at.evaluator.knows(written[1]):
+    if written is None or at.evaluator.knows(written[1]) or any(text == lesson.instruction for lesson in _LESSONS):
         return None
     ids, text = written
     if edits.length(ids) > at.settings.max_instruction_tokens:

@@ -24,7 +24,8 @@ from transformers import (
 from dspy_greater.errors import EngineMemoryError, LayoutError, SettingsError
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.fast.prefix_cache import PrefixCache
-from dspy_greater.model.interface import TokenQuery
+from dspy_greater.model.incremental import KeysAndValues
+from dspy_greater.model.interface import GenerationRequest, TokenQuery
 from dspy_greater.model.teacher_forcing import computed_only_at, in_batches, logprobs, next_logits, token_batches
 from tests.tiny_models import tiny_model, tokenizer_for
 
@@ -91,6 +92,26 @@ def test_a_pass_over_other_tokens_inside_is_not_narrowed() -> None:
     with torch.no_grad(), computed_only_at(model, PLACES, IDS.shape):
         found = model(input_ids=other, use_cache=False).logits
     torch.testing.assert_close(found, model(input_ids=other, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["prefill", "row by row"])
+def test_the_output_layer_never_gets_a_slice_whose_product_would_copy_its_weights(slow: bool) -> None:
+    engine = engine_for(tiny_model("qwen2", VOCABULARY, torch.float32))
+    memory = KeysAndValues(engine.model)
+    contiguous: list[bool] = []
+    # A forward hook runs after every pre-hook, so it sees what the layer really multiplied.
+    engine.model.get_output_embeddings().register_forward_hook(
+        lambda _layer, inputs, _output: contiguous.append(inputs[0].is_contiguous())
+    )
+    contexts = [(5, 6, 7, 8), (9, 10, 11), (12, 13, 14)]
+    if slow:
+        with torch.no_grad():
+            memory.read(contexts)
+            memory.step([5, 6, 7])
+    else:
+        engine.generate([GenerationRequest(each, max_new_tokens=2) for each in contexts])
+    assert len(contiguous) >= 2
+    assert all(contiguous)
 
 
 def test_a_model_without_decoder_layers_runs_unchanged() -> None:

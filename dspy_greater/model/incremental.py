@@ -89,10 +89,12 @@ class _Padded:
 
     def _forward(self, ids: Tensor, **inputs: Any) -> Tensor:
         given = {**inputs, **self._last_only, "position_ids": self._positions, "use_cache": True}
-        output = self._model(input_ids=ids, **accepted(self._model, **given))
+        last = torch.arange(len(ids)), torch.full((len(ids),), ids.shape[1] - 1)
+        with computed_only_at(self._model, last, ids.shape) as narrowed:
+            output = self._model(input_ids=ids, **accepted(self._model, **given))
         self._take(output)
         self._tally(forwards=1, lm_head_rows=output.logits.shape[0] * output.logits.shape[1])
-        return output.logits[:, -1]
+        return output.logits[0] if narrowed else output.logits[:, -1]
 
     def _take(self, output: Any) -> None:
         """Take the states out of the model's output."""

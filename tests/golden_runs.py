@@ -79,7 +79,7 @@ def searched(
         listeners=[events.append],
         **{"phrases": 0, "written": 0, "forecast_share": 0, **settings},
     )
-    with dspy.context(lm=local_lm("pocket", cache=False, max_tokens=max_tokens)):
+    with dspy.context(lm=local_lm("pocket", dtype="float64", cache=False, max_tokens=max_tokens)):
         optimizer.compile(program, found[: len(found) // 2], valset=found[len(found) // 2 :])
     return [told(event) for event in events]
 

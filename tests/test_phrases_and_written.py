@@ -27,7 +27,7 @@ from scripted_engine import (
 from dspy_greater import GReaTerTeleprompter
 from dspy_greater.metric import RowMetric
 from dspy_greater.model.plain import PlainModel
-from dspy_greater.objective.evaluator import Evaluator, Objective
+from dspy_greater.objective.evaluator import Evaluator, Instruction, Objective
 from dspy_greater.objective.types import Evaluation
 from dspy_greater.program.predictors import predictors_of
 from dspy_greater.run.log import edit_of
@@ -209,10 +209,16 @@ def test_one_that_is_longer_than_allowed_is_left_out() -> None:
     assert propose_written(at) == ()
 
 
-@pytest.mark.parametrize(("step", "expected"), [(0, True), (1, False), (9, False), (10, True)])
-def test_it_is_asked_at_the_first_step_and_every_tenth(step: int, expected: bool) -> None:
+@pytest.mark.parametrize(("step", "expected"), [(0, True), (1, False), (2, True), (5, False), (6, True), (10, False)])
+def test_it_is_asked_at_the_first_step_and_ever_more_seldom(step: int, expected: bool) -> None:
     assert writes(before_a_step(step=step)) is expected
     assert not writes(before_a_step(step=step, written=0))
+
+
+def test_after_a_written_instruction_that_was_better_the_breaks_begin_anew() -> None:
+    at = before_a_step(step=9)
+    asked = [writes(replace(at, state=replace(at.state, step=step, rewritten=9))) for step in range(9, 16)]
+    assert asked == [True, False, True, False, False, False, True]
 
 
 @given(st.text(max_size=60))
@@ -236,7 +242,7 @@ def test_a_written_instruction_that_is_better_is_taken_and_the_search_goes_on_fr
     assert first.chosen.instruction == f"Now {BEST} and add." and second.position == 0
     assert {each.origin for each in first.candidates} == {"written"}
     assert all(each.gradient is None for each in first.candidates)
-    assert any(each.forecast is not None for each in first.candidates)
+    assert all(each.forecast is None for each in first.candidates)
     assert first.chosen.score > result.seed.score
     assert edit_of(first) == f"{SEED!r} -> 'Now {BEST} and add.'"
     assert result.origin == "written" or instruction_of(better) != first.chosen.instruction
@@ -259,9 +265,48 @@ def test_a_lower_loss_alone_is_no_reason_to_ask_again() -> None:
     def after(chosen: Evaluation) -> SearchState:
         return advance(state, replace(step, chosen=chosen), (), Settings(), lambda ids: range(len(ids)))
 
-    assert after(step.chosen).rewriting_pays
+    assert after(step.chosen).rewritten == 1
     alike = replace(step.chosen, score=result.seed.score, objective=result.seed.objective)
-    assert after(alike).current.instruction == step.chosen.instruction and not after(alike).rewriting_pays
+    assert after(alike).current.instruction == step.chosen.instruction and after(alike).rewritten == 0
+
+
+def runs_by_instruction(step: Any) -> dict[str, int]:
+    return {each.text: len(each.evaluation.rows) if each.evaluation else 0 for each in step.candidates}
+
+
+def test_whole_instructions_run_on_a_few_rows_and_the_best_of_them_alone_on_the_others() -> None:
+    rows, texts = planted_rows(24), ("Maybe look here.", f"Now {BEST} and add.", "Hurry and guess.")
+    settings = {"auto": None, "train_rows": 20, "validation_rows": 4, "progress": False, "steps": 1, "written": 3}
+    optimizer = GReaTerTeleprompter(exact_match, **settings)
+    found = optimizer.compile(program_on(Writer(*texts)), rows[:20], valset=rows[20:]).detailed_results
+    [step] = found.predictors[0].steps
+    assert runs_by_instruction(step) == {texts[0]: 0, texts[1]: 20, texts[2]: 0}
+    assert step.spent["runs"] == 3 * 8 + (20 - 8)
+    assert step.chosen.instruction == texts[1] and [each.row for each in step.chosen.rows] == list(range(20))
+
+
+def test_where_the_current_instruction_is_better_on_the_few_rows_none_runs_on_the_others() -> None:
+    rows, settings = planted_rows(24), {"auto": None, "train_rows": 20, "validation_rows": 4, "progress": False}
+    optimizer = GReaTerTeleprompter(exact_match, **settings, steps=1, written=2)
+    program = program_on(Writer("Hurry and guess.", "Guess."), instruction=f"Now {BEST} and add.")
+    [step] = optimizer.compile(program, rows[:20], valset=rows[20:]).detailed_results.predictors[0].steps
+    assert step.spent["runs"] == 2 * 8 and not any(each.evaluation for each in step.candidates)
+    assert step.chosen.instruction == f"Now {BEST} and add."
+    assert step.reason == "kept the instruction: on 8 rows it is the best"
+
+
+def test_runs_that_were_tried_out_are_taken_over_and_give_the_same_evaluation() -> None:
+    first, second = before_a_step(), before_a_step()
+    instruction = first.evaluator.layout.edits.rewrite("List and count.")
+    assert instruction is not None
+    found = [Instruction(*instruction)]
+    [plain] = first.evaluator.evaluate(found)
+    before = second.evaluator.spent()
+    tried = second.evaluator.try_out(found, [1, 4], second.model)
+    assert set(tried) == {("List and count.", 1), ("List and count.", 4)}
+    assert second.evaluator.spent(before)["runs"] == 2
+    assert second.evaluator.evaluate(found, second.model, tried) == [plain]
+    assert second.evaluator.spent(before)["runs"] == 8
 
 
 def test_where_the_written_ones_are_worse_the_search_stays_at_its_position() -> None:

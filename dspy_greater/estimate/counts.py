@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from dspy_greater.estimate.probe import Measured, Reasoned, prompt_lengths
 from dspy_greater.run.estimate import Cost
-from dspy_greater.search.default_step import WRITTEN_TRIED
+from dspy_greater.search.default_step import TRIAL_ROWS
 from dspy_greater.search.phrases import LONGEST
 from dspy_greater.search.prices import KINDS, Glance, affordable_glance
-from dspy_greater.search.written import ANSWERED, EVERY, EXAMPLES, ROOM
+from dspy_greater.search.written import ANSWERED, EXAMPLES, ROOM, asks
 from dspy_greater.settings import Settings
 from dspy_greater.stats import mean
 
@@ -62,8 +62,8 @@ class Counts:
         usual = self._looked(seen) + self._tried()
         if not settings.written:
             return usual
-        asking = -(-steps // EVERY) / steps
-        return (1.0 - asking) * usual + asking * (self._asked(seen) + self._tried(WRITTEN_TRIED))
+        asking = sum(map(asks, range(steps))) / steps
+        return (1.0 - asking) * usual + asking * self._rewritten()
 
     def evaluated(self, instructions: float, drafted: float = _DRAFTED) -> Cost:
         """Instructions with reasoning of their own on all training rows, and the losses."""
@@ -72,8 +72,8 @@ class Counts:
         read = rows * (self.measured.loss_read + drafts)
         return self._runs(instructions, self.sizes.train_rows, drafted) + Cost(read=read, seconds=self._reading(read))
 
-    def _tried(self, least: int = 1) -> Cost:
-        return self.evaluated(max(least, self.sizes.selections))
+    def _tried(self) -> Cost:
+        return self.evaluated(self.sizes.selections)
 
     def _runs(self, instructions: float, rows: int, drafted: float) -> Cost:
         """The program on rows, under so many instructions at once."""
@@ -113,8 +113,15 @@ class Counts:
             found += self._differentiated(seen.positions, KINDS, seen.reasonings)
         return found + self._forecast(seen, seen.positions, seen.candidates)
 
-    def _asked(self, seen: Glance) -> Cost:
-        """Whole instructions, written by the model, and their forecasts."""
+    def _rewritten(self) -> Cost:
+        """Whole instructions are written, and reason on a few rows; the best of them reasons on the others."""
+        rows = self.sizes.train_rows
+        trial = min(TRIAL_ROWS, rows)
+        tried = self._runs(self.sizes.settings.written, trial, _DRAFTED)
+        return self._asked() + tried + self.evaluated(1.0 - trial / rows)
+
+    def _asked(self) -> Cost:
+        """Whole instructions, written by the model."""
         settings, speed = self.sizes.settings, self.measured.speed
         _, own = prompt_lengths(self.reasoned.runs)
         mistakes, answers = settings.written // 2, -(-settings.written // 2)
@@ -123,7 +130,7 @@ class Counts:
         longest = _USED * (settings.max_instruction_tokens + ROOM)
         written = settings.written * longest
         seconds = speed.read * read + speed.writing(settings.written, longest, written)
-        return Cost(0, read, 0.0, written, seconds) + self._forecast(seen, 1, settings.written)
+        return Cost(0, read, 0.0, written, seconds)
 
     def _proposed(self) -> Cost:
         """Equations 3 and 4: one pass over the distinct contexts of all draws."""

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from dataclasses import field as made_by
 from functools import partial
 from random import Random
+from types import MappingProxyType
 from typing import Any
 
 from dspy_greater.errors import CallMismatchError, LayoutError
@@ -47,6 +48,8 @@ from dspy_greater.settings import Settings
 from dspy_greater.stats import mean
 
 _MORE = "Please."  # an instruction that is another one with this after it
+
+Runs = Mapping[tuple[str, int], RowOutcome]  # by an instruction's text and a row; their losses are not taken yet
 
 
 @dataclass(frozen=True)
@@ -189,11 +192,21 @@ class Evaluator:
             asked = dict(copied.named_predictors())[name].signature.instructions
             refuse_ignored_signature(name, asked, scored_calls([again], name, every=True))
 
-    def evaluate(self, instructions: Sequence[Instruction], model: Model | None = None) -> list[Evaluation]:
+    def try_out(self, instructions: Sequence[Instruction], rows: Sequence[int], model: Model) -> Runs:
+        """Let every instruction reason on some of the rows and score it, without losses; `evaluate` takes these over.
+
+        Raises:
+            MetricError, ProgramError: as `evaluate`.
+        """
+        return self._run([(each.text, row) for each in instructions for row in rows], model)
+
+    def evaluate(
+        self, instructions: Sequence[Instruction], model: Model | None = None, tried: Runs = MappingProxyType({})
+    ) -> list[Evaluation]:
         """Let every instruction reason on all rows, score it with the metric and take the exact losses.
 
-        All new instructions and rows are generated in one go. `model` is the session of a step; without one the
-        evaluation has a session of its own.
+        All new instructions and rows are generated in one go, but for those that were `tried` out. `model` is the
+        session of a step; without one the evaluation has a session of its own.
 
         Raises:
             MetricError: the metric returned something that is not a score, on the first instruction; on a later one
@@ -203,7 +216,9 @@ class Evaluator:
         new = list({each.text: each for each in instructions if each.text not in self._known}.values())
         if new:
             with nullcontext(model) if model is not None else self.model.session() as session:
-                self._score(new, self._run(new, session), session)
+                pairs = [(each.text, row) for each in new for row in range(len(self._rows))]
+                runs = {**tried, **self._run([each for each in pairs if each not in tried], session)}
+                self._score(new, [[runs[each.text, row] for row in range(len(self._rows))] for each in new], session)
         return [self._known[each.text] for each in instructions]
 
     def recall(self, evaluations: Sequence[Evaluation]) -> None:
@@ -274,14 +289,14 @@ class Evaluator:
         before = evaluated.token_ids[:position]
         return [(*self.layout.proposal_prefix(row.inputs), *before) for row in evaluated.rows if row.inputs]
 
-    def _run(self, instructions: Sequence[Instruction], session: Model) -> list[list[RowOutcome]]:
-        """Every instruction on every row."""
-        copies = [searching_copy(self._program, {self._site.name: each.text}) for each in instructions]
-        done = self._roll_out([(copy, row) for copy in copies for row in self._rows], session)
+    def _run(self, pairs: Sequence[tuple[str, int]], session: Model) -> dict[tuple[str, int], RowOutcome]:
+        """Instructions, by their text, on rows."""
+        texts = dict.fromkeys(text for text, _ in pairs)
+        copies = {text: searching_copy(self._program, {self._site.name: text}) for text in texts}
+        done = self._roll_out([(copies[text], self._rows[row]) for text, row in pairs], session)
         # A dead language model fails on a row, too, that was answered under the first instruction.
         refuse_dead_lm(done, len(self._rows), None if self._first is None else partial(self._probe, self._first))
-        outcomes = [self.examples.outcome(at % len(self._rows), each) for at, each in enumerate(done)]
-        return [outcomes[start : start + len(self._rows)] for start in range(0, len(done), len(self._rows))]
+        return {pair: self.examples.outcome(pair[1], each) for pair, each in zip(pairs, done, strict=True)}
 
     def _roll_out(self, pairs: Sequence[tuple[Any, Any]], session: Model, *, first: bool = False) -> list[Rollout]:
         """Programs on rows; the session generates where they run on the very model whose instruction is evaluated."""

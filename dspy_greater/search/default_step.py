@@ -8,9 +8,9 @@ Each stage is dearer and more faithful than the one before, and fewer candidates
     evaluate            reasonings of their own                                generation
 
 The first three look at the next few positions, the last at the one of them that promises most. While forecasts do not
-come true, some steps leave gradient and forecast out and try edits by chance (`exploration`). The first step and every
-tenth ask the model for whole instructions instead (`written`), and so does the next while that makes mistakes fewer.
-They pass the last two gates.
+come true, some steps leave gradient and forecast out and try edits by chance (`exploration`). Some ask the model for
+whole instructions instead (`written`). Those have no slope, and are too far from what the reasonings at hand were
+written under for a forecast: they reason on a few rows, and the best of them there on the others.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dspy_greater.search.edits import Edit, propose_edits
 from dspy_greater.search.exploration import baseline_scale, explores, forecasts_are_trusted
 from dspy_greater.search.phrases import propose_phrases
 from dspy_greater.search.prices import Glance, glance
-from dspy_greater.search.select import realised_change, select
+from dspy_greater.search.select import Selection, realised_change, select
 from dspy_greater.search.state import SearchState, positions_ahead, return_to_best
 from dspy_greater.search.step import Positions, StepContext
 from dspy_greater.search.written import propose_written, writes
@@ -39,7 +39,7 @@ from dspy_greater.settings import Settings
 
 _ALIKE = 1e-9  # mistakes that differ by no more than rounding errors
 _KINDS = ("replace", "insert", "delete", "phrase")
-WRITTEN_TRIED = 2  # the fewest written instructions that reason for themselves: each is a step of its own length
+TRIAL_ROWS = 8  # on which whole instructions reason first
 
 Slopes = dict[str, float]  # by the candidate's text
 Forecasts = dict[str, Forecast]  # by the candidate's text
@@ -121,11 +121,6 @@ class _Look:
         """The best forecast at the position."""
         return min((_finite(each.change) for each in self.forecasts.values()), default=math.inf)
 
-    @property
-    def rewrites(self) -> bool:
-        """Whether its edits are whole instructions."""
-        return any(each.kind == "rewrite" for each in self.edits)
-
     def ranked(self) -> list[Edit]:
         """The shortlist by forecast; a stable sort, so without forecasts its own order counts."""
         return sorted(self.shortlist, key=lambda each: _change(self.forecasts, each))
@@ -152,7 +147,7 @@ class DefaultStep:
         before, random = at.evaluator.spent(), at.random()
         written = propose_written(at) if writes(at) else ()
         if written:
-            return self._taken(at, self._look_at(at, written, random), before)
+            return self._rewritten(at, written, random, before)
         if self.rank is not None and explores(at.state, at.settings, random):
             return replace(self, rank=None, forecast=None)._step(at, random, before)
         return self._step(at, random, before)
@@ -163,20 +158,28 @@ class DefaultStep:
 
     def _step(self, at: StepContext, random: Random, before: Mapping[str, int]) -> StepTaken:
         look = min(self._look_ahead(at, self._glance(at), random), key=lambda each: each.promise)
-        return self._taken(at, look, before)
+        evaluated = at.evaluator.evaluate([each.instruction for each in self._tried(look)], at.model)
+        return self._taken(look, evaluated, select(at.current, evaluated, stays=False), before)
+
+    def _rewritten(
+        self, at: StepContext, written: tuple[Edit, ...], random: Random, before: Mapping[str, int]
+    ) -> StepTaken:
+        """The best of whole instructions on a few rows reasons on all; the search moves to it only if it is better."""
+        instructions, every = [each.instruction for each in written], [row.row for row in at.current.rows]
+        rows = sorted(random.sample(every, min(TRIAL_ROWS, len(every))))
+        runs = at.evaluator.try_out(instructions, rows, at.model)
+        right = {each: sum(runs[each.text, row].score for row in rows) for each in instructions}
+        best = max(instructions, key=lambda each: right[each])
+        if right[best] < sum(row.score for row in at.current.rows if row.row in rows):
+            selection = Selection(at.current, f"kept the instruction: on {len(rows)} rows it is the best")
+            return self._taken(_Look(at, written, {}, written, {}), [], selection, before)
+        evaluated = at.evaluator.evaluate([best], at.model, runs)
+        return self._taken(_Look(at, written, {}, written, {}), evaluated, select(at.current, evaluated), before)
 
     def _replay(self, at: StepContext, seen: Glance, random: Random) -> Replay:
         reasonings = at.evaluator.replay(at.current, random, seen.reasonings)
         scale = baseline_scale(at.settings, at.state.seed, at.current)
         return Replay(tuple(reasonings), tuple(advantages(reasonings, baseline_scale=scale)))
-
-    def _look_at(self, at: StepContext, written: tuple[Edit, ...], random: Random) -> _Look:
-        """Whole instructions and their forecasts; they have no position, and so no slopes."""
-        seen = self._glance(at)
-        replay = self._replay(at, seen, random)
-        forecaster, rounds = self._forecaster(at, replay), seen.rounds(len(written))
-        forecasts = race(forecaster, at, replay, written, rounds) if forecaster is not None else {}
-        return _Look(at, written, {}, written, forecasts)
 
     def _forecaster(self, at: StepContext, replay: Replay) -> Forecaster | None:
         if self.forecast is None or at.settings.forecasts == 0 or not replay.reasonings:
@@ -189,15 +192,14 @@ class DefaultStep:
             return Glance(1, 0, at.settings.replayed, races=False)
         return glance(at, self._most(at))
 
-    def _taken(self, at: StepContext, look: _Look, before: Mapping[str, int]) -> StepTaken:
-        """The best of the look's candidates reason for themselves, and one of them is chosen or none."""
-        tried = self._tried(look)
-        evaluated = at.evaluator.evaluate([each.instruction for each in tried], at.model)
-        # A walk goes on over worse instructions; another one altogether has to be better.
-        selection = select(at.current, evaluated, stays=look.rewrites)
-        state = look.at.state
+    def _taken(
+        self, look: _Look, evaluated: Sequence[Evaluation], selection: Selection, before: Mapping[str, int]
+    ) -> StepTaken:
+        """What became of the look's candidates, of which those that were evaluated reasoned on all rows."""
+        at, state = look.at, look.at.state
         stands = [] if state.appends() else [at.current.token_ids[state.position]]
-        replaced = at.current.instruction if look.rewrites else at.model.tokenizer.decode(stands)
+        rewrites = any(each.kind == "rewrite" for each in look.edits)
+        replaced = at.current.instruction if rewrites else at.model.tokenizer.decode(stands)
         return StepTaken(
             predictor=at.predictor,
             step=state.step,
@@ -244,8 +246,6 @@ class DefaultStep:
 
     def _tried(self, look: _Look) -> list[Edit]:
         """At most μ candidates; only those that promise an improvement, once forecasts have proven themselves."""
-        if look.rewrites:
-            return look.ranked()[: max(WRITTEN_TRIED, self._most(look.at))]
         ranked = look.ranked()[: self._most(look.at)]
         if self.rank is None or not forecasts_are_trusted(look.at.state):
             return ranked

@@ -3,8 +3,9 @@
 A token at a time, a search stays near where it began. The model whose instruction is optimised knows the language of
 its task, so it is asked for other instructions now and then, in two ways in turn. From right answers alone it says
 what is asked for and in which form; other tasks with their instructions come first, because a small model repeats a
-request that comes without. From its mistakes it says what to do better. What it writes is a candidate like any edit:
-it is forecast on the reasonings at hand, and reasons for itself. The gradient has nothing to say of it.
+request that comes without. From its mistakes it says what to do better. It is asked again at once while that makes
+mistakes fewer, and else ever more seldom. What it writes reasons for itself, as any edit; the gradient has nothing to
+say of it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from dspy_greater.search.edits import Edit
 from dspy_greater.search.state import ends_sentence
 from dspy_greater.search.step import StepContext
 
-EVERY = 10  # steps from one request to the next
 EXAMPLES = 3  # rows in a request about mistakes, which come first
 ANSWERED = 4  # rows in a request about right answers
 _LONGEST = 400  # characters of a text in a request
@@ -77,9 +77,20 @@ _ACCENTS = (
 
 
 def writes(at: StepContext) -> bool:
-    """Whether the step asks for whole instructions: the first, every tenth, and again while mistakes get fewer."""
-    due = at.state.rewriting_pays or at.state.step % EVERY == 0
+    """Whether the step asks for whole instructions."""
+    due = asks(at.state.step - at.state.rewritten)
     return at.settings.written > 0 and due and any(row.inputs for row in at.current.rows)
+
+
+def asks(steps: int) -> bool:
+    """Whether to ask, so many steps after that was last worth it (or after the search began).
+
+    At once, and after ever longer breaks: a model that cannot write instructions is asked a few times and no more.
+
+    >>> [steps for steps in range(64) if asks(steps)]
+    [0, 2, 6, 14, 30, 62]
+    """
+    return (steps + 2).bit_count() == 1
 
 
 def propose_written(at: StepContext) -> tuple[Edit, ...]:

@@ -452,6 +452,19 @@ def test_a_proposer_that_is_the_task_model_is_charged_and_refused_once_the_budge
         ask(lm, max_tokens=5)
 
 
+def test_a_proposer_writes_no_more_than_its_arguments_allow_and_a_cell_is_named_after_them(
+    pocket: models.TaskModel,
+) -> None:
+    budget = Budget(10_000, counters=pocket.counters)
+    lm = models.prompt_model("self", 0, budget, pocket, {"max_tokens": 3})
+    lm(QUESTION)
+    assert budget.proposer.completion_tokens == 3
+    flags = ("--tasks", "gsm8k", "--optimizers", "seed", "--prompt-model", "self")
+    assert [each.proposer for each in settings(*flags).keys()] == ["self"]
+    named = settings(*flags, "--prompt-args", "temperature=1.0,max_tokens=300").keys()
+    assert [each.proposer for each in named] == ["self,max_tokens=300,temperature=1.0"]
+
+
 def test_a_served_proposer_that_is_the_task_model_is_charged_by_its_usage() -> None:
     served = models.TaskModel("openai/x", "openai/x", dspy.LM("local/x", engine=Answering(), cache=False), None)
     budget = Budget(1000)
@@ -702,7 +715,8 @@ def test_patterns_stand_for_names_and_any_task_can_be_decomposed() -> None:
         (("--tasks", "gsm8k", "--optimizers", "seed", "--budget", "tiny"), "--budget tiny is neither small, medium"),
         (("--tasks", "gsm8k", "--optimizers", "seed", "--seeds", "a"), "--seeds a: give whole numbers"),
         (("--tasks", "gsm8k", "--optimizers", "seed", "--limit", "0"), "limit=0: give a positive number"),
-        (("--tasks", "gsm8k", "--optimizers", "seed", "--model-args", "fast"), "'fast' is not key=value"),
+        (("--tasks", "gsm8k", "--optimizers", "seed", "--model-args", "fast"), "--model-args 'fast' is not key"),
+        (("--tasks", "gsm8k", "--optimizers", "seed", "--prompt-args", "fast"), "--prompt-args 'fast' is not key"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(flags: tuple[str, ...], said: str) -> None:

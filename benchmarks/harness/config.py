@@ -31,6 +31,7 @@ class RunConfig:
         model: the task model; `pocket`, a directory or a hub id, or a LiteLLM name with `api_base`.
         model_args: how to load and sample it.
         prompt_model: `phrasebook`, `self` for the task model, or any LiteLLM name.
+        prompt_args: how to sample it. A small model that proposes for itself rambles to the end of its `max_tokens`.
         budget: charged tokens for each cell.
         seeds: one cell for each.
         limit: the most rows of each split.
@@ -48,6 +49,7 @@ class RunConfig:
     model: str = "pocket"
     model_args: Mapping[str, Any] = field(default_factory=dict)
     prompt_model: str = PHRASEBOOK
+    prompt_args: Mapping[str, Any] = field(default_factory=dict)
     budget: int = BUDGETS["small"]
     seeds: tuple[int, ...] = (0,)
     limit: int | None = None
@@ -61,13 +63,21 @@ class RunConfig:
 
     def keys(self) -> list[CellKey]:
         """The cells, task by task and seed by seed, so that optimizers that are compared run side by side."""
-        arguments = ",".join(f"{key}={self.model_args[key]}" for key in sorted(self.model_args) if key != "api_key")
+        arguments, proposer = (
+            _told(self.model_args),
+            ",".join(filter(None, (self.prompt_model, _told(self.prompt_args)))),
+        )
         return [
-            CellKey(task, name, seed, self.model, arguments, self.prompt_model, self.budget, self.limit)
+            CellKey(task, name, seed, self.model, arguments, proposer, self.budget, self.limit)
             for task in self.tasks
             for seed in self.seeds
             for name in self.optimizers
         ]
+
+
+def _told(arguments: Mapping[str, Any]) -> str:
+    """How arguments stand in a cell's name: in one order, and without secrets."""
+    return ",".join(f"{key}={arguments[key]}" for key in sorted(arguments) if key != "api_key")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +95,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="proposer of textual optimizers: 'phrasebook' (default), 'self' for the task model, whose tokens are then "
         "charged, or a LiteLLM name",
     )
+    parser.add_argument("--prompt-args", help="the same for the proposer, such as max_tokens=300")
     parser.add_argument("--budget", help=f"charged tokens for each cell: {budgets}, or a number (500k, 2M)")
     parser.add_argument("--seeds", help="whole numbers with commas between (default 0)")
     parser.add_argument("--limit", type=int, help="the most rows of each split")
@@ -109,7 +120,7 @@ def from_flags(flags: argparse.Namespace) -> RunConfig:
     values: dict[str, Any] = dict(given)
     values["tasks"] = chosen(given["tasks"], registry.names(), "task")
     values["optimizers"] = chosen(given["optimizers"], optimizers.names(), "optimizer")
-    values["model_args"] = arguments(given.get("model_args", {}))
+    values |= {name: arguments(given.get(name, {}), name) for name in ("model_args", "prompt_args")}
     values["budget"] = budget_of(given.get("budget", "small"))
     values["seeds"] = _seeds(given.get("seeds", (0,)))
     for name in ("out", "data_dir"):
@@ -187,7 +198,7 @@ def _seeds(value: Any) -> tuple[int, ...]:
         raise SettingsError(f"--seeds {value}: give whole numbers with commas between.") from error
 
 
-def arguments(value: Any) -> dict[str, Any]:
+def arguments(value: Any, name: str = "model_args") -> dict[str, Any]:
     """`key=value,key=value` -> a mapping; values are read as JSON where they can be."""
     if isinstance(value, Mapping):
         return dict(value)
@@ -195,7 +206,7 @@ def arguments(value: Any) -> dict[str, Any]:
     for part in _listed(value):
         key, equals, text = part.partition("=")
         if not equals:
-            raise SettingsError(f"--model-args {part!r} is not key=value.")
+            raise SettingsError(f"--{name.replace('_', '-')} {part!r} is not key=value.")
         try:
             found[key.strip()] = json.loads(text)
         except ValueError:

@@ -161,7 +161,9 @@ def task_model(name: str, arguments: Mapping[str, Any]) -> TaskModel:
     return TaskModel(name, judge.engine.engine.identity, judge, judge.engine.engine, kept)
 
 
-def prompt_model(name: str, seed: int, budget: Budget, model: TaskModel | None = None) -> dspy.LM:
+def prompt_model(
+    name: str, seed: int, budget: Budget, model: TaskModel | None = None, arguments: Mapping[str, Any] | None = None
+) -> dspy.LM:
     """The proposer of one cell, whose tokens are counted in the budget's books.
 
     Args:
@@ -170,6 +172,7 @@ def prompt_model(name: str, seed: int, budget: Budget, model: TaskModel | None =
         seed: of the phrasebook's draws.
         budget: of the cell.
         model: the task model, which `self` needs.
+        arguments: of the LM, such as `max_tokens`.
 
     Raises:
         SettingsError: `self` without a task model.
@@ -190,7 +193,7 @@ def prompt_model(name: str, seed: int, budget: Budget, model: TaskModel | None =
         name = f"local/{PHRASEBOOK}"
     elif model is not None and name == SELF:
         name = model.judge.model  # a request names the model that it is for
-    return dspy.LM(name, engine=counted, async_engine=CountedAsyncEngine(counted), cache=False)
+    return dspy.LM(name, engine=counted, async_engine=CountedAsyncEngine(counted), cache=False, **dict(arguments or {}))
 
 
 def _itself(model: TaskModel, budget: Budget) -> tuple[Any, Callable[[Usage], None], Callable[[], None]]:

@@ -144,7 +144,9 @@ class Bench:
     def _search(self, task: Task, key: CellKey, model: TaskModel, budget: Budget, directory: Path) -> Searched:
         """The optimizer's turn, which ends with its return, its budget, its time or its error."""
         optimizer, student = make(key.optimizer), task.make_program()
-        lm, proposer = model.metered(budget), prompt_model(key.proposer, key.seed, budget, model)
+        config = self._config
+        lm = model.metered(budget)
+        proposer = prompt_model(config.prompt_model, key.seed, budget, model, config.prompt_args)
         error: str | None = None
         program: dspy.Module | None = None
         machine.forget_peak_memory()

@@ -457,7 +457,7 @@ def test_a_proposer_writes_no_more_than_its_arguments_allow_and_a_cell_is_named_
 ) -> None:
     budget = Budget(10_000, counters=pocket.counters)
     lm = models.prompt_model("self", 0, budget, pocket, {"max_tokens": 3})
-    lm(QUESTION)
+    lm(messages=chat(QUESTION))
     assert budget.proposer.completion_tokens == 3
     flags = ("--tasks", "gsm8k", "--optimizers", "seed", "--prompt-model", "self")
     assert [each.proposer for each in settings(*flags).keys()] == ["self"]

@@ -17,6 +17,7 @@ import litellm
 import numpy
 import pytest
 from dspy import lm15
+from dspy.utils.exceptions import AdapterParseError
 
 from benchmarks.__main__ import main
 from benchmarks.harness import candidates, config, judging, models, provider, run
@@ -457,7 +458,9 @@ def test_a_proposer_writes_no_more_than_its_arguments_allow_and_a_cell_is_named_
 ) -> None:
     budget = Budget(10_000, counters=pocket.counters)
     lm = models.prompt_model("self", 0, budget, pocket, {"max_tokens": 3})
-    lm(messages=chat(QUESTION))
+    adapter = dspy.ChatAdapter(use_json_adapter_fallback=False)
+    with dspy.context(lm=lm, adapter=adapter), pytest.raises(AdapterParseError):
+        tasks.load("pocket:navigate", data_dir=None, seed=0, limit=1).make_program()(question=QUESTION)
     assert budget.proposer.completion_tokens == 3
     flags = ("--tasks", "gsm8k", "--optimizers", "seed", "--prompt-model", "self")
     assert [each.proposer for each in settings(*flags).keys()] == ["self"]

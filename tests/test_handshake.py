@@ -490,8 +490,15 @@ def vision_language_model(kind: str) -> Any:
         return model_class(getattr(transformers, f"{kind}Config")(**settings)).eval()
 
 
+BFLOAT16 = pytest.mark.parametrize("bfloat16", [False, True], ids=["plain CPU", "CPU with bfloat16"])
+
+
+@BFLOAT16
 @pytest.mark.parametrize("kind", ["Qwen2_5_VL", "Llava", "Idefics3"])
-def test_the_folder_of_a_vision_language_model_works_as_model_and_tokenizer_do(kind: str, tmp_path: Any) -> None:
+def test_the_folder_of_a_vision_language_model_works_as_model_and_tokenizer_do(
+    kind: str, bfloat16: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dspy_greater.model.dtypes.computes_bfloat16", lambda: bfloat16)
     model, tokenizer = vision_language_model(kind), tiny_tokenizer()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -505,7 +512,11 @@ def test_the_folder_of_a_vision_language_model_works_as_model_and_tokenizer_do(k
     assert torch.allclose(found, plain_slopes(folder, rows()[0]), rtol=1e-3, atol=1e-4)
 
 
-def test_the_folder_of_an_encoder_decoder_is_refused_for_what_it_is(tmp_path: Any) -> None:
+@BFLOAT16
+def test_the_folder_of_an_encoder_decoder_is_refused_for_what_it_is(
+    bfloat16: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dspy_greater.model.dtypes.computes_bfloat16", lambda: bfloat16)
     t5().save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(WeightsError, match="is an encoder-decoder"):

@@ -14,13 +14,16 @@ SMALL = 100_000_000  # parameters: below, float32 is under 400 MB and rounding c
 _INSTRUCTIONS = frozenset({"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"})  # as torch and Linux spell them
 
 
-def default_dtype(target: torch.device, place: str, common: Mapping[str, Any]) -> torch.dtype | str:
+def default_dtype(
+    target: torch.device, place: str, common: Mapping[str, Any], model_class: Any = None
+) -> torch.dtype | str:
     """The type for a directory or hub id, whose configuration is read only where it decides.
 
     Args:
         target: the device that the weights go to.
         place: a directory or hub id.
         common: arguments of `AutoConfig.from_pretrained`, such as the revision.
+        model_class: what loads the weights; `AutoModelForCausalLM` when not given.
     """
     if target.type != "cpu":
         return "auto"
@@ -29,9 +32,12 @@ def default_dtype(target: torch.device, place: str, common: Mapping[str, Any]) -
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(place, **common)
+    chosen = model_class or AutoModelForCausalLM
     with torch.device("meta"):
-        trust = bool(common.get("trust_remote_code"))
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+        if build := getattr(chosen, "from_config", None):
+            model = build(config, trust_remote_code=bool(common.get("trust_remote_code")))
+        else:  # a class of its own, such as a vision-language model's
+            model = chosen(config)
     stored = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None) or torch.float32
     return chosen_dtype(target, named_dtype(stored), sum(each.numel() for each in model.parameters()))
 

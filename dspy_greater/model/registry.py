@@ -133,10 +133,11 @@ def load_pretrained(
     if revision is not None:
         common["revision"] = revision
     try:
+        model_class = _model_class(place, {**common, **settings})
         if dtype is None:
-            dtype = default_dtype(target, place, common)
+            dtype = default_dtype(target, place, common, model_class)
         tokenizer = AutoTokenizer.from_pretrained(place, **common)
-        loaded: Any = _model_class(place, {**common, **settings}).from_pretrained(
+        loaded: Any = model_class.from_pretrained(
             place, dtype=dtype, use_safetensors=True, output_loading_info=True, **common, **settings
         )
         model, report = loaded

@@ -278,7 +278,30 @@ def test_a_sampled_answer_is_no_measure_of_agreement(engine: Engine) -> None:
     assert server.prompts == 2 + 4 and 0 < server.written <= 2 * 32
 
 
+@pytest.mark.parametrize("litellm", [False, True], ids=["DSPy's own client", "LiteLLM"])
+def test_a_server_that_tells_no_usage_is_not_taken_for_another_one_and_its_tokens_are_counted(
+    engine: Engine, litellm: bool
+) -> None:
+    over = vllm_over(engine)
+
+    def answer(body: Any) -> Any:
+        told = over["POST /v1/chat/completions"](body)
+        del told["usage"]
+        told.pop("prompt_token_ids", None)
+        return told
+
+    # A setting that DSPy's own client does not know goes through LiteLLM, which fills in zeros for what is not told.
+    more: dict[str, Any] = {"extra_body": {"x": 1}} if litellm else {}
+    with stand_in({**over, "POST /v1/chat/completions": answer}) as url:
+        better = optimizer(weights=engine, steps=0).compile(student(url, **more), ROWS, valset=HELD_OUT)
+    found = better.detailed_results
+    assert found.server.prompts_different == 0 and found.score >= 0.0
+    assert found.predictors[0].seed_spent["generated_tokens"] > len(ROWS)  # of the texts, as the tokenizer splits them
+
+
 def test_what_an_answer_does_not_tell_is_not_known() -> None:
+    zeros = {"usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}}
+    assert answer_of(zeros, ()).prompt_tokens is None
     assert answer_of({}, ()).text is None and answer_of({"choices": "x", "usage": 3}, ()).prompt_tokens is None
     apart = {"choices": [{"message": {"content": "yes", "reasoning_content": "I think"}}]}
     assert answer_of(apart, ()).text is None  # the tokens between both are not known

@@ -178,9 +178,12 @@ def _usage(entry: Mapping[str, Any]) -> ServerUsage:
     answers = entry.get("response")
     own = [getattr(each, "usage", None) for each in (answers if isinstance(answers, (list, tuple)) else [answers])]
     told = dict(entry.get("usage") or {})
+    read = _count(told.get("prompt_tokens"), own, "input_tokens")
+    written = _count(told.get("completion_tokens"), own, "output_tokens")
+    untold = not read and not written  # LiteLLM fills in zeros; every prompt has tokens
     return ServerUsage(
-        prompt_tokens=_count(told.get("prompt_tokens"), own, "input_tokens"),
-        generated_tokens=_count(told.get("completion_tokens"), own, "output_tokens"),
+        prompt_tokens=None if untold else read,
+        generated_tokens=None if untold else written,
         model=entry.get("response_model"),
         cached=not told,
     )

@@ -208,7 +208,7 @@ def answer_of(data: Mapping[str, Any], messages: Messages) -> Written:
     return Written(
         messages=tuple(messages),
         text=content if isinstance(content, str) and not apart else None,
-        prompt_tokens=count if isinstance(count, int) else None,
+        prompt_tokens=count if isinstance(count, int) and count > 0 else None,  # LiteLLM fills in what is not told
         prompt_ids=_ids(data.get("prompt_token_ids")),
         token_ids=_ids(first.get("token_ids")),
     )

@@ -32,7 +32,7 @@ def default_dtype(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(place, **common)
-    chosen = model_class or AutoModelForCausalLM
+    chosen: Any = model_class or AutoModelForCausalLM
     with torch.device("meta"):
         if build := getattr(chosen, "from_config", None):
             model = build(config, trust_remote_code=bool(common.get("trust_remote_code")))

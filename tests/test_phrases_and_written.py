@@ -268,6 +268,10 @@ def test_a_lower_loss_alone_is_no_reason_to_ask_again() -> None:
     assert after(step.chosen).rewritten == 1
     alike = replace(step.chosen, score=result.seed.score, objective=result.seed.objective)
     assert after(alike).current.instruction == step.chosen.instruction and after(alike).rewritten == 0
+    walked = replace(state, current=replace(result.seed, score=-1.0, instruction="Elsewhere."))  # worse than the best
+    chosen = replace(step.chosen, score=result.seed.score)
+    back = advance(walked, replace(step, chosen=chosen), (), Settings(), lambda ids: range(len(ids)))
+    assert chosen.score > walked.current.score and back.rewritten == 0
 
 
 def runs_by_instruction(step: Any) -> dict[str, int]:

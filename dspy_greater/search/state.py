@@ -69,7 +69,7 @@ class SearchState:
     fixed: str = ""  # the leading text of the instruction that may not change
     unchanged: int = 0
     predictions: tuple[tuple[float, tuple[float, float]], ...] = ()  # (predicted, realised) of what was tried
-    rewritten: int = 0  # the step after the last one that took another instruction, written whole, with fewer mistakes
+    rewritten: int = 0  # the step after the last one that took a whole instruction with fewer mistakes than any before
 
     def finished(self, settings: Settings) -> bool:
         """Whether all steps are taken, or a budget is spent."""
@@ -128,7 +128,7 @@ def advance(
         usage=state.usage.after(step.spent, step.seconds),
         unchanged=0 if further else state.unchanged + 1,
         predictions=(*state.predictions, *step.predictions)[-_RECENT:],
-        rewritten=state.step + 1 if rewritten and chosen.score > state.current.score else state.rewritten,
+        rewritten=state.step + 1 if rewritten and chosen.score > state.best[0].score else state.rewritten,
     )
 
 

@@ -3,9 +3,9 @@
 A token at a time, a search stays near where it began. The model whose instruction is optimised knows the language of
 its task, so it is asked for other instructions now and then, in two ways in turn. From right answers alone it says
 what is asked for and in which form; other tasks with their instructions come first, because a small model repeats a
-request that comes without. From its mistakes it says what to do better. It is asked again at once while that makes
-mistakes fewer, and else ever more seldom. What it writes reasons for itself, as any edit; the gradient has nothing to
-say of it.
+request that comes without. From its mistakes it says what to do better. It is asked again at once where that made
+fewer mistakes than anything before, and else ever more seldom. What it writes reasons for itself, as any edit; the
+gradient has nothing to say of it.
 """
 
 from __future__ import annotations

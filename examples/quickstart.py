@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import re
 import sys
 import time
 from collections import Counter
@@ -28,6 +29,7 @@ from dspy_greater import GReaTerTeleprompter, local_lm
 from dspy_greater.pocket.tasks import TASKS, generate, work_out
 
 HUB_DATASET = "lukaemon/bbh"
+OPTION = re.compile(r"^\(([A-Z])\) (.+)$", re.MULTILINE)  # of a question with several answers to choose from
 
 
 def load_rows(task: str, directory: Path | None) -> tuple[list[dspy.Example], str]:
@@ -61,8 +63,11 @@ def from_hub_or_generator(task: str) -> tuple[list[dict[str, str]], str]:
 
 
 def exact_match(example: dspy.Example, prediction: dspy.Prediction, trace: object = None) -> bool:
-    """Whether the answer is the gold one, case and blanks aside."""
-    return str(prediction.answer).strip().lower() == str(example.answer).strip().lower()
+    """Whether the answer is the gold one, case and blanks aside; an option may be named by its letter or its text."""
+    given, gold = (str(each).strip().rstrip(".").lower() for each in (prediction.answer, example.answer))
+    options = {f"({letter.lower()})": text.strip().lower() for letter, text in OPTION.findall(example.question)}
+    option = options.get(gold)
+    return given == gold or (option is not None and given in (option, f"{gold} {option}"))
 
 
 def measured(program: dspy.Module, rows: list[dspy.Example]) -> tuple[float, Counter[str]]:

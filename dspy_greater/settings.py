@@ -13,8 +13,8 @@ makes up to two forward and backward passes over `replayed` sequences, for repla
 `forecasts` forward passes over them, and one more a step; appending costs no run.
 All that is bounded by `forecast_share` of what the step's runs cost, counted in tokens (`search.prices`): on a CPU a
 step of one candidate usually looks at one position, with a handful of reasonings. Phrases write up to 8 tokens each.
-The first step, and some later ones, ask the model for whole instructions in place of that: up to `written` x
-(`max_instruction_tokens` + 32) tokens, which each run the program on 8 rows, and one of them on the others.
+The first step, and some later ones, ask the model for `written` whole instructions in place of that, each of up to
+`max_instruction_tokens` + 32 tokens. Each runs the program on 8 rows, and the best of them on the others.
 Once its forecasts have proven themselves it tries fewer than μ candidates; while they do not come true,
 about one step in `explore_every` makes neither forecasts nor gradients.
 

@@ -64,10 +64,10 @@ def from_hub_or_generator(task: str) -> tuple[list[dict[str, str]], str]:
 
 def exact_match(example: dspy.Example, prediction: dspy.Prediction, trace: object = None) -> bool:
     """Whether the answer is the gold one, case and blanks aside; an option may be named by its letter or its text."""
-    given, gold = (str(each).strip().rstrip(".").lower() for each in (prediction.answer, example.answer))
+    given, gold = (str(each).strip().lower() for each in (prediction.answer, example.answer))
     options = {f"({letter.lower()})": text.strip().lower() for letter, text in OPTION.findall(example.question)}
     option = options.get(gold)
-    return given == gold or (option is not None and given in (option, f"{gold} {option}"))
+    return given == gold or (option is not None and given.rstrip(".") in (option, f"{gold} {option}"))
 
 
 def measured(program: dspy.Module, rows: list[dspy.Example]) -> tuple[float, Counter[str]]:

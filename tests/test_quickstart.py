@@ -28,7 +28,7 @@ def quickstart() -> Any:
         *((CHOICE, "(B)", each, True) for each in ("(B)", "(b)", "Light blue.", "(B) light blue", " light blue ")),
         *((CHOICE, "(B)", each, False) for each in ("(A)", "red", "(A) light blue", "light", "", "(A) or (B)")),
         ("Is it so?", "Yes", "yes", True),
-        ("Is it so?", "Yes", "Yes, it is", False),
+        *(("Is it so?", "Yes", each, False) for each in ("Yes.", "Yes, it is")),
         ("Options:\n(A) 3", "3", "(A)", False),
     ],
 )

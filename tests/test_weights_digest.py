@@ -189,7 +189,9 @@ class Sealed(Tensor):
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten.detach.default:
             return cls(args[0].codes, args[0].scale, args[0].mode)
-        raise NotImplementedError(f"{function}: torchao's tensors refuse most operations with this very error")
+        raise NotImplementedError(
+            f"{function}: on purpose, as torchao's tensors refuse what they do not know; this class stands in for one"
+        )
 
 
 class Wrapped(Sealed):
@@ -218,7 +220,9 @@ class Packed(Tensor):
         name = getattr(function, "__name__", "")
         if name in ("__get__", "__set__", "detach", "untyped_storage", "requires_grad_", "__repr__", "numel", "size"):
             return super().__torch_function__(function, types, args, kwargs or {})
-        raise NotImplementedError(f"{name}: packed weights refuse nearly everything with this very error")
+        raise NotImplementedError(
+            f"{name}: on purpose, as packed weights refuse nearly everything; this class stands in for them"
+        )
 
 
 def linear_with(weight: Tensor) -> torch.nn.Linear:

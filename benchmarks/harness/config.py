@@ -63,10 +63,8 @@ class RunConfig:
 
     def keys(self) -> list[CellKey]:
         """The cells, task by task and seed by seed, so that optimizers that are compared run side by side."""
-        arguments, proposer = (
-            _told(self.model_args),
-            ",".join(filter(None, (self.prompt_model, _told(self.prompt_args)))),
-        )
+        arguments = _told(self.model_args)
+        proposer = ",".join(filter(None, (self.prompt_model, _told(self.prompt_args))))
         return [
             CellKey(task, name, seed, self.model, arguments, proposer, self.budget, self.limit)
             for task in self.tasks

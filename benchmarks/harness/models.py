@@ -193,7 +193,7 @@ def prompt_model(
         name = f"local/{PHRASEBOOK}"
     elif model is not None and name == SELF:
         name = model.judge.model  # a request names the model that it is for
-    return dspy.LM(name, engine=counted, async_engine=CountedAsyncEngine(counted), cache=False, **dict(arguments or {}))
+    return dspy.LM(name, engine=counted, async_engine=CountedAsyncEngine(counted), cache=False, **(arguments or {}))
 
 
 def _itself(model: TaskModel, budget: Budget) -> tuple[Any, Callable[[Usage], None], Callable[[], None]]:

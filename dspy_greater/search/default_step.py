@@ -169,15 +169,13 @@ class DefaultStep:
         rows = sorted(random.sample(every, min(TRIAL_ROWS, len(every))))
         tried = at.evaluator.try_out(instructions, rows, at.model)
         best = min(range(len(tried)), key=lambda place: tried[place].objective)
-        if tried[best].objective < at.evaluator.on_rows(at.current, rows).objective:
-            evaluated = at.evaluator.evaluate([instructions[best]], at.model, tried)
-            selection = select(at.current, evaluated)
-        else:
-            evaluated, selection = (
-                [],
-                Selection(at.current, f"kept the instruction: on {len(rows)} rows it is the best"),
-            )
-        return self._taken(_Look(at, written, {}, written, {}), evaluated, selection, before)
+        look = _Look(at, written, {}, written, {})
+        if not tried[best].objective < at.evaluator.on_rows(at.current, rows).objective:
+            kept = Selection(at.current, f"kept the instruction: on {len(rows)} rows it is the best")
+            return self._taken(look, [], kept, before)
+        evaluated = at.evaluator.evaluate([instructions[best]], at.model, tried)
+        # A walk goes on over worse instructions; another one altogether has to be better.
+        return self._taken(look, evaluated, select(at.current, evaluated), before)
 
     def _replay(self, at: StepContext, seen: Glance, random: Random) -> Replay:
         reasonings = at.evaluator.replay(at.current, random, seen.reasonings)

@@ -8,7 +8,6 @@ Shapes: V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -59,8 +58,6 @@ class _Batch:
     def __init__(self, engine: Engine, rows: Sequence[Row], generated: GeneratedStates | None) -> None:
         self.engine, self.model, self.rows, self._generated = engine, engine.model, list(rows), generated
         self._device = engine.weights.device
-        keep = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        self._last_only = {"logits_to_keep": 1} if keep else {}
 
     def read(self, prefixes: PrefixCache) -> Tensor:
         """Prefill. Returns the next-token logits [rows, V] of the rows that are not finished by it."""
@@ -131,7 +128,6 @@ class _Batch:
             position_ids=self._positions,
             past_key_values=self.cache,
             use_cache=True,
-            **self._last_only,
         )
         rows = output.logits.shape[0] * output.logits.shape[1]
         self.engine.tally.add(forwards=1, lm_head_rows=rows, padded_tokens=len(live) - sum(live))

@@ -67,7 +67,6 @@ class _Padded:
     def __init__(self, model: Any, *, pad: int = 0, tally: Tally = lambda **_: None) -> None:
         self._model, self._pad, self._tally = model, pad, tally
         self._device = input_device(model)
-        self._last_only = accepted(model, logits_to_keep=1) if "logits_to_keep" in _parameters(model) else {}
 
     def read(self, contexts: Sequence[Sequence[int]]) -> Tensor:
         width, real = max(map(len, contexts)), sum(map(len, contexts))
@@ -88,7 +87,7 @@ class _Padded:
         self._mask, self._positions = self._mask[list(rows)], self._positions[list(rows)]
 
     def _forward(self, ids: Tensor, **inputs: Any) -> Tensor:
-        given = {**inputs, **self._last_only, "position_ids": self._positions, "use_cache": True}
+        given = {**inputs, "position_ids": self._positions, "use_cache": True}
         last = torch.arange(len(ids)), torch.full((len(ids),), ids.shape[1] - 1)
         with computed_only_at(self._model, last, ids.shape) as narrowed:
             output = self._model(input_ids=ids, **accepted(self._model, **given))

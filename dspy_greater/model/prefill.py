@@ -10,7 +10,6 @@ Shapes: n rows of a part, P tokens of its prefix, T tokens of its longest rest, 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -101,7 +100,6 @@ def _read(
     mask = torch.cat([torch.ones(len(own), shared, dtype=torch.long), (steps >= 0).long()], 1)  # [n, P + T]
     row = torch.arange(len(own)).repeat_interleave(torch.tensor(ends))  # [R]
     column = torch.cat([torch.arange(width - end, width) for end in ends])  # [R]
-    last_only = max(ends) == 1 and "logits_to_keep" in inspect.signature(model.forward).parameters
     with computed_only_at(model, (row, column), ids.shape) as narrowed:
         logits: Tensor = model(
             input_ids=ids.to(device),
@@ -109,11 +107,8 @@ def _read(
             position_ids=(shared + steps.clamp(min=-shared)).to(device),
             past_key_values=cache,
             use_cache=True,
-            **({"logits_to_keep": 1} if last_only else {}),
         ).logits
     engine.tally.add(forwards=1, lm_head_rows=logits.shape[0] * logits.shape[1])
-    if last_only and not narrowed:
-        return list(logits[:, -1:]), pads
     return (logits[0] if narrowed else logits[row, column]).split(list(ends)), pads
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import dspy
@@ -31,6 +32,7 @@ from dspy_greater.objective.evaluator import Evaluator, Instruction, Objective
 from dspy_greater.objective.types import Evaluation
 from dspy_greater.program.predictors import predictors_of
 from dspy_greater.run.log import edit_of
+from dspy_greater.search.answer_form import answer_forms
 from dspy_greater.search.edits import Edit
 from dspy_greater.search.phrases import mean_likelihoods, propose_phrases
 from dspy_greater.search.state import SearchState, advance, begin
@@ -62,7 +64,7 @@ def before_a_step(
     instruction: str = SEED,
     *,
     position: int = 0,
-    step: int = 0,
+    step: int = 2,  # a later one, in which the model alone is asked
     fixed: str = "",
     objective: tuple[str, list[Any], Any] = ("answer", ROWS, exact_match),
     **knobs: Any,
@@ -145,26 +147,26 @@ def test_a_phrase_leaves_the_fixed_text_and_the_longest_length() -> None:
 # --- whole instructions
 
 
-def test_of_two_requests_one_shows_the_instruction_and_rows_that_went_wrong_first() -> None:
+def test_of_three_requests_one_shows_the_instruction_and_rows_that_went_wrong_first() -> None:
     engine = Writer("List and count.")
     at = before_a_step(engine, written=6)
     propose_written(at)
     wrong = [row for row in at.current.rows if row.score < 1.0]
     assert wrong
     about_mistakes = [each for each in engine.asked if ANSWERS_ONLY not in each]
-    assert len(engine.asked) == 6 and about_mistakes == engine.asked[1::2]
+    assert len(engine.asked) == 6 and about_mistakes == engine.asked[2::3]
     for prompt in about_mistakes:
         assert f"Instruction: {SEED}" in prompt and prompt.count("Right answer: ") == 3
         assert any(str(row.inputs["question"]) in prompt for row in wrong)
     assert len(set(engine.asked)) == 6
 
 
-def test_the_other_shows_right_answers_alone_behind_other_tasks_with_their_instructions() -> None:
+def test_the_others_show_right_answers_alone_behind_other_tasks_with_their_instructions() -> None:
     engine = Writer("List and count.")
-    at = before_a_step(engine, written=5)
+    at = before_a_step(engine, written=4)
     propose_written(at)
     about_answers = [each for each in engine.asked if ANSWERS_ONLY in each]
-    assert about_answers == engine.asked[::2] and len(set(about_answers)) == 3
+    assert about_answers == [engine.asked[at] for at in (0, 1, 3)] and len(set(about_answers)) == 3
     for prompt in about_answers:
         *lessons, own = prompt.split(ANSWERS_ONLY)[:-1]
         assert len(lessons) == 3 and "such as (B)." in prompt and "positive or negative." in prompt
@@ -221,6 +223,47 @@ def test_after_a_written_instruction_that_was_better_the_breaks_begin_anew() -> 
     assert asked == [True, False, True, False, False, False, True]
 
 
+# --- the form of a right answer
+
+
+def test_behind_a_new_instruction_the_first_candidates_say_what_the_gold_values_look_like() -> None:
+    engine = Writer("List and count.")
+    found = propose_written(before_a_step(engine, step=0, written=4))
+    assert [(each.instruction.text, each.origin) for each in found[:2]] == [
+        (f"{SEED} Answer with one word: no or yes.", "form"),
+        (f"{SEED} The answer is no or yes.", "form"),
+    ]
+    assert len(engine.asked) == 2 and {each.kind for each in found} == {"rewrite"}
+    assert_deployed_as_scored(before_a_step(step=0), found)
+
+
+def test_an_open_sentence_is_ended_before_the_form_and_a_fixed_text_stays_in_front() -> None:
+    at = before_a_step(instruction="Please say it", fixed="Please", step=0, written=1)
+    [found] = propose_written(at)
+    assert found.instruction.text == "Please say it. Answer with one word: no or yes."
+
+
+def test_the_form_is_said_of_the_best_instruction_though_the_search_has_walked_on() -> None:
+    at = before_a_step(step=0, written=1)
+    walked = replace(at, state=replace(at.state, current=replace(at.current, instruction="Elsewhere.")))
+    [found] = propose_written(walked)
+    assert found.instruction.text.startswith(f"{SEED} ")
+
+
+def test_a_form_that_is_too_long_or_was_tried_is_left_out() -> None:
+    assert propose_written(before_a_step(Writer("!?"), step=0, written=3, max_instruction_tokens=6)) == ()
+    at = before_a_step(Writer("!?"), step=0, written=3)
+    first, second = propose_written(at)
+    at.evaluator.evaluate([first.instruction])
+    assert propose_written(at) == (second,)
+
+
+@given(st.lists(st.one_of(st.text(max_size=50), st.integers(), st.none(), st.lists(st.text())), max_size=9))
+def test_whatever_gold_values_are_a_form_is_one_line_or_nothing(golds: list[object]) -> None:
+    for each in answer_forms(golds, Random(0)):
+        assert len(each.splitlines()) == 1 and each == each.strip()
+
+
 @given(st.text(max_size=60))
 def test_whatever_is_written_is_one_line_or_nothing(answer: str) -> None:
     found = instruction_in(answer)
@@ -240,7 +283,7 @@ def test_a_written_instruction_that_is_better_is_taken_and_the_search_goes_on_fr
     [result] = better.detailed_results.predictors
     first, second = result.steps
     assert first.chosen.instruction == f"Now {BEST} and add." and second.position == 0
-    assert {each.origin for each in first.candidates} == {"written"}
+    assert [each.origin for each in first.candidates] == ["form", "form", "written", "written"]
     assert all(each.gradient is None for each in first.candidates)
     assert all(each.forecast is None for each in first.candidates)
     assert first.chosen.score > result.seed.score
@@ -250,9 +293,10 @@ def test_a_written_instruction_that_is_better_is_taken_and_the_search_goes_on_fr
 
 def test_while_it_makes_mistakes_fewer_the_next_step_asks_again_from_where_that_led() -> None:
     engine = Writer("Maybe look here.", f"Now {BEST} and add.", "Hurry and guess.", "Guess.", "Look.", "See.")
-    first, second, third = compiled(engine, steps=3, written=2).detailed_results.predictors[0].steps
+    first, second, third = compiled(engine, steps=3, written=4).detailed_results.predictors[0].steps
     assert first.chosen.instruction == f"Now {BEST} and add."
-    assert {each.origin for each in second.candidates} == {"written"}
+    assert [each.origin for each in second.candidates] == ["form", "form", "written", "written"]
+    assert all(each.text.startswith(f"Now {BEST} and add. ") for each in second.candidates[:2])
     assert f"Instruction: Now {BEST} and add." in engine.asked[3] and len(engine.asked) == 4
     assert second.chosen.instruction == first.chosen.instruction
     assert "written" not in {each.origin for each in third.candidates}
@@ -280,21 +324,22 @@ def runs_by_instruction(step: Any) -> dict[str, int]:
 
 def test_whole_instructions_run_on_a_few_rows_and_the_best_of_them_alone_on_the_others() -> None:
     rows, texts = planted_rows(24), ("Maybe look here.", f"Now {BEST} and add.", "Hurry and guess.")
-    settings = {"auto": None, "train_rows": 20, "validation_rows": 4, "progress": False, "steps": 1, "written": 3}
+    settings = {"auto": None, "train_rows": 20, "validation_rows": 4, "progress": False, "steps": 1, "written": 5}
     optimizer = GReaTerTeleprompter(exact_match, **settings)
     found = optimizer.compile(program_on(Writer(*texts)), rows[:20], valset=rows[20:]).detailed_results
     [step] = found.predictors[0].steps
-    assert runs_by_instruction(step) == {texts[0]: 0, texts[1]: 20, texts[2]: 0}
-    assert step.spent["runs"] == 3 * 8 + (20 - 8)
+    forms = [each.text for each in step.candidates if each.origin == "form"]
+    assert runs_by_instruction(step) == {**dict.fromkeys(forms, 0), texts[0]: 0, texts[1]: 20, texts[2]: 0}
+    assert len(forms) == 2 and step.spent["runs"] == 5 * 8 + (20 - 8)
     assert step.chosen.instruction == texts[1] and [each.row for each in step.chosen.rows] == list(range(20))
 
 
 def test_where_the_current_instruction_is_better_on_the_few_rows_none_runs_on_the_others() -> None:
     rows, settings = planted_rows(24), {"auto": None, "train_rows": 20, "validation_rows": 4, "progress": False}
-    optimizer = GReaTerTeleprompter(exact_match, **settings, steps=1, written=2)
+    optimizer = GReaTerTeleprompter(exact_match, **settings, steps=1, written=4)
     program = program_on(Writer("Hurry and guess.", "Guess."), instruction=f"Now {BEST} and add.")
     [step] = optimizer.compile(program, rows[:20], valset=rows[20:]).detailed_results.predictors[0].steps
-    assert step.spent["runs"] == 2 * 8 and not any(each.evaluation for each in step.candidates)
+    assert step.spent["runs"] == 4 * 8 and not any(each.evaluation for each in step.candidates)
     assert step.chosen.instruction == f"Now {BEST} and add."
     assert step.reason == "kept the instruction: on 8 rows it is the best"
 
@@ -323,7 +368,10 @@ def test_where_the_written_ones_are_worse_the_search_stays_at_its_position() -> 
 
 
 def test_where_nothing_that_is_written_can_be_used_the_step_is_one_of_tokens() -> None:
-    better = compiled(Writer("!?"), steps=1)
+    objective = {"train_rows": 4, "validation_rows": 4, "steps": 1, "auto": None, "progress": False}
+    rows = [dspy.Example(question=row.question).with_inputs("question") for row in ROWS]
+    optimizer = GReaTerTeleprompter(lambda example, prediction, trace=None: len(prediction.answer) / 9, **objective)
+    better = optimizer.compile(program_on(Writer("!?")), rows[:4], valset=rows[4:])
     [step] = better.detailed_results.predictors[0].steps
     assert "token" in {each.origin for each in step.candidates}
 

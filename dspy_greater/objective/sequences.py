@@ -62,6 +62,10 @@ class Examples:
         annotations = {name: each.annotation for name, each in fields.items()}
         return labels_as_text(self._rows[row.row].labels().toDict(), annotations)
 
+    def golds(self) -> list[Any]:
+        """The gold value of each row, the first of those that are acceptable; none without a field that has them."""
+        return [acceptable[0] for acceptable in self._golds]
+
     def outcome(self, index: int, rollout: Rollout) -> RowOutcome:
         """What is kept of a run on row `index`; its loss is not taken yet."""
         call = rollout.calls.get(self._site.name)

@@ -66,4 +66,4 @@ class Candidate:
     forecast: float | None = None  # predicted change of the expected loss, off-policy
     effective_samples: float | None = None  # how many reasonings carry the forecast
     realised: tuple[float, float] | None = None  # change of mistake rate and of cross-entropy, on the same rows
-    origin: str = "token"  # "phrase": several tokens; "written": a whole instruction, which the model was asked for
+    origin: str = "token"  # "phrase": several; whole instructions: "written" by the model, "form" of a right answer

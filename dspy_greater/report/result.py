@@ -50,7 +50,7 @@ class PredictorResult:
 
     @property
     def origin(self) -> str:
-        """What proposed the instruction that was kept, as its last edit: "token", "phrase", "written", or "seed"."""
+        """What proposed the instruction that was kept, as its last edit: a candidate's `origin`, or "seed"."""
         tried = (each for step in self.steps for each in step.candidates if each.evaluation is not None)
         found = {each.evaluation.instruction: each.origin for each in tried if each.evaluation is not None}
         return "seed" if self.instruction == self.seed_instruction else found.get(self.instruction, "token")

@@ -285,7 +285,7 @@ def _told(look: _Look, evaluated: Sequence[Evaluation]) -> tuple[Candidate, ...]
         outcome, told = outcomes.get(text), look.forecasts.get(text)
         return Candidate(
             token=edit.token,
-            text=text if edit.origin == "written" else decode(list(edit.tokens)),
+            text=text if edit.kind == "rewrite" else decode(list(edit.tokens)),
             log_probability=edit.log_probability,
             gradient=look.slopes.get(text),
             evaluation=outcome,

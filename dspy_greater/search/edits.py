@@ -16,7 +16,7 @@ from dspy_greater.search.proposals import ProposalSizes, propose
 from dspy_greater.search.step import StepContext
 
 Kind = Literal["replace", "insert", "delete", "rewrite"]
-Origin = Literal["token", "phrase", "written"]
+Origin = Literal["token", "phrase", "written", "form"]
 Legal = Callable[[int], tuple[tuple[Kind, Instruction], ...] | None]
 
 

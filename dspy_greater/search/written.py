@@ -1,11 +1,11 @@
-"""Instructions that the model writes itself, whole: asked with right answers, and with what it got wrong.
+"""Whole instructions: the best one with the form of a right answer behind it, and what the model writes when asked.
 
-A token at a time, a search stays near where it began. The model whose instruction is optimised knows the language of
-its task, so it is asked for other instructions now and then, in two ways in turn. From right answers alone it says
-what is asked for and in which form; other tasks with their instructions come first, because a small model repeats a
-request that comes without. From its mistakes it says what to do better. It is asked again at once where that made
-fewer mistakes than anything before, and else ever more seldom. What it writes reasons for itself, as any edit; the
-gradient has nothing to say of it.
+A token at a time, a search stays near where it began. The gold values say in which form an answer is asked for, and
+the model whose instruction is optimised knows the language of its task, so it is asked for other instructions now and
+then, in two ways. From right answers alone it says what is asked for and in which form; other tasks with their
+instructions come first, because a small model repeats a request that comes without. From its mistakes it says what to
+do better. It is asked again at once where that made fewer mistakes than anything before, and else ever more seldom.
+All of them reason for themselves, as any edit; the gradient has nothing to say of them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from random import Random
 from dspy_greater.model.interface import GenerationRequest
 from dspy_greater.objective.evaluator import Instruction
 from dspy_greater.objective.types import RowOutcome
-from dspy_greater.search.edits import Edit
+from dspy_greater.search.answer_form import answer_forms
+from dspy_greater.search.edits import Edit, Origin
 from dspy_greater.search.state import ends_sentence
 from dspy_greater.search.step import StepContext
 
 EXAMPLES = 3  # rows in a request about mistakes, which come first
 ANSWERED = 4  # rows in a request about right answers
+_TURNS = 3  # requests of which one is about mistakes
 _LONGEST = 400  # characters of a text in a request
 ROOM = 32  # tokens that a request leaves beside the instruction: a greeting, a cut sentence
 _TEMPERATURE, _TOP_P = 0.8, 0.95
@@ -94,17 +96,31 @@ def asks(steps: int) -> bool:
 
 
 def propose_written(at: StepContext) -> tuple[Edit, ...]:
-    """What the model writes when it is asked for a better instruction, as far as it can be deployed and is new."""
+    """At most `written` of them that can be deployed and are new; forms only behind an instruction that is new too."""
     random = Random(f"{at.random_seed}/{at.predictor}/{at.state.step}/written")
-    room = at.settings.max_instruction_tokens + ROOM
+    forms = _forms(at, random)[: at.settings.written] if at.state.step == at.state.rewritten else []
+    asked = [_edit(at, text, "written") for text in _asked(at, at.settings.written - len(forms), random)]
+    return tuple({each.instruction.text: each for each in (*forms, *asked) if each is not None}.values())
+
+
+def _forms(at: StepContext, random: Random) -> list[Edit]:
+    """The best instruction, with what the gold values look like behind it."""
+    best = at.state.best[0].instruction[len(at.state.fixed) :].strip()
+    stop = "" if not best or ends_sentence(best) else "."
+    texts = [f"{best}{stop} {form}".strip() for form in answer_forms(at.evaluator.examples.golds(), random)]
+    return [each for each in (_edit(at, text, "form") for text in texts) if each is not None]
+
+
+def _asked(at: StepContext, count: int, random: Random) -> list[str]:
+    """What the model writes when it is asked for a better instruction so many times."""
+    encoder, room = at.evaluator.layout.encoder, at.settings.max_instruction_tokens + ROOM
     requests = [
         GenerationRequest(prompt, room, _TEMPERATURE, _TOP_P, seed=random.randrange(2**31))
-        for prompt in (at.evaluator.layout.encoder.chat_ids(each) for each in _requests(at, random))
+        for prompt in map(encoder.chat_ids, _requests(at, count, random))
         if _fits(at, len(prompt) + room)
     ]
-    texts = [at.evaluator.layout.encoder.decode(each.token_ids) for each in at.model.generate(requests)]
-    edits = [_edit(at, text) for text in dict.fromkeys(map(instruction_in, texts)) if text]
-    return tuple({each.instruction.text: each for each in edits if each is not None}.values())
+    texts = [encoder.decode(each.token_ids) for each in at.model.generate(requests)]
+    return [text for text in dict.fromkeys(map(instruction_in, texts)) if text]
 
 
 def instruction_in(answer: str) -> str:
@@ -125,16 +141,16 @@ def instruction_in(answer: str) -> str:
     return text[: ends[-1]] if ends else text
 
 
-def _requests(at: StepContext, random: Random) -> list[list[Message]]:
-    """As many as are asked for, each with rows of its own; from right answers and from mistakes in turn."""
+def _requests(at: StepContext, count: int, random: Random) -> list[list[Message]]:
+    """So many, each with rows of its own; two from right answers, and one from mistakes, in turn."""
     called = [row for row in at.current.rows if row.inputs]
     answered = [row for row in called if at.evaluator.examples.labels(row)]
     accents = itertools.cycle(random.sample(_ACCENTS, len(_ACCENTS)))
     return [
         _from_answers(at, answered, random)
-        if answered and number % 2 == 0
+        if answered and number % _TURNS < _TURNS - 1
         else [_from_mistakes(at, called, next(accents), random)]
-        for number in range(at.settings.written)
+        for number in range(count)
     ]
 
 
@@ -187,7 +203,7 @@ def _fits(at: StepContext, tokens: int) -> bool:
     return limit is None or tokens <= limit
 
 
-def _edit(at: StepContext, text: str) -> Edit | None:
+def _edit(at: StepContext, text: str, origin: Origin) -> Edit | None:
     """The edit; None for what cannot be deployed, is known, or was only copied from another task's lesson."""
     edits = at.evaluator.layout.edits
     written = edits.rewrite(text)
@@ -196,4 +212,4 @@ def _edit(at: StepContext, text: str) -> Edit | None:
     ids, text = written
     if edits.length(ids) > at.settings.max_instruction_tokens:
         return None
-    return Edit("rewrite", ids, Instruction(ids, text), math.nan, origin="written")
+    return Edit("rewrite", ids, Instruction(ids, text), math.nan, origin=origin)

@@ -1,0 +1,42 @@
+"""Sentences that say what a right answer looks like, made of the gold values themselves.
+
+A model that answers "red" where "(B)" is asked for is wrong on every row, however well it reasons, and no single token
+of the instruction mends that. The gold values of the training rows say the form, so no model has to be asked for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+_MOST = 4  # different values that are all named
+_LONGEST = 40  # characters of a value that has a form; longer ones are texts
+_SHOWN = 3  # values that stand for all, where there are more
+
+
+def answer_forms(golds: Sequence[object], random: Random) -> tuple[str, ...]:
+    """Two sentences, by the values that come again or by some of them; none where an answer is a text of its own.
+
+    >>> answer_forms(["No", "Yes", "No", "No"], Random(0))
+    ('Answer with one word: No or Yes.', 'The answer is No or Yes.')
+    >>> answer_forms(["(B)", "(A)", "(D)", "(C)", "(E)"], Random(0))
+    ('Answer in the form of (D).', 'Right answers look like (D), (E), (A).')
+    >>> answer_forms(["The cat sat on the mat, and the dog lay under the table."], Random(0))
+    ()
+    """
+    texts = [_text(each) for each in golds]
+    values = sorted({each for each in texts if each is not None})
+    if None in texts or not values:
+        return ()
+    if len(values) <= min(_MOST, len(texts) // 2):
+        named = " or ".join([", ".join(values[:-1]), values[-1]] if len(values) > 1 else values)
+        words = "one word" if all(each.isalnum() for each in values) else "one of these"
+        return f"Answer with {words}: {named}.", f"The answer is {named}."
+    shown = random.sample(values, min(_SHOWN, len(values)))
+    return f"Answer in the form of {shown[0]}.", f"Right answers look like {', '.join(shown)}."
+
+
+def _text(gold: object) -> str | None:
+    """A value on one line, as it is asked for; None for what has no form to show."""
+    text = " ".join(str(gold).split()) if isinstance(gold, str | int | float) else ""
+    return text if 0 < len(text) <= _LONGEST else None

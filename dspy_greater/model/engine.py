@@ -16,6 +16,7 @@ from dspy_greater.model.counters import Counters, Tally
 from dspy_greater.model.fast.session import Session
 from dspy_greater.model.frozen import ModelLock
 from dspy_greater.model.interface import Generation, GenerationRequest, Leaf, TokenQuery, Tokens
+from dspy_greater.model.memory import release
 from dspy_greater.model.weights import Weights
 
 _MOST_BATCH_TOKENS = 2048  # rows x longest row of one teacher-forced batch: memory against speed
@@ -165,10 +166,14 @@ class Engine:
             yield opened
         finally:
             opened.forget()
+            release()
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         """See `interface.Model`."""
-        return Session(self, keeps=False).generate(requests)
+        try:
+            return Session(self, keeps=False).generate(requests)
+        finally:
+            release()
 
     def next_token_logprobs(self, contexts: Sequence[Sequence[int]]) -> Tensor:
         """See `interface.Model`."""

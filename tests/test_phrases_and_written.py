@@ -258,9 +258,23 @@ def test_a_form_that_is_too_long_or_was_tried_is_left_out() -> None:
     assert propose_written(at) == (second,)
 
 
+@pytest.mark.parametrize(
+    ("instruction", "expected"),
+    [
+        ("Say yes or no.", False),
+        ("Answer with NO or Yes.", False),
+        ("Say yes if you know.", True),  # not all of them
+        ("Nothing but yesterday counts.", True),  # not words of their own
+    ],
+)
+def test_a_form_that_the_instruction_has_already_is_not_said_again(instruction: str, expected: bool) -> None:
+    found = propose_written(before_a_step(Writer("!?"), instruction=instruction, step=0, written=3))
+    assert bool(found) is expected
+
+
 @given(st.lists(st.one_of(st.text(max_size=50), st.integers(), st.none(), st.lists(st.text())), max_size=9))
 def test_whatever_gold_values_are_a_form_is_one_line_or_nothing(golds: list[object]) -> None:
-    for each in answer_forms(golds, Random(0)):
+    for each in answer_forms(golds, "Count.", Random(0)):
         assert len(each.splitlines()) == 1 and each == each.strip()
 
 
@@ -293,11 +307,11 @@ def test_a_written_instruction_that_is_better_is_taken_and_the_search_goes_on_fr
 
 def test_while_it_makes_mistakes_fewer_the_next_step_asks_again_from_where_that_led() -> None:
     engine = Writer("Maybe look here.", f"Now {BEST} and add.", "Hurry and guess.", "Guess.", "Look.", "See.")
-    first, second, third = compiled(engine, steps=3, written=4).detailed_results.predictors[0].steps
+    first, second, third = compiled(engine, steps=3, written=5).detailed_results.predictors[0].steps
     assert first.chosen.instruction == f"Now {BEST} and add."
-    assert [each.origin for each in second.candidates] == ["form", "form", "written", "written"]
+    assert [each.origin for each in second.candidates] == ["form", "form", "written", "written", "written"]
     assert all(each.text.startswith(f"Now {BEST} and add. ") for each in second.candidates[:2])
-    assert f"Instruction: Now {BEST} and add." in engine.asked[3] and len(engine.asked) == 4
+    assert f"Instruction: Now {BEST} and add." in engine.asked[5] and len(engine.asked) == 6
     assert second.chosen.instruction == first.chosen.instruction
     assert "written" not in {each.origin for each in third.candidates}
 

@@ -6,7 +6,8 @@ of the instruction mends that. The gold values of the training rows say the form
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from random import Random
 
 _MOST = 4  # different values that are all named
@@ -14,14 +15,16 @@ _LONGEST = 40  # characters of a value that has a form; longer ones are texts
 _SHOWN = 3  # values that stand for all, where there are more
 
 
-def answer_forms(golds: Sequence[object], random: Random) -> tuple[str, ...]:
-    """Two sentences, by the values that come again or by some of them; none where an answer is a text of its own.
+def answer_forms(golds: Sequence[object], instruction: str, random: Random) -> tuple[str, ...]:
+    """Two sentences to put behind an instruction: all values where they come again, otherwise some of them.
 
-    >>> answer_forms(["No", "Yes", "No", "No"], Random(0))
+    None where the instruction names them already, or an answer is a text of its own.
+
+    >>> answer_forms(["No", "Yes", "No", "No"], "Answer the question.", Random(0))
     ('Answer with one word: No or Yes.', 'The answer is No or Yes.')
-    >>> answer_forms(["(B)", "(A)", "(D)", "(C)", "(E)"], Random(0))
+    >>> answer_forms(["(B)", "(A)", "(D)", "(C)", "(E)"], "Answer the question.", Random(0))
     ('Answer in the form of (D).', 'Right answers look like (D), (E), (A).')
-    >>> answer_forms(["The cat sat on the mat, and the dog lay under the table."], Random(0))
+    >>> answer_forms(["(B)", "(A)", "(D)", "(C)", "(E)"], "Answer with a letter, such as (C).", Random(0))
     ()
     """
     texts = [_text(each) for each in golds]
@@ -29,11 +32,20 @@ def answer_forms(golds: Sequence[object], random: Random) -> tuple[str, ...]:
     if None in texts or not values:
         return ()
     if len(values) <= min(_MOST, len(texts) // 2):
+        if all(_named(values, instruction)):
+            return ()
         named = " or ".join([", ".join(values[:-1]), values[-1]] if len(values) > 1 else values)
         words = "one word" if all(each.isalnum() for each in values) else "one of these"
         return f"Answer with {words}: {named}.", f"The answer is {named}."
+    if any(_named(values, instruction)):
+        return ()
     shown = random.sample(values, min(_SHOWN, len(values)))
     return f"Answer in the form of {shown[0]}.", f"Right answers look like {', '.join(shown)}."
+
+
+def _named(values: Sequence[str], instruction: str) -> Iterable[bool]:
+    """Which values stand in the instruction as words of their own."""
+    return (bool(re.search(rf"(?<!\w){re.escape(each)}(?!\w)", instruction, re.IGNORECASE)) for each in values)
 
 
 def _text(gold: object) -> str | None:

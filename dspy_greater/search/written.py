@@ -107,7 +107,7 @@ def _forms(at: StepContext, random: Random) -> list[Edit]:
     """The best instruction, with what the gold values look like behind it."""
     best = at.state.best[0].instruction[len(at.state.fixed) :].strip()
     stop = "" if not best or ends_sentence(best) else "."
-    texts = [f"{best}{stop} {form}".strip() for form in answer_forms(at.evaluator.examples.golds(), random)]
+    texts = [f"{best}{stop} {form}".strip() for form in answer_forms(at.evaluator.examples.golds(), best, random)]
     return [each for each in (_edit(at, text, "form") for text in texts) if each is not None]
 
 

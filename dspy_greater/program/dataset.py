@@ -14,7 +14,7 @@ from dspy_greater.notices import warn_caller
 from dspy_greater.program.fingerprint import row_key
 from dspy_greater.program.predictors import PredictorSite
 from dspy_greater.prompt.gold import ADDRESS, Gold, allows_none, gold_of, row_gold, shortened
-from dspy_greater.prompt.target import AssistantTexts
+from dspy_greater.prompt.target import assistant_text
 
 _ROWS_NAMED = 10  # in a message
 
@@ -169,13 +169,13 @@ def refuse_unwritable_gold(site: PredictorSite, field: str, rows: Sequence[Any],
 
     What their losses need is tried: a rendering in which the answer can be found.
     """
-    texts = AssistantTexts(site.adapter, _alone(site.signature, field))
+    signature = _alone(site.signature, field)
     numbers = {id(example): row for row, example in enumerate(trainset)}
     reasons: dict[int, DataError] = {}
     for example in rows:
         try:
             for answer in row_gold(site.signature, field, example).answers:
-                _try_to_write(texts, site, field, answer)
+                _try_to_write(signature, site.adapter, field, answer)
         except DataError as error:
             reasons[numbers[id(example)]] = error
     _refuse(site, field, dict(sorted(reasons.items())))
@@ -244,15 +244,15 @@ def _alone(signature: Any, field: str) -> Any:
     return signature
 
 
-def _try_to_write(texts: AssistantTexts, site: PredictorSite, field: str, answer: object) -> None:
-    adapter, kind = type(site.adapter).__name__, get_annotation_name(site.signature.output_fields[field].annotation)
+def _try_to_write(signature: Any, adapter: Any, field: str, answer: object) -> None:
+    writer, kind = type(adapter).__name__, get_annotation_name(signature.output_fields[field].annotation)
     try:
-        found = texts.text({}, field, answer)
+        found = assistant_text(adapter, signature, {}, field, answer)
     except Exception as error:  # an adapter of one's own may raise anything
-        raise DataError(f"{adapter} cannot write {shortened(answer)} in a field of type {kind}: {error}") from error
+        raise DataError(f"{writer} cannot write {shortened(answer)} in a field of type {kind}: {error}") from error
     if ADDRESS in found.text[found.gold :] and not isinstance(answer, str):
         raise DataError(
-            f"{adapter} writes {shortened(answer)} in a field of type {kind} by its address. Give a text, a number, or "
+            f"{writer} writes {shortened(answer)} in a field of type {kind} by its address. Give a text, a number, or "
             "a list of them."
         )
 

@@ -19,8 +19,8 @@ from dspy_greater.prompt.chat_template import end_of_turn_ids
 from dspy_greater.prompt.edits import TokenEdits
 from dspy_greater.prompt.encoder import PromptEncoder, RenderedText
 from dspy_greater.prompt.spans import Prompt, Span, Supervised, Written
-from dspy_greater.prompt.target import AssistantTexts
-from dspy_greater.prompt.template import Frames, remember
+from dspy_greater.prompt.target import AssistantText, assistant_text
+from dspy_greater.prompt.template import Frames, remember, row_key
 from dspy_greater.prompt.thoughts import ThoughtTags, thought_tags
 from dspy_greater.prompt.token_filter import LegalText
 
@@ -65,7 +65,7 @@ class Layout:
         self.signature = signature
         self.demos = list(demos)
         self.extractor = extractor
-        self._assistant = AssistantTexts(adapter, signature, extractor)
+        self._assistant: dict[str, AssistantText] = {}
         self._frames = Frames(self.encoder, adapter, signature, self.demos)
         self.edits = TokenEdits(self.encoder, self._frames, LegalText(self.encoder, signature), fixed)
         self._with_demos: dict[str, Layout] = {}
@@ -128,7 +128,7 @@ class Layout:
 
         Raises `LayoutError` or `DataError`, see `assistant_text`.
         """
-        content = self._assistant.text(written, field, gold)
+        content = self._assistant_text(written, field, gold)
         text = preamble + content.text
         tail = RenderedText(text, self.encoder.special_ranges(text))
         encoded, span, begin = self._frames.encode(self._frames.frame(inputs), instruction, tail)
@@ -196,6 +196,14 @@ class Layout:
         return index, lengths[index]
 
     # ------------------------------------------------------------------ internals
+
+    def _assistant_text(self, written: Mapping[str, object], field: str, gold: object) -> AssistantText:
+        """See `assistant_text`; one for all instructions under which a row is laid out."""
+        key = f"{field} {row_key(written)} {row_key({field: gold})}"
+        if key not in self._assistant:
+            found = assistant_text(self.adapter, self.signature, written, field, gold, self.extractor)
+            remember(self._assistant, key, found)
+        return self._assistant[key]
 
     def _after_a_wall(self, tail: RenderedText) -> tuple[int, ...]:
         """A text's tokens after a special token, with which nothing merges."""

@@ -56,7 +56,7 @@ class Frames:
 
     def frame(self, inputs: Mapping[str, Any]) -> Frame:
         """The frame of a row."""
-        key = _inputs_key(inputs)
+        key = row_key(inputs)
         if key not in self._known:
             remember(self._known, key, self._make(inputs))
         return self._known[key]
@@ -156,7 +156,8 @@ def remember(cache: dict[str, Any], key: str, value: Any) -> None:
     cache[key] = value
 
 
-def _inputs_key(inputs: Mapping[str, Any]) -> str:
+def row_key(inputs: Mapping[str, Any]) -> str:
+    """A text for the values of a row, the same only for rows that render alike."""
     # The type is part of the key: 1, 1.0 and True are equal and hash alike, but render differently.
     encode: Callable[[Any], str] = repr
     return json.dumps(

@@ -370,6 +370,12 @@ class AsyncLocalEngine:
         return cls(LocalEngine.load_state(state))
 
 
+def local_engine(lm: Any) -> LocalEngine | None:
+    """The in-process engine of an LM, if it has one."""
+    engine = getattr(lm, "engine", None)
+    return engine if isinstance(engine, LocalEngine) else None
+
+
 _over: WeakValueDictionary[int, LocalEngine] = WeakValueDictionary()
 _over_lock = threading.Lock()
 _pool: list[ThreadPoolExecutor] = []

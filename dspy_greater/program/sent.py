@@ -14,10 +14,10 @@ from typing import Any
 from dspy import lm15
 
 from dspy_greater.errors import CallMismatchError, LayoutError
+from dspy_greater.lm.local import local_engine
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.called import (
     CalledAs,
-    local_engine,
     merged_options,
     own_demos,
     same_signature,

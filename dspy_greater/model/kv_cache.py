@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -121,9 +122,7 @@ def shared_length(sequences: Sequence[tuple[int, ...]]) -> int:
     >>> shared_length([(1, 2, 3), (1, 2, 4, 5), (1, 2)])
     2
     """
-    least, greatest = min(sequences), max(sequences)
-    pairs = zip(least, greatest, strict=False)
-    return next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(least), len(greatest)))
+    return len(os.path.commonprefix(list(sequences)))
 
 
 def tokens_held(cache: DynamicCache) -> float:

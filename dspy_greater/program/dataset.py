@@ -38,13 +38,13 @@ def check_examples(examples: Sequence[Any], *, name: str = "trainset") -> None:
     strangers = [row for row, example in enumerate(examples) if not isinstance(example, dspy.Example)]
     if strangers:
         raise DataError(
-            f"{name_rows(strangers)} of the {name} {_are(strangers)} not dspy.Example. "
+            f"{name_rows(strangers)} of the {name} {_verb(strangers, 'are', 'is')} not dspy.Example. "
             "Build them as dspy.Example(question=..., answer=...).with_inputs('question')."
         )
     bare = [row for row, example in enumerate(examples) if example._input_keys is None]
     if bare:
         raise DataError(
-            f"{name_rows(bare)} of the {name} {_do(bare)} not say which fields are inputs. "
+            f"{name_rows(bare)} of the {name} {_verb(bare, 'do', 'does')} not say which fields are inputs. "
             "Call .with_inputs('question', ...) on each example."
         )
 
@@ -147,7 +147,7 @@ def refuse_missing_gold(site: PredictorSite, field: str, rows: Sequence[Any], *,
     if missing:
         none = ", None where there is none" if allows_none(site.signature.output_fields[field].annotation) else ""
         raise DataError(
-            f"{name_rows(missing)} of the {name} {_have(missing)} no gold value for `{field}`, which "
+            f"{name_rows(missing)} of the {name} {_verb(missing, 'have', 'has')} no gold value for `{field}`, which "
             f"predictor `{site.name}` is trained on (rows are counted from 0). Fill in the value{none}, "
             "or leave those rows out."
         )
@@ -185,8 +185,8 @@ def _refuse(site: PredictorSite, field: str, reasons: Mapping[int, DataError]) -
     if reasons:
         rows = list(reasons)
         raise DataError(
-            f"{name_rows(rows)} of the trainset {_have(rows)} a gold value that does not fit `{field}` of predictor "
-            f"`{site.name}` (rows are counted from 0). In row {rows[0]}: {reasons[rows[0]]}"
+            f"{name_rows(rows)} of the trainset {_verb(rows, 'have', 'has')} a gold value that does not fit `{field}` "
+            f"of predictor `{site.name}` (rows are counted from 0). In row {rows[0]}: {reasons[rows[0]]}"
         ) from reasons[rows[0]]
 
 
@@ -257,13 +257,5 @@ def _try_to_write(signature: Any, adapter: Any, field: str, answer: object) -> N
         )
 
 
-def _have(rows: Sequence[int]) -> str:
-    return "have" if len(rows) > 1 else "has"
-
-
-def _are(rows: Sequence[int]) -> str:
-    return "are" if len(rows) > 1 else "is"
-
-
-def _do(rows: Sequence[int]) -> str:
-    return "do" if len(rows) > 1 else "does"
+def _verb(rows: Sequence[int], several: str, one: str) -> str:
+    return several if len(rows) > 1 else one

@@ -129,7 +129,9 @@ class ProgressBar:
     def _speed(self) -> list[str]:
         rate, left = self._outlook.tokens_per_second, self._outlook.seconds_left
         found = [] if rate is None else [f"{rate:.3g} tokens/s"]
-        return found if left is None else [*found, f"{_clock(left)} left"]
+        if left is not None and self._bar is not None:
+            found.append(f"{self._bar.format_interval(round(left))} left")
+        return found
 
     def _iteration(self, event: IterationTaken) -> None:
         if self._bar is not None:
@@ -186,17 +188,6 @@ def _edit(step: StepTaken) -> str:
 
 def _cut(text: str) -> str:
     return repr(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...")
-
-
-def _clock(seconds: float) -> str:
-    """Hours, minutes and seconds.
-
-    >>> _clock(75), _clock(3700)
-    ('01:15', '1:01:40')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
 
 
 def _first(score: tuple[float, ...]) -> str:

@@ -32,11 +32,11 @@ from dspy_greater.errors import (
     SettingsError,
     UnvalidatedError,
 )
-from dspy_greater.gradsum import GradSumSettings
 from dspy_greater.gradsum.ask import Asker
 from dspy_greater.gradsum.evaluate import Evaluator
 from dspy_greater.gradsum.loop import Loop
 from dspy_greater.gradsum.meter import Meter
+from dspy_greater.gradsum.settings import GradSumSettings
 from dspy_greater.gradsum.task import Options, Task, pose
 from dspy_greater.program.fingerprint import described_lm
 from dspy_greater.run.events import IterationTaken, Warned

@@ -64,7 +64,6 @@ class ServerUsage:
     prompt_tokens: int | None = None
     generated_tokens: int | None = None
     model: str | None = None
-    cached: bool = False
 
 
 def is_served(lm: Any) -> bool:
@@ -185,7 +184,6 @@ def _usage(entry: Mapping[str, Any]) -> ServerUsage:
         prompt_tokens=None if untold else read,
         generated_tokens=None if untold else written,
         model=entry.get("response_model"),
-        cached=not told,
     )
 
 

@@ -104,11 +104,6 @@ class Report:
     versions: Texts
     damaged_line: int | None
 
-    @property
-    def finished(self) -> bool:
-        """Whether every search was validated."""
-        return bool(self.searches) and not self.waiting and all(each.validated for each in self.searches)
-
 
 def report_of(record: Record) -> Report:
     """The report of a run, as far as its record goes."""

@@ -11,9 +11,8 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn, cast
 
 from dspy_greater.errors import RunDirectoryError
@@ -33,7 +32,7 @@ _WIDEST_VALUE = 80  # characters
 _ABSENT = "absent"
 
 
-class Journal:
+class Journal(AbstractContextManager["Journal"]):
     """The events of a run, in order: those of its interrupted beginning and those appended since.
 
     Example:
@@ -51,7 +50,6 @@ class Journal:
         resources: ExitStack | None = None,
         versions: Mapping[str, str] | None = None,
     ) -> None:
-        """Use `open`."""
         self.versions = versions or {}  # of the software that the run was begun with
         self._recorded = recorded
         self._appended: list[Event] = []
@@ -134,17 +132,7 @@ class Journal:
         except OSError as error:  # some file systems say only now that a line could not be written
             warn_caller(f"The journal could not be closed: {error.strerror or error}.", RuntimeWarning)
 
-    def __enter__(self) -> Journal:
-        """The journal itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Closes the journal."""
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
 

@@ -164,10 +164,9 @@ class Numbers:
             found = {**self._scores(event.seed), **_spent(event)}
         elif isinstance(event, StepTaken):
             self.step += 1
-            tried = [each.evaluation for each in event.candidates if each.evaluation is not None]
-            known = [each for each in (self._best, event.chosen, *tried) if each is not None]
+            known = event.evaluated if self._best is None else (self._best, *event.evaluated)
             self._best = min(known, key=lambda each: each.objective)
-            found = {**self._scores(event.chosen), **_spent(event), "candidates": float(len(tried))}
+            found = {**self._scores(event.chosen), **_spent(event), "candidates": float(len(event.evaluated) - 1)}
         elif isinstance(event, Validated):
             seed = next(iter(event.scores.values()))
             found = {"validation_score": event.scores[event.winner], "validation_seed_score": seed}

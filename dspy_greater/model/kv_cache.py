@@ -100,16 +100,6 @@ def join(model: Any, limit: int, caches: Sequence[DynamicCache], moves: Sequence
     return joined
 
 
-def bytes_of(states: Tensor) -> int:
-    """What the numbers of a tensor take."""
-    return states.numel() * states.element_size()
-
-
-def storage(states: Tensor) -> int:
-    """What a tensor keeps in memory, with all that it is a view of."""
-    return states.untyped_storage().nbytes()
-
-
 def _as_slice(rows: Sequence[int]) -> slice | list[int]:
     """Neighbours as a slice, which is not copied twice."""
     first = rows[0]

@@ -21,7 +21,7 @@ from dspy_greater.run import lines
 from dspy_greater.run.events import Event
 from dspy_greater.run.lines import LineFile
 from dspy_greater.run.lock import DirectoryLock
-from dspy_greater.run.serialise import JSON, from_json, to_json
+from dspy_greater.run.serialise import JSON, as_mapping, from_json, leaves, to_json
 from dspy_greater.run.software import installed
 
 NAME = "journal.jsonl"
@@ -193,7 +193,7 @@ def _header(payload: bytes) -> Any:
 
 def _check_header(path: Path, header: Any, now: dict[str, JSON]) -> dict[str, str]:
     """The versions that the header names, if it is that of a run with this identity."""
-    known = cast("dict[str, Any]", header) if isinstance(header, dict) else {}
+    known = as_mapping(header)
     if known.get("format") != FORMAT:
         raise RunDirectoryError(f"{path} is not a journal. Move it away, or use another log_dir.")
     version = known.get("version")
@@ -206,9 +206,7 @@ def _check_header(path: Path, header: Any, now: dict[str, JSON]) -> dict[str, st
         )
     differences = list(_differences(_flat(known.get("identity")), _flat(now)))
     if not differences:
-        versions = known.get("versions")
-        told = cast("dict[str, Any]", versions) if isinstance(versions, dict) else {}
-        return {name: str(each) for name, each in told.items()}
+        return {name: str(each) for name, each in as_mapping(known.get("versions")).items()}
     shown = differences[:_MOST_DIFFERENCES]
     if len(differences) > len(shown):
         shown.append(f"and {len(differences) - len(shown)} more")
@@ -251,14 +249,9 @@ def _holds(path: Path, content: bytes) -> bool:
     return is_own and path.stat().st_size == len(content) and path.read_bytes() == content
 
 
-def _flat(value: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], str]:
+def _flat(value: Any) -> dict[tuple[str, ...], str]:
     """Every value inside nested mappings as JSON text, by its keys."""
-    if not isinstance(value, dict) or not value:
-        return {path: json.dumps(value, sort_keys=True, ensure_ascii=False)}
-    flat: dict[tuple[str, ...], str] = {}
-    for key, inner in cast("dict[str, Any]", value).items():
-        flat.update(_flat(inner, (*path, key)))
-    return flat
+    return {path: json.dumps(each, sort_keys=True, ensure_ascii=False) for path, each in leaves(value)}
 
 
 def _differences(then: dict[tuple[str, ...], str], now: dict[tuple[str, ...], str]) -> Iterator[str]:

@@ -110,9 +110,9 @@ notebook: install
 	OMP_NUM_THREADS=$(RUN_THREADS) $(BIN)/python examples/build_notebook.py
 
 pocket: install
-	OMP_NUM_THREADS=$(RUN_THREADS) $(BIN)/python -m dspy_greater.pocket.train --out $(POCKET_OUT)/constant \
+	OMP_NUM_THREADS=$(RUN_THREADS) $(BIN)/python -m benchmarks.pocket.train --out $(POCKET_OUT)/constant \
 		--steps 4434 --decay-from 1 --procedure-share-after 0.25
-	OMP_NUM_THREADS=$(RUN_THREADS) $(BIN)/python -m dspy_greater.pocket.train --out $(POCKET_OUT) \
+	OMP_NUM_THREADS=$(RUN_THREADS) $(BIN)/python -m benchmarks.pocket.train --out $(POCKET_OUT) \
 		--resume $(POCKET_OUT)/constant/checkpoint.pt
 
 clean:

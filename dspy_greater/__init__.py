@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dspy_greater.errors import GreaterError
-    from dspy_greater.gradsum import GradSum, GradSumTeleprompter
+    from dspy_greater.gradsum.optimizer import GradSum, GradSumTeleprompter
     from dspy_greater.lm.local import local_lm
     from dspy_greater.lm.served import served_lm
     from dspy_greater.optimizer import GReaTer, GReaTerTeleprompter
@@ -46,13 +46,13 @@ __all__ = [
 _HOME = {
     "Estimate": "run.estimate",
     "GReaTer": "optimizer",
-    "GradSum": "gradsum",
+    "GradSum": "gradsum.optimizer",
     "GReaTerTeleprompter": "optimizer",
-    "GradSumTeleprompter": "gradsum",
+    "GradSumTeleprompter": "gradsum.optimizer",
     "GreaterError": "errors",
     "Settings": "settings",
-    "local_lm": "lm",
-    "served_lm": "lm",
+    "local_lm": "lm.local",
+    "served_lm": "lm.served",
 }
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import dspy
 
 from dspy_greater import GReaTerTeleprompter, local_lm
-from dspy_greater.program.copies import with_instruction
+from dspy_greater.program.copies import with_instructions
 
 
 def metric(example: dspy.Example, prediction: dspy.Prediction, trace: object = None) -> bool:
@@ -37,7 +37,7 @@ def main() -> None:
     random.Random(arguments.seed).shuffle(rows)
 
     dspy.configure(lm=local_lm("pocket"))
-    program = with_instruction(dspy.ChainOfThought("question -> answer"), "predict", "Answer the question.")
+    program = with_instructions(dspy.ChainOfThought("question -> answer"), {"predict": "Answer the question."})
     optimizer = GReaTerTeleprompter(metric=metric, auto="light")
     better = optimizer.compile(program, rows[:24], valset=rows[24:64])
 

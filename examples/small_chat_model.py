@@ -19,7 +19,7 @@ from typing import Any
 import dspy
 
 from dspy_greater import GReaTerTeleprompter, local_lm
-from dspy_greater.program.copies import with_instruction
+from dspy_greater.program.copies import with_instructions
 from dspy_greater.search.default_step import DefaultStep
 
 SEED = "Answer the question."
@@ -38,7 +38,7 @@ def main() -> None:
     arguments = _arguments()
     lm = local_lm(arguments.model, dtype=arguments.dtype, max_tokens=30)
     demos, train, validation, test = _rows(arguments.reviews, arguments.seed)
-    program = with_instruction(dspy.Predict("text -> sentiment: Literal['positive', 'negative']"), "self", SEED)
+    program = with_instructions(dspy.Predict("text -> sentiment: Literal['positive', 'negative']"), {"self": SEED})
     program.demos = demos
 
     with dspy.context(lm=lm, adapter=dspy.ChatAdapter(use_json_adapter_fallback=False)):
@@ -54,7 +54,7 @@ def main() -> None:
         better = optimizer.compile(program, trainset=train, valset=validation)
         seconds = time.monotonic() - started
         found = better.detailed_results.predictors[0]
-        tried = {SEED: program, BY_HAND: with_instruction(program, "self", BY_HAND), found.instruction: better}
+        tried = {SEED: program, BY_HAND: with_instructions(program, {"self": BY_HAND}), found.instruction: better}
         told = {
             "model": arguments.model,
             "seed": arguments.seed,

@@ -19,7 +19,7 @@ import dspy
 from benchmarks.tasks.two_step import DecomposeThenAnswer
 from dspy_greater import GReaTerTeleprompter, local_lm
 from dspy_greater.pocket.tasks import generate, work_out
-from dspy_greater.program.copies import with_instruction
+from dspy_greater.program.copies import with_instructions
 from dspy_greater.run.events import SearchStarted, StepTaken, Validated
 
 FOLDER = Path(__file__).parent / "golden" / "searches"
@@ -62,7 +62,7 @@ SEARCHES = {each.__name__: each for each in (default, paper, without_gold_values
 
 
 def plain() -> Any:
-    return with_instruction(dspy.ChainOfThought("question -> answer"), "predict", "Answer the question.")
+    return with_instructions(dspy.ChainOfThought("question -> answer"), {"predict": "Answer the question."})
 
 
 def searched(

@@ -56,6 +56,8 @@ ROOF = {
 }  # import any folder; no folder imports them
 
 TOKEN_CORE = ("model", "workers", "estimators", "pocket")  # runs on machines that have these packages and no others
+# What trained the pocket model runs there as well.
+TRAINING = [f"benchmarks.pocket.{path.stem}" for path in sorted((ROOT / "benchmarks" / "pocket").glob("[a-z]*.py"))]
 TOKEN_CORE_MAY_IMPORT = {"torch", "transformers", "tokenizers", "safetensors", "numpy"}
 OPTIONAL = {"gguf", "accelerate"}  # the extra `gguf`; asked for by a function that says what to install
 CLUSTER = {"ray"}  # the extra `ray`, in the same way
@@ -233,10 +235,10 @@ def test_imports_are_read_as_python_runs_them(source: str, expected: list[tuple[
 
 
 def test_relative_imports_of_a_subpackage_resolve_against_it() -> None:
-    inside = imports_in("from ..errors import X\nfrom .. import errors", "dspy_greater.pocket.train", False)
-    package = imports_in("from ..errors import X\nfrom .train import Y", "dspy_greater.pocket", True)
+    inside = imports_in("from ..errors import X\nfrom .. import errors", "dspy_greater.pocket.tasks", False)
+    package = imports_in("from ..errors import X\nfrom .tasks import Y", "dspy_greater.pocket", True)
     assert {entry.target for entry in inside} == {"dspy_greater.errors", "dspy_greater"}
-    assert [entry.target for entry in package] == ["dspy_greater.errors", "dspy_greater.pocket.train"]
+    assert [entry.target for entry in package] == ["dspy_greater.errors", "dspy_greater.pocket.tasks"]
 
 
 # --- what the source says ---
@@ -377,7 +379,7 @@ def test_the_dspy_side_brings_in_no_torch() -> None:
 
 @pytest.mark.slow
 def test_the_token_level_core_works_where_dspy_is_not_installed() -> None:
-    core = of_folders(*TOKEN_CORE)
+    core = of_folders(*TOKEN_CORE) + TRAINING
     code = f"""
 import sys
 

@@ -18,15 +18,6 @@ def test_a_template_without_a_system_role_gets_the_text_in_the_first_user_turn(t
     assert messages[1]["content"] == "Hi"
 
 
-def test_an_open_answer_continues_exactly_what_the_model_reads_before_it_writes() -> None:
-    tokenizer = tiny_tokenizer(NO_SYSTEM_TEMPLATE)
-    question = [{"role": "user", "content": "Hi"}]
-    answer = [*question, {"role": "assistant", "content": " so \n"}]
-    assert render_chat(tokenizer, answer, continue_final=True) == render_chat(tokenizer, question) + " so \n"
-    with pytest.raises(LayoutError, match="needs an assistant message at the end"):
-        render_chat(tokenizer, question, continue_final=True)
-
-
 def test_there_is_one_begin_token_whoever_writes_it() -> None:
     doubled = tiny_tokenizer("{{ bos_token }}{{ bos_token }}{{ messages[0]['content'] }}")
     assert render_chat(doubled, [{"role": "user", "content": "Hi"}]) == "<|begin|>Hi"

@@ -27,11 +27,11 @@ from benchmarks.harness.cells import Accuracy, Cell, CellKey, Cells, read, wilso
 from benchmarks.harness.phrasebook import PhrasebookEngine, topics_of
 from benchmarks.optimizers import OPTIMIZERS, Context, make
 from benchmarks.optimizers import optimizer as registry
+from benchmarks.pocket import grammar
 from benchmarks.tasks import registry as tasks
 from dspy_greater import local_lm
 from dspy_greater.errors import DataError, ProgramError, RunDirectoryError, SettingsError
 from dspy_greater.model.counters import Counters
-from dspy_greater.pocket import grammar
 from dspy_greater.pocket.tasks import TASKS, generate
 
 FITTING = "Keep the position and heading after every step."

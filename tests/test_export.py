@@ -33,7 +33,7 @@ def sent(program: Any, example: Any, adapter: Any) -> list[list[dict[str, Any]]]
     """The messages that a run of the program really sends, call by call."""
     answers = [{"reasoning": "r", "answer": "a", "steps": "s"}] * 4
     with dspy.context(lm=DummyLM(answers, adapter=adapter), adapter=adapter):
-        trace = trace_calls(program, example, adapter=adapter)
+        trace = trace_calls(program, example)
     assert trace.error is None
     return [[dict(message) for message in call.sent.messages or ()] for call in trace.calls if call.sent is not None]
 

@@ -92,7 +92,8 @@ def site_of(kind: Any, adapter: Any = None) -> Any:
         "answer": (kind, dspy.OutputField()),
         "note": (str, dspy.OutputField()),
     }
-    [site] = predictors_of(dspy.Predict(dspy.Signature(fields, "Answer.")), adapter=adapter)
+    with dspy.context(adapter=adapter):
+        [site] = predictors_of(dspy.Predict(dspy.Signature(fields, "Answer.")))
     return site
 
 

@@ -29,7 +29,7 @@ from scripted_text import Asked, text_lm
 
 from dspy_greater import GradSumTeleprompter
 from dspy_greater.errors import JudgeError, MetricError, ProgramError, SettingsError
-from dspy_greater.gradsum import GradSumSettings
+from dspy_greater.gradsum.settings import GradSumSettings
 from dspy_greater.run.events import BeamStarted, BeamValidated, IterationTaken
 
 HELD_OUT = (1, 4, 7, 9, 12, 14)

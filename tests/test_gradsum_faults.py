@@ -32,12 +32,12 @@ from dspy_greater.errors import (
     SettingsError,
     UnvalidatedError,
 )
-from dspy_greater.gradsum import GradSumSettings
 from dspy_greater.gradsum.ask import Asker
 from dspy_greater.gradsum.evaluate import Evaluator
 from dspy_greater.gradsum.loop import Loop
 from dspy_greater.gradsum.meter import Meter
-from dspy_greater.gradsum.task import Options, Task, pose
+from dspy_greater.gradsum.settings import GradSumSettings
+from dspy_greater.gradsum.task import Options, Task, prepare
 from dspy_greater.program.fingerprint import described_lm
 from dspy_greater.run.events import IterationTaken, Warned
 
@@ -253,7 +253,7 @@ def test_one_pair_of_prompts_and_row_that_is_too_long_is_no_dead_server() -> Non
 
 
 def posed_task(student: Any, **options: Any) -> Task:
-    return pose(
+    return prepare(
         student,
         ROWS,
         exact_match,

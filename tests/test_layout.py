@@ -6,7 +6,6 @@ import dataclasses
 import enum
 import itertools
 import os
-import re
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -15,14 +14,12 @@ import dspy
 import pydantic
 import pytest
 from chat_families import DROPS_INSTRUCTION, KINDS, REPEATS_SYSTEM, TEMPLATES, family_tokenizer
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, settings
 
 from dspy_greater.errors import DataError, LayoutError
 from dspy_greater.prompt.chat_template import render_chat
 from dspy_greater.prompt.layout import Layout, Span
 from dspy_greater.prompt.spans import covering
-from dspy_greater.prompt.target import AssistantTexts, assistant_text
 
 GOLDEN = Path(__file__).parent / "golden"
 ADAPTERS = {"chat": dspy.ChatAdapter(), "json": dspy.JSONAdapter(), "xml": dspy.XMLAdapter()}
@@ -343,50 +340,26 @@ def test_a_supervised_sequence_is_the_joint_tokenisation(adapter: str, kind: str
     assert supervised.reasoning.stop <= supervised.answer.start
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize(
-    "fields", ["question -> reasoning, answer", "question -> answer", "question -> a, b, answer, c"]
-)
-@pytest.mark.parametrize("extractor", [None, " So the answer is "])
-@quick
-@given(data=st.data())
-def test_the_assistants_text_does_not_depend_on_the_rows_before(
-    adapter: str, fields: str, extractor: str | None, data: st.DataObject
-) -> None:
-    signature = dspy.Signature(fields)
-    earlier = list(signature.output_fields)[: list(signature.output_fields).index("answer")]
-    texts = AssistantTexts(ADAPTERS[adapter], signature, extractor)
-    value = st.one_of(
-        st.text(max_size=6), st.sampled_from(["four", " four\n", '"', "<a> & b", "[[ ## answer ## ]]", "\\"])
-    )
-    for _ in range(4):
-        written = {name: data.draw(st.one_of(value, st.just(["a", "b"]), st.just(3))) for name in earlier}
-        gold = data.draw(st.one_of(value, st.just(12), st.just(["yes", "no"])))
-        try:
-            expected = assistant_text(ADAPTERS[adapter], signature, written, "answer", gold, extractor)
-        except (LayoutError, DataError) as error:
-            with pytest.raises(type(error), match=re.escape(str(error))):
-                texts.text(written, "answer", gold)
-        else:
-            assert texts.text(written, "answer", gold) == expected
-
-
-def test_the_assistants_text_is_rendered_once_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_assistants_text_of_a_row_is_rendered_once_for_all_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout(family_tokenizer("byte-level"), dspy.ChatAdapter(), SIGNATURE)
     rendered: list[str] = []
-    adapter, original = dspy.ChatAdapter(), dspy.ChatAdapter.format_assistant_message_content
+    original = dspy.ChatAdapter.format_assistant_message_content
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> str:
         rendered.append(original(self, *args, **kwargs))
         return rendered[-1]
 
     monkeypatch.setattr(dspy.ChatAdapter, "format_assistant_message_content", counted)
-    texts = AssistantTexts(adapter, SIGNATURE)
-    texts.text({"reasoning": "so"}, "answer", "four")
-    learnt = len(rendered)
-    for number in range(10):
-        texts.text({"reasoning": f"so {number}"}, "answer", "five")
-    assert len(rendered) - learnt == 10 and learnt > 1
+    first = layout.supervised("Answer.", ROW, {"reasoning": "so"}, "answer", "four")
+    once = len(rendered)
+    again = layout.supervised("Think.", ROW, {"reasoning": "so"}, "answer", "four")
+    assert len(rendered) == once > 1
+    assert decoded(layout, again.token_ids, again.answer) == decoded(layout, first.token_ids, first.answer) == "four"
+    others = [("four!", "four"), ("so", "five"), ("so", 4), ("so", 4.0)]
+    for reasoning, gold in others:
+        found = layout.supervised("Answer.", ROW, {"reasoning": reasoning}, "answer", gold)
+        assert str(gold) in decoded(layout, found.token_ids, found.answer)
+    assert len(rendered) == (1 + len(others)) * once
 
 
 def test_without_earlier_fields_the_reasoning_is_empty() -> None:

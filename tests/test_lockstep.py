@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dspy_greater.lm.batcher import Batcher
-from dspy_greater.lm.lockstep import Ticket
+from dspy_greater.lm.lockstep import Lockstep
 
 PATIENCE = 10.0  # seconds; a wake-up that is lost costs the whole of it
 
@@ -22,15 +22,12 @@ PATIENCE = 10.0  # seconds; a wake-up that is lost costs the whole of it
 def waits_that_ran_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """Every wait lasts until a wake-up, and threads take turns as often as they can."""
     ran_out: list[float] = []
-    original = Ticket.awake
 
-    def awake(ticket: Any, timeout: float) -> bool:
-        woken = original(ticket, PATIENCE)
-        if not woken:
-            ran_out.append(timeout)
-        return woken
+    def wait(group: Any) -> None:
+        if not group._changed.wait(PATIENCE):
+            ran_out.append(time.monotonic())
 
-    monkeypatch.setattr(Ticket, "awake", awake)
+    monkeypatch.setattr(Lockstep, "_wait", wait)
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield ran_out
@@ -101,14 +98,14 @@ def test_no_wake_up_is_lost_when_the_block_ends_early(waits_that_ran_out: list[f
 
 def test_a_waiter_that_is_interrupted_is_in_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     group = Group([1, 1])
-    patched = Ticket.awake
+    patched = Lockstep._wait
 
-    def interrupted(ticket: Any, timeout: float) -> bool:
-        if ticket.request == 1:
+    def interrupted(lockstep: Any) -> None:
+        if [each.request for each in lockstep._waiting] == [1]:
             raise KeyboardInterrupt
-        return patched(ticket, timeout)
+        patched(lockstep)
 
-    monkeypatch.setattr(Ticket, "awake", interrupted)
+    monkeypatch.setattr(Lockstep, "_wait", interrupted)
     first_left = threading.Event()
     with group.batcher.lockstep(2) as lockstep, ThreadPoolExecutor(2) as pool:
 

@@ -319,7 +319,8 @@ def test_gold_values_of_any_type_are_scored_and_matched(kind: Any, gold: Any, sa
 )
 def test_a_native_thinking_block_is_told_from_the_fields_after_it(adapter: Any, body: str) -> None:
     program = dspy.ChainOfThought("question -> answer")
-    (site,) = predictors_of(program, adapter=adapter)
+    with dspy.context(adapter=adapter):
+        (site,) = predictors_of(program)
     preamble, rest = split_completion(openings(site), "<think>\nTwo and two.\n</think>\n" + body)
     assert preamble == "<think>\nTwo and two.\n</think>\n"
     assert "Because." in rest

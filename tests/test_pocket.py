@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.pocket import evaluate, grammar, train, transcript, vocabulary
 from dspy_greater import pocket
 from dspy_greater.errors import DataError
-from dspy_greater.pocket import evaluate, grammar, tasks, train, transcript, vocabulary
+from dspy_greater.pocket import tasks
 
 BENCHMARK = Path(os.environ.get("BBH", Path(__file__).parents[2] / "shared" / "data" / "bbh"))
 needs_benchmark = pytest.mark.skipif(

@@ -11,7 +11,7 @@ import pytest
 from dspy.utils.dummies import DummyLM
 
 from dspy_greater.errors import DataError, ProgramError
-from dspy_greater.program.copies import copy_program, with_instruction
+from dspy_greater.program.copies import copy_program, with_instructions
 from dspy_greater.program.dataset import check_examples, refuse_unfit_gold, supervised_field
 from dspy_greater.program.predictors import predictors_of, refuse_unsupported, refuse_unusable, search_adapter
 from dspy_greater.program.traced_run import carrying, trace_calls
@@ -65,7 +65,7 @@ def test_every_predictor_is_listed_once_with_its_path() -> None:
 def test_a_bare_predictor_is_a_program_too() -> None:
     program = dspy.Predict("question -> answer")
     assert [site.name for site in predictors_of(program)] == ["self"]
-    assert with_instruction(program, "self", "Add up.").signature.instructions == "Add up."
+    assert with_instructions(program, {"self": "Add up."}).signature.instructions == "Add up."
 
 
 def test_the_model_of_a_predictor_comes_before_the_global_one() -> None:
@@ -82,7 +82,8 @@ def test_the_search_never_falls_back_to_another_prompt() -> None:
     assert adapter.use_json_adapter_fallback is False
     assert mine.use_json_adapter_fallback is True
     assert search_adapter().use_json_adapter_fallback is False
-    assert type(search_adapter(dspy.XMLAdapter())) is dspy.XMLAdapter
+    with dspy.context(adapter=dspy.XMLAdapter()):
+        assert type(search_adapter()) is dspy.XMLAdapter
 
 
 # --- gold values ---
@@ -225,7 +226,7 @@ def test_an_instruction_that_lists_tools_is_known_by_its_fields() -> None:
 def test_a_copy_has_the_instruction_and_the_student_does_not() -> None:
     student = TwoHops()
     before = student.dump_state()
-    copied = with_instruction(student, "answer.predict", "Add the items.")
+    copied = with_instructions(student, {"answer.predict": "Add the items."})
     assert copied.answer.predict.signature.instructions == "Add the items."
     assert copied.query.signature.instructions == student.query.signature.instructions
     assert copied.again is copied.query
@@ -235,7 +236,7 @@ def test_a_copy_has_the_instruction_and_the_student_does_not() -> None:
 
 def test_an_unknown_predictor_is_named_with_the_known_ones() -> None:
     with pytest.raises(ProgramError, match=r"no predictor `answer`; it has `query`, `answer.predict`"):
-        with_instruction(TwoHops(), "answer", "Add.")
+        with_instructions(TwoHops(), {"answer": "Add."})
 
 
 def test_language_models_are_shared_and_never_copied() -> None:

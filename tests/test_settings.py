@@ -15,7 +15,7 @@ import torch
 
 from dspy_greater import GradSumTeleprompter, GReaTerTeleprompter
 from dspy_greater.errors import GreaterError, SettingsError
-from dspy_greater.gradsum import GradSumSettings
+from dspy_greater.gradsum.settings import GradSumSettings
 from dspy_greater.search.default_step import DefaultStep
 from dspy_greater.search.paper_step import PaperStep
 from dspy_greater.search.variants import step_of

@@ -134,7 +134,7 @@ def test_an_edit_cannot_empty_the_instruction() -> None:
 
 def test_field_markers_and_invisible_characters_cannot_be_written() -> None:
     layout = layout_for("byte-level")
-    legal = layout.edits.legal
+    legal = layout.edits.token_filter
     for text in ("use [[ ## it", "say <answer> now", "a\u200bb", "a\u2028b", "a\x07b", "a\u00a0b", "<|eot|>"):
         assert not legal.no_worse(text, "plain")
         assert legal.no_worse(text, text)

@@ -403,7 +403,7 @@ def test_a_run_that_was_interrupted_is_not_resumed_on_other_weights(tmp_path: An
 
 def test_gradsum_goes_by_the_weights_of_now_as_well() -> None:
     from dspy_greater.gradsum.task import Options as GradSumOptions
-    from dspy_greater.gradsum.task import pose as pose_gradsum
+    from dspy_greater.gradsum.task import prepare as prepare_gradsum
 
     engine = ScriptedEngine(obedient_script)
     program = program_on(engine)
@@ -412,7 +412,7 @@ def test_gradsum_goes_by_the_weights_of_now_as_well() -> None:
     def task() -> Any:
         lms, settings = (program.predictors()[0].lm,) * 3, gradsum.settings
         options = GradSumOptions("Answer.", criteria=None, lms=lms, settings=settings, seed=0)
-        return pose_gradsum(program, planted_rows(4), gradsum.metric, planted_rows(8)[4:], options).identity()
+        return prepare_gradsum(program, planted_rows(4), gradsum.metric, planted_rows(8)[4:], options).identity()
 
     before = task()
     assert task() == before

@@ -47,7 +47,8 @@ class Recording(ScriptedEngine):
 
 
 def laid_out(program: Any, calls: Sequence[PredictorCall], tokenizer: Any, adapter: Any = None) -> list[Written]:
-    sites = {site.name: site for site in predictors_of(program, adapter=adapter)}
+    with dspy.context(adapter=adapter):
+        sites = {site.name: site for site in predictors_of(program)}
     found = []
     for call in calls:
         site = sites[call.predictor]

@@ -26,7 +26,7 @@ from benchmarks.ablation.table import BASELINE, table
 from benchmarks.ablation.variants import FROM, STARTS, SWEEPS, VARIANTS, Variant
 from dspy_greater import GReaTerTeleprompter, local_lm
 from dspy_greater.pocket.tasks import TASKS
-from dspy_greater.program.copies import with_instruction
+from dspy_greater.program.copies import with_instructions
 from dspy_greater.report.result import PredictorResult
 from dspy_greater.settings import Settings
 
@@ -117,7 +117,7 @@ def _cell(task: str, seed: int, name: str, lm: Any, arguments: argparse.Namespac
 def _searched(task: str, seed: int, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     variant = _variants()[name]
     train, validation, test = _rows(task, seed, arguments.data_dir)
-    student = with_instruction(dspy.ChainOfThought("question -> answer"), "predict", variant.instruction)
+    student = with_instructions(dspy.ChainOfThought("question -> answer"), {"predict": variant.instruction})
     optimizer = GReaTerTeleprompter(
         metric=exact_match,
         variant=variant.step,
@@ -149,7 +149,7 @@ def _along(
     """By smaller budget, and by the whole: the instruction that the search had come to, and its accuracy."""
 
     def accuracy(text: str, rows: Sequence[Any]) -> float:
-        return sum(_correct(with_instruction(student, "predict", text), rows)) / len(rows)
+        return sum(_correct(with_instructions(student, {"predict": text}), rows)) / len(rows)
 
     reached: dict[str, Any] = {}
     for budget in (*arguments.along, arguments.generated_tokens):
@@ -167,7 +167,7 @@ def _reasonings(cells: Sequence[dict[str, Any]], lm: Any, data_dir: Path) -> str
         *_, test = _rows(task, cell["seed"], data_dir)
         texts = (_variants()[cell["variant"]].instruction, cell["instruction"])
         with dspy.context(lm=lm):
-            found = [_answers(with_instruction(student, "predict", text), test) for text in texts]
+            found = [_answers(with_instructions(student, {"predict": text}), test) for text in texts]
         before, after = (reasonings.answered(task, each) for each in found)
         known = pairs.get(task)
         pairs[task] = (known[0] + before, known[1] + after) if known else (before, after)

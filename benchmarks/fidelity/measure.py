@@ -15,7 +15,7 @@ from dspy_greater.model.interface import Model
 from dspy_greater.objective.evaluator import Evaluator, Objective
 from dspy_greater.objective.replay import Reasoning
 from dspy_greater.objective.types import Evaluation
-from dspy_greater.program.copies import with_instruction
+from dspy_greater.program.copies import with_instructions
 from dspy_greater.program.predictors import predictors_of
 from dspy_greater.program.rollout import pin_lms
 from dspy_greater.search.edits import Edit, propose_edits
@@ -95,7 +95,7 @@ def positions(plan: Plan, rows: Sequence[Any], metric: Any) -> Iterator[tuple[Po
 
 
 def _evaluator(plan: Plan, rows: Sequence[Any], metric: Any) -> Evaluator:
-    program = with_instruction(dspy.ChainOfThought("question -> answer"), "predict", plan.instruction)
+    program = with_instructions(dspy.ChainOfThought("question -> answer"), {"predict": plan.instruction})
     pinned = pin_lms(program)
     (site,) = predictors_of(pinned)
     return Evaluator(

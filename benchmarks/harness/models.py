@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from benchmarks.harness.budget import Budget, Usage, no_counters
 from benchmarks.harness.phrasebook import PHRASEBOOK, PhrasebookEngine
 from dspy_greater import local_lm
 from dspy_greater.errors import SettingsError
+from dspy_greater.lm.asynchronous import AsyncEngine
 from dspy_greater.lm.local import AsyncLocalEngine, LocalEngine
 
 SELF = "self"
@@ -67,26 +67,14 @@ class CountedEngine:
         """Nothing of its own to close."""
 
 
-class CountedAsyncEngine:
+class CountedAsyncEngine(AsyncEngine):
     """The asynchronous side of a `CountedEngine`: the same calls in a thread."""
 
+    kind = CountedEngine
     supports_function_calling = False
     supports_reasoning = True
     supports_response_schema = True
     supported_params = CountedEngine.supported_params
-
-    def __init__(self, engine: CountedEngine) -> None:
-        self._engine = engine
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CountedAsyncEngine:
-        return self
-
-    async def complete(self, request: lm15.Request) -> lm15.Response:
-        """Answer one request without blocking the event loop."""
-        return await asyncio.to_thread(self._engine.complete, request)
-
-    async def aclose(self) -> None:
-        """Nothing of its own to close."""
 
 
 @dataclass(frozen=True)

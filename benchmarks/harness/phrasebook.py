@@ -20,8 +20,8 @@ from typing import Any
 from dspy import lm15
 
 from benchmarks.harness.phrasebook_formats import Asked, answer, read_request
+from benchmarks.pocket import grammar
 from dspy_greater.lm.request import messages_of
-from dspy_greater.pocket import grammar
 from dspy_greater.pocket.tasks import TASKS
 
 PHRASEBOOK = "phrasebook"

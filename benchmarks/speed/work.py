@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from benchmarks.pocket import transcript
 from dspy_greater.errors import SettingsError
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.interface import GenerationRequest
-from dspy_greater.pocket import tasks, transcript
+from dspy_greater.pocket import tasks
 from dspy_greater.prompt.spans import Span, Supervised
 
 INSTRUCTION = "Work through the question one step at a time and then give the final answer."

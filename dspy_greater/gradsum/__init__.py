@@ -3,8 +3,3 @@
 `modules` holds the prompts, `loop` the beam search, `evaluate` generation and evaluation, `ask` the
 bounded retries, `meter` what it costs, and `optimizer` the optimizer.
 """
-
-from dspy_greater.gradsum.optimizer import GradSum, GradSumTeleprompter
-from dspy_greater.gradsum.settings import GradSumSettings
-
-__all__ = ["GradSum", "GradSumSettings", "GradSumTeleprompter"]

@@ -26,7 +26,6 @@ class Meter:
     """
 
     def __init__(self, *, max_calls: int | None = None, max_tokens: int | None = None) -> None:
-        """An empty count with these limits."""
         self._max_calls, self._max_tokens = max_calls, max_tokens
         self._reserved_calls = 0
         self._lock = threading.Lock()

@@ -19,7 +19,7 @@ from dspy_greater.gradsum.evaluate import mean_score
 from dspy_greater.gradsum.loop import Loop
 from dspy_greater.gradsum.meter import Meter
 from dspy_greater.gradsum.settings import GradSumKnobs, GradSumSettings
-from dspy_greater.gradsum.task import Options, Prompts, Task, pose
+from dspy_greater.gradsum.task import Options, Prompts, Task, prepare
 from dspy_greater.metric import Metric
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.rollout import Rollout
@@ -170,7 +170,7 @@ class GradSum(Teleprompter):
             UnvalidatedError: the loop ended early, and its validation failed too; carries what was found.
             Exception: what ended the loop before any other prompt was chosen.
         """
-        task = pose(
+        task = prepare(
             student,
             trainset,
             self.metric if metric is None else metric,

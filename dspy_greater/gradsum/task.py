@@ -88,7 +88,7 @@ class Options:
     seed: int
 
 
-def pose(
+def prepare(
     student: Any,
     trainset: Sequence[Any],
     metric: Metric | None,

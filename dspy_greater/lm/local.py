@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import queue
 import secrets
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +18,7 @@ import dspy
 from dspy import lm15
 
 from dspy_greater.errors import SettingsError, WeightsError
+from dspy_greater.lm.asynchronous import AsyncEngine
 from dspy_greater.lm.batcher import Batcher, Compute
 from dspy_greater.lm.lockstep import Lockstep
 from dspy_greater.lm.request import (
@@ -321,66 +320,33 @@ class LocalEngine:
                 self._repeats.popitem(last=False)
 
 
-class AsyncLocalEngine:
+class AsyncLocalEngine(AsyncEngine):
     """The asynchronous side of a `LocalEngine`; shares its weights and its batches."""
 
+    kind = LocalEngine
     supports_function_calling = False
     supports_reasoning = False
     supports_response_schema = False
     supported_params = LocalEngine.supported_params
-
-    def __init__(self, local: LocalEngine) -> None:
-        self.local = local
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AsyncLocalEngine:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return AsyncLocalEngine, (self.local,)
 
     async def complete(self, request: lm15.Request) -> lm15.Response:
         """Answer one request without blocking the event loop, unless its thread is in lockstep.
 
         There the thread itself has to wait, so that batches do not depend on timing.
         """
-        if self.local.batcher.is_in_lockstep():
-            return self.local.complete(request)
-        return await asyncio.get_running_loop().run_in_executor(_waiters(), self.local.complete, request)
+        if self.engine.batcher.is_in_lockstep():
+            return self.engine.complete(request)
+        return await super().complete(request)
 
-    async def stream(self, request: lm15.Request) -> AsyncIterator[Any]:
-        """Answer one request in pieces of text."""
-        loop, end = asyncio.get_running_loop(), object()
-        events: Any = self.local.stream(request)
-        try:
-            while (event := await loop.run_in_executor(_waiters(), next, events, end)) is not end:
-                yield event
-        finally:
-            await loop.run_in_executor(_waiters(), events.close)
 
-    async def aclose(self) -> None:
-        """Nothing to close."""
-
-    def dump_state(self) -> dict[str, Any]:
-        """What `program.save` writes; the same as the synchronous engine's."""
-        return self.local.dump_state()
-
-    @classmethod
-    def load_state(cls, state: dict[str, Any]) -> AsyncLocalEngine:
-        """The asynchronous engine of a saved program; raises what `LocalEngine.load_state` raises."""
-        return cls(LocalEngine.load_state(state))
+def local_engine(lm: Any) -> LocalEngine | None:
+    """The in-process engine of an LM, if it has one."""
+    engine = getattr(lm, "engine", None)
+    return engine if isinstance(engine, LocalEngine) else None
 
 
 _over: WeakValueDictionary[int, LocalEngine] = WeakValueDictionary()
 _over_lock = threading.Lock()
-_pool: list[ThreadPoolExecutor] = []
-
-
-def _waiters() -> ThreadPoolExecutor:
-    """Threads that only wait for their batch: many, so that asynchronous calls share one."""
-    with _over_lock:
-        if not _pool:
-            _pool.append(ThreadPoolExecutor(max_workers=256, thread_name_prefix="local-lm"))
-        return _pool[0]
 
 
 def _load_local(state: dict[str, Any]) -> LocalEngine:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,17 +20,6 @@ class Ticket:
         self.error: BaseException | None = None
         self.done = False
         self.leads = False
-        self._asleep = threading.Lock()  # every waiter has its own: 150 that wake by one condition queue for its lock
-        self._asleep.acquire()
-
-    def awake(self, timeout: float) -> bool:
-        """Sleep until `wake` is called; False: for `timeout` seconds it was not."""
-        return self._asleep.acquire(timeout=timeout)
-
-    def wake(self) -> None:
-        """End the sleep of the thread that waits for this, or its next one."""
-        with contextlib.suppress(RuntimeError):  # it was woken already
-            self._asleep.release()
 
     def outcome(self) -> Any:
         """The result; raises what went wrong instead."""
@@ -57,7 +45,7 @@ class Lockstep:
             raise SettingsError(f"A lockstep group of {workers} workers cannot run; it needs at least one.")
         self._answer, self._workers, self._live = answer, workers, workers
         self._patience = stall_seconds
-        self._changing = threading.Lock()
+        self._changed = threading.Condition()
         self._members: set[int] = set()
         self._entered = 0
         self._waiting: list[Ticket] = []
@@ -78,7 +66,7 @@ class Lockstep:
             GreaterError: more threads enter than were announced, or this one is inside already.
         """
         me = threading.get_ident()
-        with self._changing:
+        with self._changed:
             if self._entered >= self._workers or me in self._members:
                 raise GreaterError(
                     f"A lockstep group of {self._workers} workers takes {self._workers} threads, each once; "
@@ -89,66 +77,63 @@ class Lockstep:
         try:
             yield
         finally:
-            with self._changing:
+            with self._changed:
                 self._members.discard(me)
                 self._live -= 1
-                self._wake_one()
+                self._notify_if_full()
 
     def submit(self, request: Any) -> Any:
         """Wait until every live worker waits, then for the result."""
         ticket = Ticket(request)
-        with self._changing:
+        with self._changed:
             self._waiting.append(ticket)
             self._progress = time.monotonic()
-            batch = self._taken()  # the last to arrive finds the batch full and leads it
-        try:
-            while not batch and not ticket.done:
-                if not ticket.awake(timeout=min(1.0, self._patience)) or not ticket.done:
-                    with self._changing:
-                        batch = [] if ticket.done else self._taken()
-        except BaseException:  # an interrupt: nobody waits for this any more
-            with self._changing:
+            try:
+                # The last to arrive finds the batch full and leads it.
+                while not ticket.done and not self._ready():
+                    self._wait()
+            except BaseException:  # an interrupt: nobody waits for this any more
                 self._waiting = [each for each in self._waiting if each is not ticket]
-            raise
+                raise
+            batch = [] if ticket.done else self._waiting
+            if batch:
+                self._waiting, self._computing = [], True
         if batch:
             self._lead(batch)
         return ticket.outcome()
 
     def close(self) -> None:
         """Compute what still waits without waiting for anyone else."""
-        with self._changing:
+        with self._changed:
             self._closed = True
-            self._wake_one()
+            self._notify_if_full()
 
     def _lead(self, batch: Sequence[Ticket]) -> None:
         try:
             self._answer(batch)
         finally:
-            with self._changing:
+            with self._changed:
                 self._computing = False
                 self._progress = time.monotonic()
-                self._wake_one()
-            for ticket in batch:
-                ticket.wake()
+                self._changed.notify_all()
 
-    def _taken(self) -> list[Ticket]:
-        """The batch that the calling waiter leads from now on, or nothing; the caller holds the lock."""
-        if not self._ready():
-            return []
-        self._computing = True
-        batch, self._waiting = self._waiting, []
-        return batch
+    def _wait(self) -> None:
+        """Until something has changed, or for a while; the caller holds the lock."""
+        self._changed.wait(min(1.0, self._patience))
 
-    def _wake_one(self) -> None:
+    def _notify_if_full(self) -> None:
         """Where all who are left wait already, one of them leads; the caller holds the lock."""
-        if self._waiting and (self._closed or len(self._waiting) >= self._live):
-            self._waiting[0].wake()
+        if self._full():
+            self._changed.notify_all()
+
+    def _full(self) -> bool:
+        return bool(self._waiting) and (self._closed or len(self._waiting) >= self._live)
 
     def _ready(self) -> bool:
         """Whether the calling waiter may lead now; the caller holds the lock."""
         if self._computing or not self._waiting:
             return False
-        if self._closed or len(self._waiting) >= self._live:
+        if self._full():
             return True
         stalled = time.monotonic() - self._progress > self._patience
         self.stalls += stalled

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ import dspy
 from dspy import lm15
 
 from dspy_greater.errors import SettingsError
+from dspy_greater.lm.asynchronous import AsyncEngine
 
 REST = 30.0  # seconds for which a server that failed is asked only where no other is left
 _THEIRS = (  # errors that another server may not have
@@ -179,36 +179,10 @@ class ServerPool:
         server.rests_until = time.monotonic() + (self.rest if told is None else float(told))
 
 
-class AsyncServerPool:
+class AsyncServerPool(AsyncEngine):
     """The asynchronous side of a `ServerPool`."""
 
-    def __init__(self, pool: ServerPool) -> None:
-        self.pool = pool
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AsyncServerPool:
-        return self
-
-    async def complete(self, request: lm15.Request) -> lm15.Response:
-        """Answer one request without blocking the event loop."""
-        return await asyncio.to_thread(self.pool.complete, request)
-
-    async def stream(self, request: lm15.Request) -> AsyncIterator[Any]:
-        """Answer one request in pieces of text."""
-        events, end = self.pool.stream(request), object()
-        while (event := await asyncio.to_thread(next, events, end)) is not end:
-            yield event
-
-    async def aclose(self) -> None:
-        """Nothing to close: the connections are the pool's."""
-
-    def dump_state(self) -> dict[str, Any]:
-        """What `program.save` writes; the same as the synchronous engine's."""
-        return self.pool.dump_state()
-
-    @classmethod
-    def load_state(cls, state: dict[str, Any]) -> AsyncServerPool:
-        """The asynchronous engine of a saved program."""
-        return cls(ServerPool.load_state(state))
+    kind = ServerPool
 
 
 _PROVIDER = "openai-chat"

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from dspy_greater.model.fast.generated_kv import GeneratedRows, GeneratedStates, Places, slot_mask
 from dspy_greater.model.fast.prefix_cache import PrefixCache
-from dspy_greater.model.kv_cache import InPlaceLayer, Move, bytes_of, join, storage
+from dspy_greater.model.kv_cache import InPlaceLayer, Move, join
 from dspy_greater.model.prefill import Prefilled, parts_of, prefill
 from dspy_greater.model.sampling import Row, choose
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from dspy_greater.model.engine import Engine
 
 _COMPACT_BELOW = 0.9  # finished rows leave once they are a tenth of the batch
-_MOST_SPARE = 1.3  # times what kept states need may stay in memory with them
 
 
 @torch.no_grad()
@@ -174,19 +173,15 @@ class _Batch:
         filled = all(getattr(layer, "keys", None) is not None and layer.keys.shape[-2] == slots for layer in held)
         if not filled or self._capacity > self._reach:
             return
-        bytes_of_row = sum(bytes_of(each[:1]) for layer in held for each in (layer.keys, layer.values))
+        bytes_of_row = sum(each[:1].nbytes for layer in held for each in (layer.keys, layer.values))
         if not self._generated.make_room(bytes_of_row * len(finished), held[0].keys.device):
             return
         index = torch.tensor(finished)
-        # As they are, where that keeps little else in memory.
-        whole = len(finished) == len(rows) and storage(held[0].keys) <= _MOST_SPARE * bytes_of(held[0].keys)
         self._generated.keep(
             GeneratedRows(
                 # The last token that a row generated may not have been read.
                 token_ids=tuple(rows[i].context[: max(known[i], len(rows[i].context) - 1)] for i in finished),
                 places=tuple(places[i] for i in finished),
-                layers=tuple(
-                    (each.keys, each.values) if whole else (each.keys[index], each.values[index]) for each in held
-                ),
+                layers=tuple((each.keys[index], each.values[index]) for each in held),
             )
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,16 +100,6 @@ def join(model: Any, limit: int, caches: Sequence[DynamicCache], moves: Sequence
     return joined
 
 
-def bytes_of(states: Tensor) -> int:
-    """What the numbers of a tensor take."""
-    return states.numel() * states.element_size()
-
-
-def storage(states: Tensor) -> int:
-    """What a tensor keeps in memory, with all that it is a view of."""
-    return states.untyped_storage().nbytes()
-
-
 def _as_slice(rows: Sequence[int]) -> slice | list[int]:
     """Neighbours as a slice, which is not copied twice."""
     first = rows[0]
@@ -121,9 +112,7 @@ def shared_length(sequences: Sequence[tuple[int, ...]]) -> int:
     >>> shared_length([(1, 2, 3), (1, 2, 4, 5), (1, 2)])
     2
     """
-    least, greatest = min(sequences), max(sequences)
-    pairs = zip(least, greatest, strict=False)
-    return next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(least), len(greatest)))
+    return len(os.path.commonprefix(list(sequences)))
 
 
 def tokens_held(cache: DynamicCache) -> float:

@@ -48,14 +48,14 @@ class Prefilled:
     rows: tuple[int, ...]  # [n] their numbers in the batch
     places: tuple[Places, ...]  # [n] of their tokens in the cache
     known: tuple[int, ...]  # [n] how many of their tokens are in the cache
-    rejected: tuple[int, ...]  # [n] tokens of drafts that did not come true, in the cache behind the others
+    rejected: tuple[int, ...]  # [n] tokens of drafts that were not accepted, in the cache behind the others
     length: int  # slots of the cache
     cache: DynamicCache
     logits: Tensor  # [n, V] for the token after the known ones
 
 
 def prefill(engine: Engine, rows: Sequence[Row], part: Part, prefixes: PrefixCache, capacity: int) -> Prefilled:
-    """Read the prompts of a part, and as much of the drafts as comes true.
+    """Read the prompts of a part, and accept of the drafts what the rows would choose.
 
     `capacity` is the most slots that the cache of the whole batch will have.
     """
@@ -73,19 +73,19 @@ def prefill(engine: Engine, rows: Sequence[Row], part: Part, prefixes: PrefixCac
     tally(prefilled_tokens=sum(map(len, own)), padded_tokens=sum(pads))
     before = sum(len(row.generated) for row in mine)
     try:
-        came_true = _follow(mine, drafts, logits)
+        accepted = _follow(mine, drafts, logits)
     finally:
         tally(generated_tokens=sum(len(row.generated) for row in mine) - before)
-    tally(prefilled_tokens=-sum(came_true))  # it was generated; the rest of a draft was read for nothing
-    rejected = [len(draft) - true for draft, true in zip(drafts, came_true, strict=True)]
+    tally(prefilled_tokens=-sum(accepted))  # it was generated; the rest of a draft was read for nothing
+    rejected = [len(draft) - count for draft, count in zip(drafts, accepted, strict=True)]
     return Prefilled(
         part.rows,
         tuple(Places(0, shared, each) for each in pads),
-        tuple(len(context) + true for context, true in zip(contexts, came_true, strict=True)),
+        tuple(len(context) + count for context, count in zip(contexts, accepted, strict=True)),
         tuple(rejected),
         shared + max(map(len, own)),
         cache,
-        torch.stack([each[true] for each, true in zip(logits, came_true, strict=True)]),
+        torch.stack([each[count] for each, count in zip(logits, accepted, strict=True)]),
     )
 
 
@@ -114,21 +114,21 @@ def _read(
 
 def _follow(rows: Sequence[Row], drafts: Sequence[Sequence[int]], logits: Sequence[Tensor]) -> list[int]:
     """Take the tokens of each draft that the row would choose, from its first on; how many there are."""
-    came_true = [0] * len(rows)
+    accepted = [0] * len(rows)
     going = [j for j, draft in enumerate(drafts) if draft]
     while going:
-        tokens = choose(torch.stack([logits[j][came_true[j]] for j in going]), [rows[j] for j in going])
+        tokens = choose(torch.stack([logits[j][accepted[j]] for j in going]), [rows[j] for j in going])
         chosen, going = dict(zip(going, tokens, strict=True)), []
         for j, token in chosen.items():
-            row, draft, at = rows[j], drafts[j], came_true[j]
+            row, draft, at = rows[j], drafts[j], accepted[j]
             last = at == len(draft) and len(row.generated) + 1 == row.max_new_tokens
             if last or token in row.stop_token_ids:  # nothing comes after it, so it need not be read
                 row.accept(token)
             elif at < len(draft) and token == draft[at]:
                 row.accept(token)
-                came_true[j] += 1
+                accepted[j] += 1
                 going += [j] if row.finish_reason is None else []
-    return came_true
+    return accepted
 
 
 def parts_of(

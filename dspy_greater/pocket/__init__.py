@@ -1,16 +1,8 @@
-"""The pocket model: a small causal LM that ships with the package.
+"""The pocket model: a small causal LM that ships with the package, and the rows that it can work out.
 
 A model organism for prompt search: its reasoning depends on its instruction and
 its answer depends on its reasoning. It is not a general language model; its
 card, `weights/README.md`, says what it was trained on and how well it does.
-
-The modules in the order in which the data flows:
-
-    tasks.py        rows: question, gold answer, how to work it out
-    grammar.py      instructions, and how strongly each asks for working it out
-    transcript.py   row + instruction + reasoning -> the chat DSPy would send and read
-    vocabulary.py   transcripts -> byte-level BPE tokenizer and chat template
-    train.py        transcripts -> weights
 """
 
 from __future__ import annotations

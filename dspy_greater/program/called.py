@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dspy_greater.lm.local import LocalEngine
+from dspy_greater.lm.local import local_engine
 from dspy_greater.program.predictors import PredictorSite
 from dspy_greater.program.rollout import Rollout, plain
 from dspy_greater.program.traced_run import calls_of
@@ -139,12 +139,6 @@ def same_signature(one: Any, other: Any) -> bool:
         [(name, info.annotation, info.json_schema_extra) for name, info in each.fields.items()] for each in (one, other)
     ]
     return described[0] == described[1]
-
-
-def local_engine(lm: Any) -> LocalEngine | None:
-    """The in-process engine of an LM, if it has one."""
-    engine = getattr(lm, "engine", None)
-    return engine if isinstance(engine, LocalEngine) else None
 
 
 # ------------------------------------------------------------------ internals

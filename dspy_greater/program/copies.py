@@ -37,14 +37,6 @@ def copy_program(program: Any) -> Any:
     return copied
 
 
-def with_instruction(program: Any, name: str, text: str) -> Any:
-    """A copy of the program in which predictor `name` has the instruction `text`.
-
-    Raises `ProgramError` when there is no such predictor.
-    """
-    return with_instructions(program, {name: text})
-
-
 def with_instructions(program: Any, texts: Mapping[str, str]) -> Any:
     """A copy of the program with new instructions for the predictors named in `texts`.
 

@@ -14,7 +14,7 @@ from dspy_greater.notices import warn_caller
 from dspy_greater.program.fingerprint import row_key
 from dspy_greater.program.predictors import PredictorSite
 from dspy_greater.prompt.gold import ADDRESS, Gold, allows_none, gold_of, row_gold, shortened
-from dspy_greater.prompt.target import AssistantTexts
+from dspy_greater.prompt.target import assistant_text
 
 _ROWS_NAMED = 10  # in a message
 
@@ -38,13 +38,13 @@ def check_examples(examples: Sequence[Any], *, name: str = "trainset") -> None:
     strangers = [row for row, example in enumerate(examples) if not isinstance(example, dspy.Example)]
     if strangers:
         raise DataError(
-            f"{name_rows(strangers)} of the {name} {_are(strangers)} not dspy.Example. "
+            f"{name_rows(strangers)} of the {name} {_verb(strangers, 'are', 'is')} not dspy.Example. "
             "Build them as dspy.Example(question=..., answer=...).with_inputs('question')."
         )
     bare = [row for row, example in enumerate(examples) if example._input_keys is None]
     if bare:
         raise DataError(
-            f"{name_rows(bare)} of the {name} {_do(bare)} not say which fields are inputs. "
+            f"{name_rows(bare)} of the {name} {_verb(bare, 'do', 'does')} not say which fields are inputs. "
             "Call .with_inputs('question', ...) on each example."
         )
 
@@ -147,7 +147,7 @@ def refuse_missing_gold(site: PredictorSite, field: str, rows: Sequence[Any], *,
     if missing:
         none = ", None where there is none" if allows_none(site.signature.output_fields[field].annotation) else ""
         raise DataError(
-            f"{name_rows(missing)} of the {name} {_have(missing)} no gold value for `{field}`, which "
+            f"{name_rows(missing)} of the {name} {_verb(missing, 'have', 'has')} no gold value for `{field}`, which "
             f"predictor `{site.name}` is trained on (rows are counted from 0). Fill in the value{none}, "
             "or leave those rows out."
         )
@@ -169,13 +169,13 @@ def refuse_unwritable_gold(site: PredictorSite, field: str, rows: Sequence[Any],
 
     What their losses need is tried: a rendering in which the answer can be found.
     """
-    texts = AssistantTexts(site.adapter, _alone(site.signature, field))
+    signature = _alone(site.signature, field)
     numbers = {id(example): row for row, example in enumerate(trainset)}
     reasons: dict[int, DataError] = {}
     for example in rows:
         try:
             for answer in row_gold(site.signature, field, example).answers:
-                _try_to_write(texts, site, field, answer)
+                _try_to_write(signature, site.adapter, field, answer)
         except DataError as error:
             reasons[numbers[id(example)]] = error
     _refuse(site, field, dict(sorted(reasons.items())))
@@ -185,8 +185,8 @@ def _refuse(site: PredictorSite, field: str, reasons: Mapping[int, DataError]) -
     if reasons:
         rows = list(reasons)
         raise DataError(
-            f"{name_rows(rows)} of the trainset {_have(rows)} a gold value that does not fit `{field}` of predictor "
-            f"`{site.name}` (rows are counted from 0). In row {rows[0]}: {reasons[rows[0]]}"
+            f"{name_rows(rows)} of the trainset {_verb(rows, 'have', 'has')} a gold value that does not fit `{field}` "
+            f"of predictor `{site.name}` (rows are counted from 0). In row {rows[0]}: {reasons[rows[0]]}"
         ) from reasons[rows[0]]
 
 
@@ -244,26 +244,18 @@ def _alone(signature: Any, field: str) -> Any:
     return signature
 
 
-def _try_to_write(texts: AssistantTexts, site: PredictorSite, field: str, answer: object) -> None:
-    adapter, kind = type(site.adapter).__name__, get_annotation_name(site.signature.output_fields[field].annotation)
+def _try_to_write(signature: Any, adapter: Any, field: str, answer: object) -> None:
+    writer, kind = type(adapter).__name__, get_annotation_name(signature.output_fields[field].annotation)
     try:
-        found = texts.text({}, field, answer)
+        found = assistant_text(adapter, signature, {}, field, answer)
     except Exception as error:  # an adapter of one's own may raise anything
-        raise DataError(f"{adapter} cannot write {shortened(answer)} in a field of type {kind}: {error}") from error
+        raise DataError(f"{writer} cannot write {shortened(answer)} in a field of type {kind}: {error}") from error
     if ADDRESS in found.text[found.gold :] and not isinstance(answer, str):
         raise DataError(
-            f"{adapter} writes {shortened(answer)} in a field of type {kind} by its address. Give a text, a number, or "
+            f"{writer} writes {shortened(answer)} in a field of type {kind} by its address. Give a text, a number, or "
             "a list of them."
         )
 
 
-def _have(rows: Sequence[int]) -> str:
-    return "have" if len(rows) > 1 else "has"
-
-
-def _are(rows: Sequence[int]) -> str:
-    return "are" if len(rows) > 1 else "is"
-
-
-def _do(rows: Sequence[int]) -> str:
-    return "do" if len(rows) > 1 else "does"
+def _verb(rows: Sequence[int], several: str, one: str) -> str:
+    return several if len(rows) > 1 else one

@@ -26,7 +26,7 @@ from dspy.utils.exceptions import (
     LMUnsupportedModelError,
 )
 
-from dspy_greater.lm.local import LocalEngine
+from dspy_greater.lm.local import local_engine
 
 FaultKind = Literal["unreachable", "timeout", "rate limit", "server error", "malformed", "empty", "refused"]
 _BY_STATUS: Mapping[int, FaultKind] = {
@@ -64,7 +64,6 @@ class ServerUsage:
     prompt_tokens: int | None = None
     generated_tokens: int | None = None
     model: str | None = None
-    cached: bool = False
 
 
 def is_served(lm: Any) -> bool:
@@ -74,7 +73,7 @@ def is_served(lm: Any) -> bool:
     >>> is_served(dspy.LM("openai/some-model", api_base="http://127.0.0.1:8000/v1"))
     True
     """
-    return not isinstance(getattr(lm, "engine", None), LocalEngine)
+    return local_engine(lm) is None
 
 
 def server_fault(error: BaseException | None) -> ServerFault | None:
@@ -185,7 +184,6 @@ def _usage(entry: Mapping[str, Any]) -> ServerUsage:
         prompt_tokens=None if untold else read,
         generated_tokens=None if untold else written,
         model=entry.get("response_model"),
-        cached=not told,
     )
 
 

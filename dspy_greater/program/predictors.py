@@ -40,12 +40,12 @@ class PredictorSite:
     own_lm: bool = True  # False: it has none and uses that of DSPy's settings
 
 
-def search_adapter(adapter: Any = None) -> Any:
-    """The adapter to search with: the given one, or `dspy.settings.adapter`, or ChatAdapter.
+def search_adapter() -> Any:
+    """The adapter to search with: `dspy.settings.adapter`, or ChatAdapter.
 
     A copy without the fallback to JSON is returned where the adapter has one.
     """
-    chosen = adapter or dspy.settings.adapter
+    chosen = dspy.settings.adapter
     if chosen is None:
         return dspy.ChatAdapter(use_json_adapter_fallback=False)
     if getattr(chosen, "use_json_adapter_fallback", False):
@@ -54,7 +54,7 @@ def search_adapter(adapter: Any = None) -> Any:
     return chosen
 
 
-def predictors_of(program: Any, *, adapter: Any = None) -> tuple[PredictorSite, ...]:
+def predictors_of(program: Any) -> tuple[PredictorSite, ...]:
     """The predictors of a program, in the order of `named_predictors()`, each once.
 
     Raises `ProgramError` when it is not a program.
@@ -64,7 +64,7 @@ def predictors_of(program: Any, *, adapter: Any = None) -> tuple[PredictorSite, 
     ```
     """
     _refuse_stranger(program)
-    chosen = search_adapter(adapter)
+    chosen = search_adapter()
     sites: list[PredictorSite] = []
     seen: set[int] = set()
     for name, predictor in program.named_predictors():

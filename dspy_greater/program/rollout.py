@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dspy.adapters.utils import serialize_for_json
 
 from dspy_greater.errors import ProgramError
-from dspy_greater.lm.local import LocalEngine
+from dspy_greater.lm.local import LocalEngine, local_engine
 from dspy_greater.lm.request import PROVIDER
 from dspy_greater.metric import Score
 from dspy_greater.program.asked_lm import for_search, uncached_lm
@@ -184,19 +184,9 @@ def together(
             some hundred jobs at a time, and `generate`, where it is given, answers them.
         threads: how many jobs are under way at a time otherwise.
     """
-    if len(jobs) <= _MOST_IN_LOCKSTEP:
-        return _together(run, jobs, lms, threads, generate)
-    parts = [jobs[start : start + _MOST_IN_LOCKSTEP] for start in range(0, len(jobs), _MOST_IN_LOCKSTEP)]
-    return [result for part in parts for result in _together(run, part, lms, threads, generate)]
-
-
-def _together(
-    run: Callable[..., Result],
-    jobs: Sequence[tuple[Any, ...]],
-    lms: Sequence[Any],
-    threads: int,
-    generate: Generate | None,
-) -> list[Result]:
+    if len(jobs) > _MOST_IN_LOCKSTEP:
+        parts = [jobs[start : start + _MOST_IN_LOCKSTEP] for start in range(0, len(jobs), _MOST_IN_LOCKSTEP)]
+        return [each for part in parts for each in together(run, part, lms=lms, threads=threads, generate=generate)]
     with _in_lockstep(lms, len(jobs), generate) as worker:
         size = threads if worker is None else len(jobs)
         enter: Worker = worker or nullcontext
@@ -246,7 +236,7 @@ def searching_copy(program: Any, texts: Mapping[str, str], seed: int = 0) -> Any
     copied = with_instructions(program, texts)
     for place, (_, predictor) in enumerate(copied.named_predictors()):
         lm = predictor.lm
-        if _local_engine(lm) is not None:
+        if local_engine(lm) is not None:
             own = lm.kwargs.get("seed")
             predictor.lm = lm.copy(cache=False, seed=seed + place if own is None else own)
     return copied
@@ -272,7 +262,7 @@ def pin_lms(program: Any, *, weights: Mapping[str, str] | None = None, timeout: 
 
 def renamed(lm: Any) -> Any:
     """The LM; of a `local_lm` whose weights have changed since it was made, a copy under their name of now."""
-    local = _local_engine(lm)
+    local = local_engine(lm)
     if local is None or not str(lm.model).startswith(f"{PROVIDER}/"):
         return lm
     name = f"{PROVIDER}/{local.engine.identity}"
@@ -388,9 +378,4 @@ def _in_lockstep(lms: Sequence[Any], runs: int, generate: Generate | None) -> It
 
 
 def _local_engines(lms: Iterable[Any]) -> list[LocalEngine]:
-    return list({id(engine): engine for lm in lms if (engine := _local_engine(lm)) is not None}.values())
-
-
-def _local_engine(lm: Any) -> LocalEngine | None:
-    engine = getattr(lm, "engine", None)
-    return engine if isinstance(engine, LocalEngine) else None
+    return list({id(engine): engine for lm in lms if (engine := local_engine(lm)) is not None}.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,8 +70,7 @@ def round_trip(
 
 
 def _difference(layout: Layout, deployed: tuple[int, ...], scored: tuple[int, ...]) -> str:
-    shared = min(len(deployed), len(scored))
-    index = next((i for i in range(shared) if deployed[i] != scored[i]), shared)
+    index = len(os.path.commonprefix([deployed, scored]))
     return (
         f"{len(deployed)} tokens against {len(scored)}, the first difference at token {index} "
         f"({_piece(layout, deployed, index)} against {_piece(layout, scored, index)})"

@@ -7,6 +7,7 @@ by token, what is left; it is asked on the runs of the seed instruction, before 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +15,16 @@ from typing import Any
 from dspy import lm15
 
 from dspy_greater.errors import CallMismatchError, LayoutError
+from dspy_greater.lm.local import local_engine
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.called import (
     CalledAs,
-    local_engine,
     merged_options,
     own_demos,
     same_signature,
     template_options_of,
 )
+from dspy_greater.program.inputs import shortened
 from dspy_greater.program.predictors import PredictorSite
 from dspy_greater.program.rollout import plain
 from dspy_greater.program.tracing import Exchange, PredictorCall
@@ -135,7 +137,7 @@ def _difference(
     site, sent = called.site, call.sent
     if sent is None:
         return None
-    shown = _shortened(repr(dict(call.inputs)), 120)
+    shown = shortened(dict(call.inputs))
     found = _of_the_model(site, sent) or _of_the_signature(site, sent, supervised)
     found = found or _of_the_rendering(called, sent, str(layout.tokenizer.chat_template))
     if found is None and sent.messages is not None and sent.adapter is not None:
@@ -185,7 +187,7 @@ def _of_the_rendering(called: CalledAs, sent: Exchange, template: str) -> _Found
     used = [name for name in _RENDERED_BY_THE_SERVER if options.get(name)]
     if used:
         remedy = f"Leave that out of the call (for tools: an adapter without native function calling), {_LEAVE_OUT}"
-        return f"the server writes {used[0]} into the prompt", _shortened(repr(options[used[0]]), 80), "nothing", remedy
+        return f"the server writes {used[0]} into the prompt", shortened(options[used[0]]), "nothing", remedy
     if getattr(sent.lm, "model_type", "chat") == "text":
         remedy = f"Use a dspy.LM with model_type='chat', {_LEAVE_OUT}"
         return "the messages are sent as one text", "no chat template", "the chat template of the weights", remedy
@@ -224,7 +226,7 @@ def _of_the_tokens(
     real, scored = local.prompt_ids(request), layout.prompt(instruction, inputs).token_ids
     if real == scored:
         return None
-    at = next((i for i, (a, b) in enumerate(zip(real, scored, strict=False)) if a != b), min(len(real), len(scored)))
+    at = len(os.path.commonprefix([real, scored]))
     pieces = [repr(layout.tokenizer.decode(list(ids[at : at + 8]))) for ids in (real, scored)]
     remedy = f"Report the tokenizer and the chat template, {_LEAVE_OUT}"
     return f"token {at} of {len(real)} differs", pieces[0], pieces[1], remedy
@@ -253,10 +255,6 @@ def _read(message: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
 
 def _first_difference(sent: str, scored: str) -> tuple[str, str]:
     """Both texts around the first character in which they differ."""
-    at = next((i for i, (a, b) in enumerate(zip(sent, scored, strict=False)) if a != b), min(len(sent), len(scored)))
+    at = len(os.path.commonprefix([sent, scored]))
     cut = slice(max(0, at - _AROUND), at + _AROUND)
     return repr(sent[cut]), repr(scored[cut])
-
-
-def _shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 3] + "..."

@@ -39,13 +39,7 @@ class CallTrace:
 
 
 def trace_calls(
-    program: Any,
-    example: Any,
-    *,
-    adapter: Any = None,
-    lm: Any = None,
-    deployed: bool = False,
-    names: Mapping[int, str] | None = None,
+    program: Any, example: Any, *, deployed: bool = False, names: Mapping[int, str] | None = None
 ) -> CallTrace:
     """Run the program once on an example's inputs and record every call of its predictors.
 
@@ -59,16 +53,10 @@ def trace_calls(
     trace.calls[-1].outputs["answer"], trace.error
     ```
     """
-    overrides: dict[str, Any] = {
-        "trace": [],
-        "adapter": (adapter or dspy.settings.adapter) if deployed else search_adapter(adapter),
-    }
-    if lm is not None:
-        overrides["lm"] = lm
-    recorder = CallRecorder(predictor_names(program) if names is None else names, overrides.get("lm", dspy.settings.lm))
+    recorder = CallRecorder(predictor_names(program) if names is None else names, dspy.settings.lm)
     # First of all: what other callbacks change, they change again when a prompt is laid out.
-    overrides["callbacks"] = [recorder, *dspy.settings.get("callbacks", [])]
-    with dspy.context(**overrides):
+    callbacks = [recorder, *dspy.settings.get("callbacks", [])]
+    with dspy.context(trace=[], adapter=dspy.settings.adapter if deployed else search_adapter(), callbacks=callbacks):
         try:
             prediction = run_program(program, example.inputs())
         except OUTCOMES as error:  # whatever a program raises is an outcome of the run

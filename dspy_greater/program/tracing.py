@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import dspy
@@ -35,14 +35,14 @@ class Exchange:
     the language model. `answers` holds one entry a sample, and `usage` what a server says that they cost.
     """
 
-    adapter: Any
-    signature: Any
-    demos: tuple[Any, ...]
-    inputs: Mapping[str, Any]
-    messages: tuple[Mapping[str, Any], ...] | None
-    lm: Any
-    options: Mapping[str, Any]
-    answers: tuple[Answer, ...]
+    adapter: Any = None
+    signature: Any = None
+    demos: tuple[Any, ...] = ()
+    inputs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    lm: Any = None
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    answers: tuple[Answer, ...] = ()
     usage: ServerUsage | None = None
 
 
@@ -116,14 +116,14 @@ class CallRecorder(FailureListener):
         if call is None:
             return
         given: Mapping[str, Any] = _argument(inputs, 2, "inputs") or {}
-        exchange = _OpenExchange(
+        rendered = Exchange(
             adapter=instance,
             signature=_argument(inputs, 0, "signature"),
             demos=tuple(_argument(inputs, 1, "demos") or ()),
             inputs={name: as_it_is_now(value) for name, value in given.items()},
         )
         with self._lock:
-            call.exchanges.append(exchange)
+            call.exchanges.append(_OpenExchange(rendered))
 
     def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         super().on_lm_start(call_id, instance, inputs)
@@ -131,20 +131,22 @@ class CallRecorder(FailureListener):
             call = self._open.get(active_call())
             if call is None:
                 return
-            if not call.exchanges or call.exchanges[-1].lm is not None:
+            if not call.exchanges or call.exchanges[-1].sent.lm is not None:
                 call.exchanges.append(_OpenExchange())
             asked = self._asking[call_id] = call.exchanges[-1]
-            asked.lm, asked.options = instance, dict(inputs.get("kwargs") or {})
             asked.messages = inputs.get("messages")
+            options = dict(inputs.get("kwargs") or {})
+            asked.sent = replace(asked.sent, lm=instance, options=options, messages=_snapshot(asked.messages))
 
     def on_lm_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
         super().on_lm_end(call_id, outputs, exception)
         with self._lock:
             asked = self._asking.pop(call_id, None)
             if asked is not None:
-                sent, asked.answers = asked.messages, _answers(outputs)
-                asked.messages = _snapshot(sent)  # a callback of the LM's own may have changed them
-                asked.usage = usage_of(asked.lm, sent) if exception is None and is_served(asked.lm) else None
+                lm = asked.sent.lm
+                messages = _snapshot(asked.messages)  # a callback of the LM's own may have changed them
+                usage = usage_of(lm, asked.messages) if exception is None and is_served(lm) else None
+                asked.sent = replace(asked.sent, answers=_answers(outputs), messages=messages, usage=usage)
 
     def on_adapter_parse_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         with self._lock:
@@ -182,43 +184,19 @@ class CallRecorder(FailureListener):
 
 @dataclass
 class _OpenExchange:
-    """An exchange that is under way."""
+    """An exchange that is under way: what is known of it, and what was read of it."""
 
-    adapter: Any = None
-    signature: Any = None
-    demos: tuple[Any, ...] = ()
-    inputs: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    messages: Any = None
-    lm: Any = None
-    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    answers: tuple[Answer, ...] = ()
-    usage: ServerUsage | None = None
+    sent: Exchange = field(default_factory=Exchange)
+    messages: Any = None  # as they were handed to the LM
     parsed: list[str] = field(default_factory=list[str])  # the texts that were parsed, the last one with `failure`
     failure: AdapterParseError | None = None
     values: Mapping[str, Any] = field(default_factory=dict[str, Any])  # what the first of these texts says
 
-    def closed(self) -> Exchange | None:
-        """What was sent; None where no LM was heard of."""
-        if self.lm is None:
-            return None
-        messages = self.messages if isinstance(self.messages, tuple) else _snapshot(self.messages)
-        return Exchange(
-            self.adapter,
-            self.signature,
-            self.demos,
-            self.inputs,
-            messages,
-            self.lm,
-            self.options,
-            self.answers,
-            self.usage,
-        )
-
     def read(self) -> Answer | None:
         """The sample whose values the call returns: the first one, or the one that could not be parsed."""
         place = len(self.parsed) - 1 if self.failure is not None else 0
-        if place < len(self.answers):
-            return self.answers[place]
+        if place < len(self.sent.answers):
+            return self.sent.answers[place]
         return Answer(self.parsed[place]) if place < len(self.parsed) else None
 
 
@@ -243,9 +221,9 @@ class _OpenCall:
             values = dict(failed.parsed_result) if isinstance(failed.parsed_result, Mapping) else {}
             answer = answer or Answer(str(failed.lm_response))
         inputs = self.inputs
-        if first.signature is not None:  # with the defaults that DSPy filled in, and by the signature of this call
-            fields = first.signature.input_fields
-            inputs = {key: value for key, value in first.inputs.items() if key in fields}
+        if first.sent.signature is not None:  # with the defaults that DSPy filled in, and by the signature of this call
+            fields = first.sent.signature.input_fields
+            inputs = {key: value for key, value in first.sent.inputs.items() if key in fields}
         return PredictorCall(
             predictor=self.name,
             inputs=inputs,
@@ -254,8 +232,8 @@ class _OpenCall:
             error=None if error is None else described(error),
             lm_failed=lm_failed,
             thoughts=None if answer is None else answer.thoughts,
-            sent=first.closed(),
-            exchanges=tuple(each for one in self.exchanges if (each := one.closed()) is not None),
+            sent=None if first.sent.lm is None else first.sent,
+            exchanges=tuple(each.sent for each in self.exchanges if each.sent.lm is not None),
             given=self.given,
             context_lm=self.context_lm,
         )

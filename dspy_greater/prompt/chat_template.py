@@ -27,7 +27,6 @@ def render_chat(
     messages: Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool = True,
-    continue_final: bool = False,
 ) -> str:
     """Render chat messages with the tokenizer's own chat template.
 
@@ -41,9 +40,6 @@ def render_chat(
         tokenizer: a Hugging Face tokenizer with a chat template.
         messages: mappings with `role` and `content` (text, or a list of text parts).
         add_generation_prompt: end where the assistant starts to write.
-        continue_final: the last message is an assistant message that stays open. It is appended to what
-            the model reads before it writes, character for character, so that scoring text the model
-            wrote sees what the model saw when it wrote it.
 
     Raises:
         LayoutError: there is no chat template, it refuses these messages or drops what they say, or a part is not
@@ -65,18 +61,11 @@ def render_chat(
     if not plain:
         raise LayoutError("There is no chat message to render; pass at least one.")
     template = _template_of(tokenizer)
-    written = ""
-    if continue_final:
-        if plain[-1]["role"] != "assistant":
-            raise LayoutError(
-                f"continue_final=True needs an assistant message at the end, not one of {plain[-1]['role']!r}."
-            )
-        written = plain.pop()["content"]
     if any(message["role"] == "system" for message in plain) and _form(tokenizer, template, "system") is None:
-        plain = fold_system(plain)
+        plain = _fold_system(plain)
     _refuse_dropped(tokenizer, template, plain)
-    text = render_messages(tokenizer, plain, continue_final or add_generation_prompt)
-    return _single_beginning(tokenizer, text) + written
+    text = render_messages(tokenizer, plain, add_generation_prompt)
+    return _single_beginning(tokenizer, text)
 
 
 def content_text(content: Any) -> str:
@@ -101,7 +90,7 @@ def content_text(content: Any) -> str:
     return "\n".join(texts)
 
 
-def fold_system(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+def _fold_system(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     """Move all system text to the beginning of the first user message, a blank line between them."""
     system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
     rest = [dict(message) for message in messages if message["role"] != "system"]

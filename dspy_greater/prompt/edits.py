@@ -13,8 +13,8 @@ from typing import TypeAlias
 
 from dspy_greater.errors import LayoutError
 from dspy_greater.prompt.encoder import PromptEncoder
-from dspy_greater.prompt.template import Frames, remember
-from dspy_greater.prompt.token_filter import LegalText
+from dspy_greater.prompt.template import Templates, remember
+from dspy_greater.prompt.token_filter import TokenFilter
 
 Edited: TypeAlias = tuple[tuple[int, ...], str]  # an instruction's ids and its text
 
@@ -23,8 +23,8 @@ Edited: TypeAlias = tuple[tuple[int, ...], str]  # an instruction's ids and its 
 class TokenEdits:
     """Edits of one predictor's instruction, token by token or by phrases.
 
-    `fixed` is the leading text of the instruction that no edit may change; what follows it is searched. `frames` has
-    the prompt around the instruction, `legal` says which tokens and characters may be put into it.
+    `fixed` is the leading text of the instruction that no edit may change; what follows it is searched. `templates` has
+    the prompt around the instruction, `token_filter` says which tokens and characters may be put into it.
 
     An edit is legal when writing its text into the signature, rendering and tokenising gives the ids that were meant:
     all positions besides those that it changes have the ids that they had. At both ends a token may take in the blanks
@@ -42,8 +42,8 @@ class TokenEdits:
     """
 
     encoder: PromptEncoder
-    frames: Frames
-    legal: LegalText
+    templates: Templates
+    token_filter: TokenFilter
     fixed: str = ""
     _ids: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
     _fixed_tokens: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
@@ -63,7 +63,7 @@ class TokenEdits:
         Raises `LayoutError` when the instruction is empty or only blanks.
         """
         if instruction not in self._ids:
-            encoded, span, _ = self.frames.encode(self.frames.reference, instruction)
+            encoded, span, _ = self.templates.encode(self.templates.reference, instruction)
             remember(self._ids, instruction, encoded.token_ids[span.start : span.stop])
         return self._ids[instruction]
 
@@ -87,7 +87,7 @@ class TokenEdits:
         """
         old = tuple(ids)
         first = self._tokens_of_fixed(old) if self.fixed else 0
-        return tuple(position for position in self.legal.positions(old) if position >= first)
+        return tuple(position for position in self.token_filter.positions(old) if position >= first)
 
     def length(self, ids: Sequence[int]) -> int:
         """How many tokens count towards the longest length: all, or those behind the fixed text."""
@@ -102,7 +102,7 @@ class TokenEdits:
         """
         old, added = tuple(ids), tuple(tokens)
         new = (*old[:start], *added, *old[stop:])
-        if not new or not self._may_change(old, start, stop) or not all(map(self.legal.token, added)):
+        if not new or not self._may_change(old, start, stop) or not all(map(self.token_filter.token, added)):
             return None
         # Only the tokens at both ends can take in characters around the instruction.
         free = {0, len(new) - 1} & set(range(start, start + max(len(added), 1)))
@@ -111,7 +111,7 @@ class TokenEdits:
         found = self._resolve(new, frozenset(free))
         if found is None or not self._keeps_fixed(found[1]):
             return None
-        return found if self.legal.no_worse(found[1], self.text_of(old)) else None
+        return found if self.token_filter.no_worse(found[1], self.text_of(old)) else None
 
     def replace(self, ids: Sequence[int], position: int, token: int) -> Edited | None:
         """`splice`: the instruction with `token` at `position`."""
@@ -133,7 +133,7 @@ class TokenEdits:
         """Another instruction altogether, behind the fixed text if there is one; None when that is not legal."""
         joint = " " if self.fixed and not self.fixed[-1].isspace() else ""
         whole = f"{self.fixed}{joint}{text}"
-        if inspect.cleandoc(whole) != whole or not self.legal.whole(text) or not self._keeps_fixed(whole):
+        if inspect.cleandoc(whole) != whole or not self.token_filter.whole(text) or not self._keeps_fixed(whole):
             return None
         ids = self.instruction_ids(whole)
         return self._resolve(ids, frozenset())
@@ -155,14 +155,14 @@ class TokenEdits:
         """How many leading tokens overlap the fixed text."""
         text = self.text_of(ids)
         if text not in self._fixed_tokens:
-            fixed = self.frames.spell(self.fixed)
-            if not text.startswith(self.fixed) or not self.frames.spell(text).startswith(fixed):
+            fixed = self.templates.spell(self.fixed)
+            if not text.startswith(self.fixed) or not self.templates.spell(text).startswith(fixed):
                 raise LayoutError(
                     f"The instruction {text[:60]!r} does not begin with the fixed text {self.fixed[:60]!r}, which has "
                     "to stay. Use ids from instruction_ids(fixed), append, insert or replace."
                 )
-            encoded, span, _ = self.frames.encode(self.frames.reference, text)
-            stop = len(self.frames.reference.before) + len(fixed)
+            encoded, span, _ = self.templates.encode(self.templates.reference, text)
+            stop = len(self.templates.reference.before) + len(fixed)
             starts = [start for start, _ in encoded.offsets[span.start : span.stop]]
             remember(self._fixed_tokens, text, sum(start < stop for start in starts))
         return self._fixed_tokens[text]
@@ -186,11 +186,11 @@ class TokenEdits:
         fixed = self.instruction_ids(self.fixed)
         if ids[: len(fixed) - 1] != fixed[:-1]:  # its last token may take in what follows it
             return self.encoder.decode(ids)
-        return self.frames.spell(self.fixed) + self.encoder.decode(ids[len(fixed) :])
+        return self.templates.spell(self.fixed) + self.encoder.decode(ids[len(fixed) :])
 
     def _readings(self, decoded: str) -> list[str]:
         """The instructions that a decoded span may stand for: its ends may carry text from around it."""
-        before, after = self.frames.reference.before, self.frames.reference.after
+        before, after = self.templates.reference.before, self.templates.reference.after
         core = decoded.strip()
         lefts = [k for k in range(1, min(len(core), 16)) if before.rstrip().endswith(core[:k])]
         rights = [k for k in range(1, min(len(core), 16)) if after.lstrip().startswith(core[-k:])]
@@ -198,6 +198,6 @@ class TokenEdits:
         texts = [core[left : len(core) - right].strip() for left, right in pairs]
         if decoded.endswith(" "):
             texts.append(decoded.lstrip())  # DSPy keeps blanks at the end of a seed, and some templates too
-        if "\n" not in self.frames.joiner:
+        if "\n" not in self.templates.joiner:
             return texts
-        return [text.replace(self.frames.joiner, "\n") for text in texts]
+        return [text.replace(self.templates.joiner, "\n") for text in texts]

@@ -128,9 +128,9 @@ class PromptEncoder:
         }
         return self._replace_intruders(rendered.text, encoded, intruders) if intruders else encoded
 
-    def chat_ids(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> tuple[int, ...]:
+    def chat_ids(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
         """Token ids of a chat prompt, as the model that serves it must be given them."""
-        return self.encode(self.render(messages, add_generation_prompt=add_generation_prompt)).token_ids
+        return self.encode(self.render(messages)).token_ids
 
     def _replace_intruders(self, text: str, encoded: EncodedText, intruders: set[int]) -> EncodedText:
         """Re-encode as plain text each stretch between two of the template's own special tokens."""

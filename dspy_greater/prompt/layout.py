@@ -19,10 +19,10 @@ from dspy_greater.prompt.chat_template import end_of_turn_ids
 from dspy_greater.prompt.edits import TokenEdits
 from dspy_greater.prompt.encoder import PromptEncoder, RenderedText
 from dspy_greater.prompt.spans import Prompt, Span, Supervised, Written
-from dspy_greater.prompt.target import AssistantTexts
-from dspy_greater.prompt.template import Frames, remember
+from dspy_greater.prompt.target import AssistantText, assistant_text
+from dspy_greater.prompt.template import Templates, remember, row_key
 from dspy_greater.prompt.thoughts import ThoughtTags, thought_tags
-from dspy_greater.prompt.token_filter import LegalText
+from dspy_greater.prompt.token_filter import TokenFilter
 
 __all__ = ["Layout", "Prompt", "Span", "Supervised", "Written"]
 
@@ -65,9 +65,9 @@ class Layout:
         self.signature = signature
         self.demos = list(demos)
         self.extractor = extractor
-        self._assistant = AssistantTexts(adapter, signature, extractor)
-        self._frames = Frames(self.encoder, adapter, signature, self.demos)
-        self.edits = TokenEdits(self.encoder, self._frames, LegalText(self.encoder, signature), fixed)
+        self._assistant: dict[str, AssistantText] = {}
+        self._templates = Templates(self.encoder, adapter, signature, self.demos)
+        self.edits = TokenEdits(self.encoder, self._templates, TokenFilter(self.encoder, signature), fixed)
         self._with_demos: dict[str, Layout] = {}
         self._end_of_turn = end_of_turn_ids(tokenizer) or _end_of_text(tokenizer)
 
@@ -81,19 +81,19 @@ class Layout:
         if key not in self._with_demos:
             other = copy.copy(self)  # shares all that does not depend on demonstrations
             other.demos = list(demos)
-            other._frames = Frames(self.encoder, self.adapter, self.signature, other.demos)
-            other.edits = replace(self.edits, frames=other._frames)
+            other._templates = Templates(self.encoder, self.adapter, self.signature, other.demos)
+            other.edits = replace(self.edits, templates=other._templates)
             remember(self._with_demos, key, other)
         return self._with_demos[key]
 
     def messages(self, instruction: str, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The messages that DSPy would send with this instruction and these inputs."""
-        return self._frames.messages(instruction, inputs)
+        return self._templates.messages(instruction, inputs)
 
     @property
     def placeholders(self) -> dict[str, Any]:
         """Inputs that stand for those of a row."""
-        return dict(self._frames.reference_inputs)
+        return dict(self._templates.reference_inputs)
 
     @cached_property
     def thought_tags(self) -> ThoughtTags | None:
@@ -105,7 +105,7 @@ class Layout:
 
         Raises `LayoutError` when the instruction's tokens differ from those in other prompts.
         """
-        encoded, span, _ = self._frames.encode(self._frames.frame(inputs), instruction)
+        encoded, span, _ = self._templates.encode(self._templates.of(inputs), instruction)
         self._require_same_ids(instruction, encoded.token_ids, span)
         return Prompt(encoded.token_ids, span)
 
@@ -128,10 +128,10 @@ class Layout:
 
         Raises `LayoutError` or `DataError`, see `assistant_text`.
         """
-        content = self._assistant.text(written, field, gold)
+        content = self._assistant_text(written, field, gold)
         text = preamble + content.text
         tail = RenderedText(text, self.encoder.special_ranges(text))
-        encoded, span, begin = self._frames.encode(self._frames.frame(inputs), instruction, tail)
+        encoded, span, begin = self._templates.encode(self._templates.of(inputs), instruction, tail)
         self._require_same_ids(instruction, encoded.token_ids, span)
         starts = [start for start, _ in encoded.offsets]
         stops = [stop for _, stop in encoded.offsets]
@@ -159,7 +159,7 @@ class Layout:
         """
         prompt = self.prompt(instruction, inputs)
         tail = RenderedText(completion, self.encoder.special_ranges(completion))
-        encoded, _, _ = self._frames.encode(self._frames.frame(inputs), instruction, tail)
+        encoded, _, _ = self._templates.encode(self._templates.of(inputs), instruction, tail)
         begin = len(prompt.token_ids)
         added = encoded.token_ids[begin:]
         if encoded.token_ids[:begin] != prompt.token_ids:
@@ -175,14 +175,14 @@ class Layout:
         model proposes for the instruction depend on the input.
         """
         content = self.adapter.format_user_message_content(self.signature, dict(inputs), main_request=False)
-        messages = [{"role": "user", "content": f"{content}\n\n{self._frames.sentinel}"}]
+        messages = [{"role": "user", "content": f"{content}\n\n{self._templates.sentinel}"}]
         rendered = self.encoder.render(messages, add_generation_prompt=False)
-        if rendered.text.count(self._frames.sentinel) != 1:
+        if rendered.text.count(self._templates.sentinel) != 1:
             raise LayoutError(
                 "The chat template does not keep a user's message as it is, so the inputs cannot be put "
                 "before the instruction. Check tokenizer.chat_template."
             )
-        return self.encoder.encode(_cut(rendered, rendered.text.index(self._frames.sentinel))).token_ids
+        return self.encoder.encode(_cut(rendered, rendered.text.index(self._templates.sentinel))).token_ids
 
     def longest(self, inputs_list: Sequence[Mapping[str, Any]], instruction: str) -> tuple[int, int]:
         """Index of the inputs with the longest prompt, and its length in tokens.
@@ -196,6 +196,14 @@ class Layout:
         return index, lengths[index]
 
     # ------------------------------------------------------------------ internals
+
+    def _assistant_text(self, written: Mapping[str, object], field: str, gold: object) -> AssistantText:
+        """See `assistant_text`; one for all instructions under which a row is laid out."""
+        key = f"{field} {row_key(written)} {row_key({field: gold})}"
+        if key not in self._assistant:
+            found = assistant_text(self.adapter, self.signature, written, field, gold, self.extractor)
+            remember(self._assistant, key, found)
+        return self._assistant[key]
 
     def _after_a_wall(self, tail: RenderedText) -> tuple[int, ...]:
         """A text's tokens after a special token, with which nothing merges."""

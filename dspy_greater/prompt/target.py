@@ -26,86 +26,6 @@ class AssistantText:
     gold: int
 
 
-class AssistantTexts:
-    """`assistant_text` for the rows of one predictor, from one rendering a row instead of five.
-
-    What an adapter writes between and after values is learnt from the first row whose values it writes as they
-    are. A later row is taken apart by it only where its rendering ends in exactly those texts and its own
-    values; any other goes through `assistant_text`.
-
-    >>> import dspy
-    >>> texts = AssistantTexts(dspy.ChatAdapter(), dspy.Signature("question -> reasoning, answer"))
-    >>> found = texts.text({"reasoning": "Two and two."}, "answer", "4")
-    >>> found.text[found.gold :], found.text[: found.header]
-    ('4', '[[ ## reasoning ## ]]\\nTwo and two.')
-    """
-
-    def __init__(self, adapter: Any, signature: Any, extractor: str | None = None) -> None:
-        self._adapter, self._signature, self._extractor = adapter, signature, extractor
-        self._names = list(signature.output_fields)
-        self._around: dict[str, _Around] = {}
-
-    def text(self, written: Mapping[str, object], field: str, gold: object) -> AssistantText:
-        """As `assistant_text`, which raises the same."""
-        around = self._around.get(field)
-        values = {name: written[name] for name in around.earlier if name in written} if around else {}
-        if around and gold and type(gold) is str and len(values) == len(around.earlier):
-            body = self._adapter.format_assistant_message_content(around.signature, {**values, field: gold})
-            found = around.taken_apart(body, values, gold)
-            if found is not None:
-                return found.with_extractor(self._extractor)
-        located = _located(self._adapter, self._signature, written, field, gold)
-        if around is None:
-            self._learn(located, written, field, gold)
-        return located.with_extractor(self._extractor)
-
-    def _learn(self, located: _Located, written: Mapping[str, object], field: str, gold: object) -> None:
-        earlier = tuple(self._names[: self._names.index(field)])
-        texts = [gold, *(written[name] for name in earlier[-1:])]
-        if self._signature.output_fields[field].annotation is not str or any(type(each) is not str for each in texts):
-            return  # lists and numbers are surrounded by other characters than texts, in JSON for one
-        between, after = located.body[located.header : located.start], located.body[located.stop :]
-        self._around[field] = _Around(_up_to(self._signature, field), earlier, between, after)
-
-
-@dataclass(frozen=True)
-class _Around:
-    """What is written around a supervised value, whatever the row."""
-
-    signature: Any
-    earlier: tuple[str, ...]
-    between: str  # from the end of the value before to the supervised one
-    after: str
-
-    def taken_apart(self, body: str, values: Mapping[str, object], gold: str) -> _Located | None:
-        """Where things lie, if the body ends in the last value before, the supervised one, and nothing else."""
-        start = len(body) - len(gold) - len(self.after)
-        header = start - len(self.between) if self.earlier else 0
-        previous = values[self.earlier[-1]] if self.earlier else ""
-        if type(previous) is not str or not body.endswith(f"{previous}{self.between}{gold}{self.after}"):
-            return None
-        if not self.earlier and start != len(self.between):
-            return None
-        return _Located(body, header, start, start + len(gold))
-
-
-@dataclass(frozen=True)
-class _Located:
-    """An assistant's message: reasoning up to `header`, the supervised value in `[start, stop)`."""
-
-    body: str
-    header: int
-    start: int
-    stop: int
-
-    def with_extractor(self, extractor: str | None) -> AssistantText:
-        """The text up to the end of the value, with another text before it if one is given."""
-        if extractor is None:
-            return AssistantText(self.body[: self.stop], self.header, self.start)
-        text = self.body[: self.header] + extractor
-        return AssistantText(text + self.body[self.start : self.stop], self.header, len(text))
-
-
 def assistant_text(
     adapter: Any,
     signature: Any,
@@ -121,11 +41,13 @@ def assistant_text(
 
     Raises `LayoutError` when the field or an earlier value is missing, or the gold value cannot be
     located, and `DataError` when the gold value is missing, does not fit the field's type, or is several answers.
+
+    >>> import dspy
+    >>> signature = dspy.Signature("question -> reasoning, answer")
+    >>> found = assistant_text(dspy.ChatAdapter(), signature, {"reasoning": "Two and two."}, "answer", "4")
+    >>> found.text[found.gold :], found.text[: found.header]
+    ('4', '[[ ## reasoning ## ]]\\nTwo and two.')
     """
-    return _located(adapter, signature, written, field, gold).with_extractor(extractor)
-
-
-def _located(adapter: Any, signature: Any, written: Mapping[str, object], field: str, gold: object) -> _Located:
     names = list(signature.output_fields)
     if field not in names:
         raise LayoutError(f"`{field}` is not an output field of the signature; it has {', '.join(names)}.")
@@ -153,7 +75,10 @@ def _located(adapter: Any, signature: Any, written: Mapping[str, object], field:
             f"Could not find the gold value {gold!r} of `{field}` in what {type(adapter).__name__} writes. "
             "Check that it is not empty, or use ChatAdapter, JSONAdapter or XMLAdapter."
         )
-    return _Located(body, header, start, stop)
+    if extractor is None:
+        return AssistantText(body[:stop], header, start)
+    text = body[:header] + extractor
+    return AssistantText(text + body[start:stop], header, len(text))
 
 
 def _up_to(signature: Any, field: str) -> Any:

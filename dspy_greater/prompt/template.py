@@ -21,7 +21,7 @@ _VERBATIM_PROBE = "Az \"q\" 'r' <s> & {t} {{ u }} {% v %} \\n %s  [w](x) `y` *z*
 
 
 @dataclass(frozen=True)
-class Frame:
+class Template:
     """The text around the instruction, and the plain-data ranges in it."""
 
     before: str
@@ -30,11 +30,11 @@ class Frame:
     plain_after: tuple[tuple[int, int], ...]
 
 
-class Frames:
+class Templates:
     """Renders the prompts of one predictor: what stands before and after the instruction, and how it is spelled.
 
     A word that occurs nowhere (`sentinel`) stands for the instruction, so that a prompt is rendered once per
-    row and not once per row and instruction. `reference` is the frame of a row of placeholders
+    row and not once per row and instruction. `reference` is the template of a row of placeholders
     (`reference_inputs`), `joiner` what the adapter writes for a line break in an instruction.
 
     Raises `LayoutError` when the instruction cannot be found exactly once in the rendered prompt.
@@ -42,7 +42,7 @@ class Frames:
 
     def __init__(self, encoder: PromptEncoder, adapter: Any, signature: Any, demos: Sequence[Any]) -> None:
         self._encoder, self._adapter, self._signature, self._demos = encoder, adapter, signature, list(demos)
-        self._known: dict[str, Frame] = {}
+        self._known: dict[str, Template] = {}
         self._spelled: dict[str, str] = {}
         self.sentinel = _unused_word(adapter, signature, self._demos)
         self._marked = signature.with_instructions(self.sentinel)
@@ -54,9 +54,9 @@ class Frames:
         self.joiner = self._spell_slowly(f"{self.sentinel}\n{self.sentinel}").replace(self.sentinel, "")
         self._verbatim = self._spell_slowly(_VERBATIM_PROBE) == _VERBATIM_PROBE
 
-    def frame(self, inputs: Mapping[str, Any]) -> Frame:
-        """The frame of a row."""
-        key = _inputs_key(inputs)
+    def of(self, inputs: Mapping[str, Any]) -> Template:
+        """The template of a row."""
+        key = row_key(inputs)
         if key not in self._known:
             remember(self._known, key, self._make(inputs))
         return self._known[key]
@@ -73,25 +73,27 @@ class Frames:
             remember(self._spelled, instruction, self._spell_slowly(instruction))
         return self._spelled[instruction]
 
-    def encode(self, frame: Frame, instruction: str, tail: RenderedText = _NOTHING) -> tuple[EncodedText, Span, int]:
+    def encode(
+        self, template: Template, instruction: str, tail: RenderedText = _NOTHING
+    ) -> tuple[EncodedText, Span, int]:
         """Tokenise a prompt, and a text after it, jointly.
 
         Also returned are the instruction's tokens, and the character at which `tail` starts.
         """
         spelled = self.spell(instruction)
-        start, stop = len(frame.before), len(frame.before) + len(spelled)
-        begin = stop + len(frame.after)
+        start, stop = len(template.before), len(template.before) + len(spelled)
+        begin = stop + len(template.after)
         plain = [
-            *frame.plain_before,
+            *template.plain_before,
             *((a + start, b + start) for a, b in self._encoder.special_ranges(spelled)),
-            *((a + stop, b + stop) for a, b in frame.plain_after),
+            *((a + stop, b + stop) for a, b in template.plain_after),
             *((a + begin, b + begin) for a, b in tail.plain),
         ]
-        text = frame.before + spelled + frame.after + tail.text
+        text = template.before + spelled + template.after + tail.text
         encoded = self._encoder.encode(RenderedText(text, tuple(plain)))
         return encoded, covering(encoded.offsets, start, stop), begin
 
-    def _make(self, inputs: Mapping[str, Any]) -> Frame:
+    def _make(self, inputs: Mapping[str, Any]) -> Template:
         rendered = self._render(self._marked, inputs)
         found = rendered.text.count(self.sentinel)
         if found != 1:
@@ -102,7 +104,7 @@ class Frames:
             )
         start = rendered.text.index(self.sentinel)
         stop = start + len(self.sentinel)
-        return Frame(
+        return Template(
             rendered.text[:start],
             rendered.text[stop:],
             tuple(pair for pair in rendered.plain if pair[1] <= start),
@@ -136,17 +138,17 @@ class Frames:
         return self._encoder.render(messages)
 
     def _spell_slowly(self, instruction: str) -> str:
-        frame = self.reference
+        template = self.reference
         if not instruction.strip():
             raise LayoutError("The instruction is empty. Give the predictor's signature an instruction.")
         text = self._render(self._signature.with_instructions(instruction), self.reference_inputs).text
-        stop = len(text) - len(frame.after)
-        if not text.startswith(frame.before) or not text.endswith(frame.after) or stop <= len(frame.before):
+        stop = len(text) - len(template.after)
+        if not text.startswith(template.before) or not text.endswith(template.after) or stop <= len(template.before):
             raise LayoutError(
                 f"{type(self._adapter).__name__} or the chat template changes other parts of the prompt with "
                 f"the instruction {instruction[:60]!r}. Use ChatAdapter, JSONAdapter or XMLAdapter."
             )
-        return text[len(frame.before) : stop]
+        return text[len(template.before) : stop]
 
 
 def remember(cache: dict[str, Any], key: str, value: Any) -> None:
@@ -156,7 +158,8 @@ def remember(cache: dict[str, Any], key: str, value: Any) -> None:
     cache[key] = value
 
 
-def _inputs_key(inputs: Mapping[str, Any]) -> str:
+def row_key(inputs: Mapping[str, Any]) -> str:
+    """A text for the values of a row, the same only for rows that render alike."""
     # The type is part of the key: 1, 1.0 and True are equal and hash alike, but render differently.
     encode: Callable[[Any], str] = repr
     return json.dumps(

@@ -14,7 +14,7 @@ _FORBIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 _REPLACEMENT_CHARACTER = "\ufffd"
 
 
-class LegalText:
+class TokenFilter:
     """Decides what may stand in an instruction that is edited token by token.
 
     Not allowed: line breaks, tabs, control and invisible characters, undecodable bytes, blanks other than

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from dspy_greater.objective.types import Evaluation, RowOutcome
 from dspy_greater.report.figures import Cost, Fidelity, Progress, cost, fidelity, progress, summed
 from dspy_greater.run.events import BeamStarted, Event, IterationTaken, NotCalled, SearchStarted, StepTaken, Validated
 from dspy_greater.run.record import Record
+from dspy_greater.run.serialise import as_mapping, leaves
 from dspy_greater.stats import interval, mean, paired_interval
 
 Texts = tuple[tuple[str, str], ...]  # names and what stands under them
@@ -104,19 +105,14 @@ class Report:
     versions: Texts
     damaged_line: int | None
 
-    @property
-    def finished(self) -> bool:
-        """Whether every search was validated."""
-        return bool(self.searches) and not self.waiting and all(each.validated for each in self.searches)
-
 
 def report_of(record: Record) -> Report:
     """The report of a run, as far as its record goes."""
     names = list(dict.fromkeys(each.predictor for each in record.events if isinstance(each, SearchStarted)))
-    known = _mapping(record.identity.get("predictors"))
-    searches = tuple(_search(name, _mapping(known.get(name)), record.events) for name in names)
+    known = as_mapping(record.identity.get("predictors"))
+    searches = tuple(_search(name, as_mapping(known.get(name)), record.events) for name in names)
     not_called = tuple(name for each in record.events if isinstance(each, NotCalled) for name in each.predictors)
-    targets = [name for name, about in known.items() if "weights" in _mapping(about)]
+    targets = [name for name, about in known.items() if "weights" in as_mapping(about)]
     phases = {phase: summed(search.spent[phase] for search in searches) for phase in ("seed", "search", "validation")}
     return Report(
         searches=searches,
@@ -263,23 +259,12 @@ def _loop(events: Sequence[Event]) -> Loop | None:
 
 
 def _about(identity: Mapping[str, Any], predictors: Mapping[str, Any]) -> Texts:
-    models = [_mapping(each) for each in predictors.values()]
+    models = [as_mapping(each) for each in predictors.values()]
     weights = dict.fromkeys(str(each.get("weights") or each.get("lm")) for each in models if each)
     found = {"model": ", ".join(weights), "metric": identity.get("metric")}
     return tuple((name, str(value)) for name, value in found.items() if value)
 
 
-def _flat(value: Mapping[str, Any], path: str = "") -> Texts:
+def _flat(value: Mapping[str, Any]) -> Texts:
     """Every value inside nested mappings, under its keys; what is empty or None is left out."""
-    found: list[tuple[str, str]] = []
-    for key, inner in value.items():
-        where = f"{path} · {key}" if path else str(key)
-        if isinstance(inner, dict):
-            found += _flat(cast("dict[str, Any]", inner), where)
-        elif inner is not None and inner != "":
-            found.append((where, str(inner)))
-    return tuple(found)
-
-
-def _mapping(value: object) -> dict[str, Any]:
-    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+    return tuple((" · ".join(path), str(each)) for path, each in leaves(value) if each not in (None, "", {}))

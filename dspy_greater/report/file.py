@@ -6,8 +6,8 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from dspy_greater.notices import warn_caller
@@ -21,7 +21,7 @@ NAME = "report.html"
 _SHARE = 100  # a report that took a second is written again a hundred seconds later at the earliest
 
 
-class ReportFile:
+class ReportFile(AbstractContextManager["ReportFile"]):
     """A listener that keeps `report.html` in a run's directory up to date; without a directory, nothing.
 
     It writes after an event unless the last writing was so recent that all of them together would cost more than a
@@ -37,7 +37,6 @@ class ReportFile:
     def __init__(
         self, log_dir: str | os.PathLike[str] | None, identity: Mapping[str, Any], versions: Mapping[str, str]
     ) -> None:
-        """Writes nothing yet."""
         self._folder = None if log_dir is None else Path(log_dir).expanduser()
         self._identity = json.loads(json.dumps(identity))  # as a journal holds it
         self._versions = dict(versions)
@@ -71,14 +70,7 @@ class ReportFile:
                 RuntimeWarning,
             )
 
-    def __enter__(self) -> ReportFile:
-        """The listener itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Closes it."""
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     def _write(self) -> None:

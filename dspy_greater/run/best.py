@@ -49,7 +49,6 @@ class BestFile:
     def __init__(
         self, log_dir: str | os.PathLike[str] | None, program: Callable[[Mapping[str, str]], str] | None = None
     ) -> None:
-        """Writes nothing yet."""
         self._folder = None if log_dir is None else Path(log_dir).expanduser()
         self._program = program
         self._instructions: dict[str, str] = {}
@@ -64,8 +63,7 @@ class BestFile:
         if isinstance(event, SearchStarted):
             self._better(event.seed, event.predictor, 0)
         elif isinstance(event, StepTaken):
-            tried = [each.evaluation for each in event.candidates if each.evaluation is not None]
-            best = min([event.chosen, *tried], key=lambda each: each.objective)
+            best = min(event.evaluated, key=lambda each: each.objective)
             if self._best is None or best.objective < self._best.objective:
                 self._better(best, event.predictor, event.step + 1)
         elif isinstance(event, Validated):

@@ -43,6 +43,11 @@ class StepTaken:
     seconds: float = field(default=0.0, compare=False, repr=False)  # since the event before
 
     @property
+    def evaluated(self) -> tuple[Evaluation, ...]:
+        """The chosen instruction, and every candidate that was tried."""
+        return (self.chosen, *(each.evaluation for each in self.candidates if each.evaluation is not None))
+
+    @property
     def predictions(self) -> tuple[tuple[float, tuple[float, float]], ...]:
         """(predicted, realised) of every tried candidate: the forecast, or else the gradient, and what came."""
         pairs = [(each.gradient if each.forecast is None else each.forecast, each.realised) for each in self.candidates]

@@ -11,9 +11,8 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn, cast
 
 from dspy_greater.errors import RunDirectoryError
@@ -22,7 +21,7 @@ from dspy_greater.run import lines
 from dspy_greater.run.events import Event
 from dspy_greater.run.lines import LineFile
 from dspy_greater.run.lock import DirectoryLock
-from dspy_greater.run.serialise import JSON, from_json, to_json
+from dspy_greater.run.serialise import JSON, as_mapping, from_json, leaves, to_json
 from dspy_greater.run.software import installed
 
 NAME = "journal.jsonl"
@@ -33,7 +32,7 @@ _WIDEST_VALUE = 80  # characters
 _ABSENT = "absent"
 
 
-class Journal:
+class Journal(AbstractContextManager["Journal"]):
     """The events of a run, in order: those of its interrupted beginning and those appended since.
 
     Example:
@@ -51,7 +50,6 @@ class Journal:
         resources: ExitStack | None = None,
         versions: Mapping[str, str] | None = None,
     ) -> None:
-        """Use `open`."""
         self.versions = versions or {}  # of the software that the run was begun with
         self._recorded = recorded
         self._appended: list[Event] = []
@@ -134,17 +132,7 @@ class Journal:
         except OSError as error:  # some file systems say only now that a line could not be written
             warn_caller(f"The journal could not be closed: {error.strerror or error}.", RuntimeWarning)
 
-    def __enter__(self) -> Journal:
-        """The journal itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Closes the journal."""
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
 
@@ -205,7 +193,7 @@ def _header(payload: bytes) -> Any:
 
 def _check_header(path: Path, header: Any, now: dict[str, JSON]) -> dict[str, str]:
     """The versions that the header names, if it is that of a run with this identity."""
-    known = cast("dict[str, Any]", header) if isinstance(header, dict) else {}
+    known = as_mapping(header)
     if known.get("format") != FORMAT:
         raise RunDirectoryError(f"{path} is not a journal. Move it away, or use another log_dir.")
     version = known.get("version")
@@ -218,9 +206,7 @@ def _check_header(path: Path, header: Any, now: dict[str, JSON]) -> dict[str, st
         )
     differences = list(_differences(_flat(known.get("identity")), _flat(now)))
     if not differences:
-        versions = known.get("versions")
-        told = cast("dict[str, Any]", versions) if isinstance(versions, dict) else {}
-        return {name: str(each) for name, each in told.items()}
+        return {name: str(each) for name, each in as_mapping(known.get("versions")).items()}
     shown = differences[:_MOST_DIFFERENCES]
     if len(differences) > len(shown):
         shown.append(f"and {len(differences) - len(shown)} more")
@@ -263,14 +249,9 @@ def _holds(path: Path, content: bytes) -> bool:
     return is_own and path.stat().st_size == len(content) and path.read_bytes() == content
 
 
-def _flat(value: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], str]:
+def _flat(value: Any) -> dict[tuple[str, ...], str]:
     """Every value inside nested mappings as JSON text, by its keys."""
-    if not isinstance(value, dict) or not value:
-        return {path: json.dumps(value, sort_keys=True, ensure_ascii=False)}
-    flat: dict[tuple[str, ...], str] = {}
-    for key, inner in cast("dict[str, Any]", value).items():
-        flat.update(_flat(inner, (*path, key)))
-    return flat
+    return {path: json.dumps(each, sort_keys=True, ensure_ascii=False) for path, each in leaves(value)}
 
 
 def _differences(then: dict[tuple[str, ...], str], now: dict[tuple[str, ...], str]) -> Iterator[str]:

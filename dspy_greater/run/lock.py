@@ -53,7 +53,6 @@ class DirectoryLock:
     """
 
     def __init__(self, descriptor: int) -> None:
-        """Use `acquire`."""
         self._descriptor: int | None = descriptor
 
     @classmethod

@@ -33,12 +33,10 @@ class StepLog:
     """
 
     def __init__(self) -> None:
-        """Hears of one run."""
         self._of = ""  # how many steps there will be
         self._best: Evaluation | None = None
 
     def __call__(self, event: Event) -> None:
-        """Log what happened."""
         LOGGER.log(logging.WARNING if isinstance(event, Warned) else logging.INFO, "%s", self._line(event))
 
     def _line(self, event: Event) -> str:
@@ -80,8 +78,7 @@ class StepLog:
         return event.message
 
     def _best_score(self, step: StepTaken) -> float:
-        tried = [each.evaluation for each in step.candidates if each.evaluation is not None]
-        known = [step.chosen, *tried] if self._best is None else [self._best, step.chosen, *tried]
+        known = step.evaluated if self._best is None else (self._best, *step.evaluated)
         self._best = min(known, key=lambda each: each.objective)
         return self._best.score
 

@@ -52,7 +52,6 @@ class Outlook:
         self._validated = True
 
     def __call__(self, event: Event) -> None:
-        """Take the event in."""
         if isinstance(event, (SearchStarted, BeamStarted)):
             self.taken, self._validated = 0, False
             if isinstance(event, SearchStarted):
@@ -145,7 +144,6 @@ class EstimateLog:
         self._outlook, self._after = Outlook(plan, told), min(_FIRST, told.steps)
 
     def __call__(self, event: Event) -> None:
-        """Take the event in."""
         self._outlook(event)
         if isinstance(event, StepTaken) and self._after and self._outlook.taken >= self._after:
             found, self._after = self._outlook.corrected(), 0

@@ -6,7 +6,6 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Iterable
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 from dspy_greater.errors import SettingsError
@@ -33,7 +32,7 @@ _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix
 _LONGEST = 24  # characters of an edit, on either side
 
 
-class ProgressBar:
+class ProgressBar(contextlib.AbstractContextManager["ProgressBar"]):
     """A listener that draws one bar per predictor: steps taken, position, best score and its loss, the edit, speed.
 
     `show` is True for always, False for never, and None for only on a terminal or in a notebook; `file` is
@@ -48,7 +47,6 @@ class ProgressBar:
     """
 
     def __init__(self, show: bool | None = None, file: TextIO | None = None, plan: Plan = UNPLANNED) -> None:
-        """Draws nothing yet; the first bar comes with the first search."""
         self._notebook = file is None and in_notebook()
         self._disable = (None if not self._notebook else False) if show is None else not show
         self._file = file
@@ -58,7 +56,6 @@ class ProgressBar:
         self._best: Evaluation | None = None
 
     def __call__(self, event: Event) -> None:
-        """Draw what the event changes."""
         self._outlook(event)
         if isinstance(event, SearchStarted):
             self._begin(event.predictor, event.steps)
@@ -84,18 +81,8 @@ class ProgressBar:
         if bar is not None:
             bar.close()
 
-    def __enter__(self) -> ProgressBar:
-        """The bar itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Closes the bar; whatever it is drawn on may be gone by then."""
-        with contextlib.suppress(OSError, ValueError):
+    def __exit__(self, *raised: object) -> None:
+        with contextlib.suppress(OSError, ValueError):  # whatever it is drawn on may be gone by then
             self.close()
 
     def _begin(self, predictor: str, steps: int | None, *, unit: str = "step") -> None:
@@ -114,10 +101,8 @@ class ProgressBar:
     def _step(self, event: StepTaken) -> None:
         if self._bar is None or event.predictor != self._predictor:
             self._begin(event.predictor, None)
-        self._better(event.chosen)
-        for candidate in event.candidates:
-            if candidate.evaluation is not None:
-                self._better(candidate.evaluation)
+        for evaluation in event.evaluated:
+            self._better(evaluation)
         if self._bar is not None:
             self._bar.update(max(0, event.step + 1 - self._bar.n))
         self._describe(
@@ -129,7 +114,9 @@ class ProgressBar:
     def _speed(self) -> list[str]:
         rate, left = self._outlook.tokens_per_second, self._outlook.seconds_left
         found = [] if rate is None else [f"{rate:.3g} tokens/s"]
-        return found if left is None else [*found, f"{_clock(left)} left"]
+        if left is not None and self._bar is not None:
+            found.append(f"{self._bar.format_interval(round(left))} left")
+        return found
 
     def _iteration(self, event: IterationTaken) -> None:
         if self._bar is not None:
@@ -188,17 +175,6 @@ def _cut(text: str) -> str:
     return repr(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...")
 
 
-def _clock(seconds: float) -> str:
-    """Hours, minutes and seconds.
-
-    >>> _clock(75), _clock(3700)
-    ('01:15', '1:01:40')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
-
-
 def _first(score: tuple[float, ...]) -> str:
     return f"{score[0]:.3g}" if score else ""
 
@@ -228,7 +204,6 @@ class Listeners:
     """
 
     def __init__(self, listeners: Iterable[Listener] = (), stop_file: StopFile | None = None) -> None:
-        """They are called in this order."""
         self._listeners: list[Listener] = list(listeners)
         self._stop_file = stop_file
         self.stopped_by: str | None = None

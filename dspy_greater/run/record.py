@@ -11,13 +11,13 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from dspy_greater.errors import EventFormatError, RunDirectoryError
 from dspy_greater.run import lines
 from dspy_greater.run.events import Event
 from dspy_greater.run.journal import FORMAT, NAME, VERSION
-from dspy_greater.run.serialise import from_json
+from dspy_greater.run.serialise import as_mapping, from_json
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def read_record(directory: str | os.PathLike[str]) -> Record:
         except (EventFormatError, ValueError, TypeError, RecursionError):
             damaged = number
             break
-    return Record(_mapping(header.get("identity")), _texts(header.get("versions")), tuple(events), damaged)
+    return Record(as_mapping(header.get("identity")), _texts(header.get("versions")), tuple(events), damaged)
 
 
 def _content(path: Path) -> bytes:
@@ -84,7 +84,7 @@ def _header(path: Path, payload: bytes) -> dict[str, Any]:
         header = json.loads(payload)
     except (ValueError, RecursionError) as error:
         raise RunDirectoryError(f"The first line of {path} cannot be read: {error}. Use another log_dir.") from error
-    known = _mapping(header)
+    known = as_mapping(header)
     if known.get("format") != FORMAT:
         raise RunDirectoryError(f"{path} is not a journal of dspy_greater. Give the log_dir of a run.")
     if known.get("version") != VERSION:
@@ -95,9 +95,5 @@ def _header(path: Path, payload: bytes) -> dict[str, Any]:
     return known
 
 
-def _mapping(value: object) -> dict[str, Any]:
-    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
-
-
 def _texts(value: object) -> dict[str, str]:
-    return {name: str(each) for name, each in _mapping(value).items()}
+    return {name: str(each) for name, each in as_mapping(value).items()}

@@ -11,7 +11,7 @@ declares is for pydantic to say.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from numbers import Integral, Rational, Real
 from typing import Any, TypeAlias, cast
@@ -70,6 +70,28 @@ def from_json(data: JSON) -> Event:
         return _TYPES.validate_python(event)
     except ValidationError as error:
         raise EventFormatError(_told(type(event).__name__, error)) from error
+
+
+def as_mapping(value: object) -> dict[str, Any]:
+    """What was read from JSON where a mapping should be; nothing where it is none.
+
+    >>> as_mapping({"seed": 0}), as_mapping([1])
+    ({'seed': 0}, {})
+    """
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+
+
+def leaves(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every value inside nested mappings, with the keys that lead to it; an empty mapping is a value.
+
+    >>> list(leaves({"settings": {"steps": 3}, "seed": 0}))
+    [(('settings', 'steps'), 3), (('seed',), 0)]
+    """
+    inner = as_mapping(value)
+    if not inner:
+        yield path, value
+    for key, each in inner.items():
+        yield from leaves(each, (*path, str(key)))
 
 
 def _write(value: Any) -> JSON:

@@ -79,7 +79,6 @@ class StopFile:
     """
 
     def __init__(self, log_dir: str | os.PathLike[str] | None) -> None:
-        """Looks whether it is there already; without a directory it never is."""
         self._path = None if log_dir is None else Path(log_dir).expanduser() / NAME
         self._seen = False
         self._before = self._is_there()

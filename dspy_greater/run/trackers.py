@@ -17,13 +17,14 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 from dspy_greater.errors import MissingExtraError, SettingsError
 from dspy_greater.notices import warn_caller
 from dspy_greater.objective.types import Evaluation
 from dspy_greater.run.estimate import TOKENS
 from dspy_greater.run.events import BeamValidated, Event, IterationTaken, SearchStarted, StepTaken, Validated
+from dspy_greater.run.serialise import leaves
 
 ARTIFACTS = ("report.html", "best_program.json")
 _LONGEST = 500  # characters of a parameter, which every version of MLflow takes
@@ -164,10 +165,9 @@ class Numbers:
             found = {**self._scores(event.seed), **_spent(event)}
         elif isinstance(event, StepTaken):
             self.step += 1
-            tried = [each.evaluation for each in event.candidates if each.evaluation is not None]
-            known = [each for each in (self._best, event.chosen, *tried) if each is not None]
+            known = event.evaluated if self._best is None else (self._best, *event.evaluated)
             self._best = min(known, key=lambda each: each.objective)
-            found = {**self._scores(event.chosen), **_spent(event), "candidates": float(len(tried))}
+            found = {**self._scores(event.chosen), **_spent(event), "candidates": float(len(event.evaluated) - 1)}
         elif isinstance(event, Validated):
             seed = next(iter(event.scores.values()))
             found = {"validation_score": event.scores[event.winner], "validation_seed_score": seed}
@@ -191,19 +191,17 @@ class Numbers:
         return {"score": now.score, "loss": now.cross_entropy, "best_score": best}
 
 
-def flattened(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Nested mappings with dotted names, of letters that every tracker takes.
 
     >>> flattened({"settings": {"steps": 3}, "predictors": {"hop[0]": {"mode": "append"}}})
     {'settings.steps': 3, 'predictors.hop_0.mode': 'append'}
     """
-    found: dict[str, Any] = {}
-    for name, value in parameters.items():
-        full = prefix + re.sub(r"[^\w\-. /]+", "_", str(name)).strip("_")
-        found |= (
-            flattened(cast("Mapping[str, Any]", value), f"{full}.") if isinstance(value, Mapping) else {full: value}
-        )
-    return found
+    named = (
+        (".".join(re.sub(r"[^\w\-. /]+", "_", part).strip("_") for part in path), each)
+        for path, each in leaves(parameters)
+    )
+    return {name: each for name, each in named if each != {}}
 
 
 def checked_trackers(*, use_mlflow: object, use_wandb: object) -> tuple[type[Tracker], ...]:

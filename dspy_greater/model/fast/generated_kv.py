@@ -64,7 +64,7 @@ class GeneratedRows:
     @property
     def bytes(self) -> int:
         """What the states take."""
-        return sum(each.numel() * each.element_size() for layer in self.layers for each in layer)
+        return sum(each.nbytes for layer in self.layers for each in layer)
 
     def cache(self, model: Any) -> DynamicCache:
         """A new cache that holds the states as they are, without copying them."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from dspy_greater.pocket import grammar
+from benchmarks.pocket import grammar
 from dspy_greater.pocket.tasks import generate, work_out
 
 SYSTEM, USER, ASSISTANT, END, PAD = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"

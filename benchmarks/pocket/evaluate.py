@@ -1,4 +1,4 @@
-"""Measure the pocket model: `python -m dspy_greater.pocket.evaluate --rows DIR [--weights DIR]`.
+"""Measure the pocket model: `python -m benchmarks.pocket.evaluate --rows DIR [--weights DIR]`.
 
 Greedy decoding of DSPy's own ChatAdapter prompts, per task and instruction. `--rows` is
 a directory with the benchmark's files (`web_of_lies.json`, ... each with a list
@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks.pocket.grammar import DSPY_DEFAULT
+from benchmarks.pocket.transcript import ASSISTANT, END, SYSTEM, USER, system_head, user_message
 from dspy_greater.pocket import path
-from dspy_greater.pocket.grammar import DSPY_DEFAULT
 from dspy_greater.pocket.tasks import TASKS, generate, work_out
-from dspy_greater.pocket.transcript import ASSISTANT, END, SYSTEM, USER, system_head, user_message
 
 FITTING = {
     "boolean_expressions": "Evaluate the innermost brackets first, then each operator.",

@@ -1,4 +1,4 @@
-"""Train the pocket model from nothing: `python -m dspy_greater.pocket.train --out DIR`.
+"""Train the pocket model from nothing: `python -m benchmarks.pocket.train --out DIR`.
 
 Needs torch, transformers and tokenizers alone. Two phases on one schedule: first
 procedures only (a fitting instruction, every step written down), so that copying and
@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.pocket.transcript import END, PAD, draw
+from benchmarks.pocket.vocabulary import train_tokenizer
 from dspy_greater.errors import LossError
 from dspy_greater.pocket.tasks import TASKS
-from dspy_greater.pocket.transcript import END, PAD, draw
-from dspy_greater.pocket.vocabulary import train_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ import re
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dspy_greater.pocket import grammar
+from benchmarks.pocket import grammar
+from benchmarks.pocket.transcript import CHAT_TEMPLATE, END, PAD, SPECIAL_TOKENS, draw, proposal
 from dspy_greater.pocket.tasks import TASKS
-from dspy_greater.pocket.transcript import CHAT_TEMPLATE, END, PAD, SPECIAL_TOKENS, draw, proposal
 
 VOCABULARY_SIZE = 2816
 _PHRASES = (

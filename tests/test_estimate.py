@@ -172,8 +172,10 @@ def test_an_estimate_is_corrected_by_the_first_steps(caplog: pytest.LogCaptureFi
         told=whole,
     ).corrected()
     assert found is not None and found.after_steps == 2
-    assert found.step == Cost(24, 300, 0, 2400, 2.0)
-    assert found.validation.written == pytest.approx(960 * 10)  # steps write ten times as much as was told
+    to_come = (2 * 2400 + 3 * 240) / 5  # tokens: what was told counts as much as three steps
+    assert found.step.written == pytest.approx((2 * 2400 + 18 * to_come) / 20)
+    assert found.step.seconds == pytest.approx((2 * 2.0 + 18 * (2 * 2.0 + 3 * 9.0) / 5) / 20)
+    assert found.validation.written == pytest.approx(960 * to_come / 240)
     assert found.low.seconds < found.total.seconds < found.high.seconds
     assert looking(step(0)).corrected() is None
 

@@ -11,7 +11,7 @@ from dspy_greater.run.log import LOGGER
 _LAST = 10  # steps from which the next ones are told: reasoning grows while a search goes on
 _RUNS_SHARE = 0.5  # of a step's seconds that its runs of the program take, where nothing better is known
 _SURE = 1.25  # times more or less than what the first steps tell
-_FIRST = 3  # steps after which an estimate is corrected
+_FIRST = 3  # steps after which an estimate is corrected; and for the steps to come it counts as much as so many
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,12 @@ class Outlook:
         """The estimate that the search was begun with, with what its steps took in the place of what was told."""
         if self._told is None or not self._steps:
             return None
-        count = len(self._steps)
-        last = 1.0 / min(count, _LAST) * _sum(self._steps[-_LAST:])
-        steps = max(self._told.steps, 1)
-        step = 1.0 / steps * (_sum(self._steps) + max(0, steps - count) * last)
+        count, steps = len(self._steps), max(self._told.steps, 1)
+        last = self._steps[-_LAST:]
+        later = 1.0 / (len(last) + _FIRST) * (_sum(last) + _FIRST * self._told.step)  # the first steps are special
+        step = 1.0 / max(steps, count) * (_sum(self._steps) + max(0, steps - count) * later)
         seed = _mean(self._seeds) if self._seeds else self._told.seed
-        longer = max(1.0, last.written / max(last.runs, 1)) / max(
+        longer = max(1.0, later.written / max(later.runs, 1)) / max(
             1.0, self._told.step.written / max(self._told.step.runs, 1)
         )
         told = self._told.validation

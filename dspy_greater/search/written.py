@@ -95,16 +95,21 @@ def asks(steps: int) -> bool:
 
 def propose_written(at: StepContext) -> tuple[Edit, ...]:
     """What the model writes when it is asked for a better instruction, as far as it can be deployed and is new."""
+    generations = at.model.generate(requests(at))
+    texts = [at.evaluator.layout.encoder.decode(each.token_ids) for each in generations]
+    edits = [_edit(at, text) for text in dict.fromkeys(map(instruction_in, texts)) if text]
+    return tuple({each.instruction.text: each for each in edits if each is not None}.values())
+
+
+def requests(at: StepContext) -> list[GenerationRequest]:
+    """What the model is asked in this step, as far as it has room for an answer."""
     random = Random(f"{at.random_seed}/{at.predictor}/{at.state.step}/written")
     room = at.settings.max_instruction_tokens + ROOM
-    requests = [
+    return [
         GenerationRequest(prompt, room, _TEMPERATURE, _TOP_P, seed=random.randrange(2**31))
         for prompt in (at.evaluator.layout.encoder.chat_ids(each) for each in _requests(at, random))
         if _fits(at, len(prompt) + room)
     ]
-    texts = [at.evaluator.layout.encoder.decode(each.token_ids) for each in at.model.generate(requests)]
-    edits = [_edit(at, text) for text in dict.fromkeys(map(instruction_in, texts)) if text]
-    return tuple({each.instruction.text: each for each in edits if each is not None}.values())
 
 
 def instruction_in(answer: str) -> str:

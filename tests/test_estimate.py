@@ -255,7 +255,7 @@ def test_an_estimate_is_corrected_by_the_first_steps(caplog: pytest.LogCaptureFi
         told=whole,
     ).corrected()
     assert found is not None and found.after_steps == 2
-    to_come = (2 * 2400 + 3 * 240) / 5  # tokens: what was told counts as much as three steps
+    to_come = (2 * 2400 + 10 * 240) / 12  # tokens: what was told counts as much as ten steps, of seconds as three
     assert found.step.written == pytest.approx((2 * 2400 + 18 * to_come) / 20)
     assert found.step.seconds == pytest.approx((2 * 2.0 + 18 * (2 * 2.0 + 3 * 9.0) / 5) / 20)
     assert found.validation.written == pytest.approx(960 * to_come / 240)

@@ -24,6 +24,7 @@ _BETTER = (
 )
 _DRAFTED = 0.7  # of the decoding steps are left where earlier rows are drafts,
 _IN_VAIN = 0.5  # of which so much is read in vain
+_WORTH_SHARING = 256  # tokens: what sequences have alike behind an edit is differentiated once where that saves so many
 
 
 @dataclass(frozen=True)
@@ -147,18 +148,21 @@ class Counts:
         return Cost(0, read, 0.0, written, seconds)
 
     def _differentiated(self, positions: int, kinds: int, sequences: float) -> Cost:
-        tokens = positions * kinds * sequences * self._own()
+        tail = self.measured.tail
+        alike = tail if tail * (sequences - 1) >= _WORTH_SHARING else tail * sequences
+        tokens = positions * kinds * (sequences * self._own() + alike)
         return Cost(differentiated=tokens, seconds=self.measured.speed.differentiate * tokens)
 
     def _forecast(self, seen: Glance, positions: int, candidates: int) -> Cost:
         """The current instruction once, and each candidate as long as it is in the race."""
         if not candidates or not self.sizes.settings.forecasts:
             return Cost()
-        done, readings = 0, 0
+        done, readings, beginnings = 0, 0, 0
         for kept, reasonings in seen.rounds(candidates):
             readings += kept * max(0, reasonings - done)
+            beginnings += kept
             done = max(done, reasonings)
-        read = (positions * readings + done) * self._own()
+        read = (positions * readings + done) * self._own() + positions * beginnings * self.measured.tail
         return Cost(read=read, seconds=self._reading(read))
 
     def _reading(self, tokens: float) -> float:

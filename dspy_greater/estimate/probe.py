@@ -23,6 +23,7 @@ from dspy_greater.model.kv_cache import shared_length
 from dspy_greater.objective.evaluator import Evaluator, Instruction, Objective
 from dspy_greater.objective.types import Evaluation
 from dspy_greater.program.rollout import engines_behind, run_pairs, searching_copy, unscored
+from dspy_greater.prompt.layout import Supervised
 from dspy_greater.run.estimate import Cost
 from dspy_greater.search.default_step import DefaultStep
 from dspy_greater.search.edits import propose_edits
@@ -64,6 +65,7 @@ class Measured:
         asked: what it is to be asked for whole instructions.
         loss_read: tokens read to take a run's loss.
         gold: tokens of the gold answer, with what leads to it.
+        tail: tokens that all prompts have alike behind an edit, in the middle of the instruction.
         context: tokens that a proposal reads for a row.
         edit_seconds: to find the legal edits of a position, without the model.
         run_seconds: of the program on a row, without an in-process model.
@@ -79,6 +81,7 @@ class Measured:
     asked: Asked
     loss_read: float
     gold: float
+    tail: float
     context: float
     edit_seconds: float
     run_seconds: float
@@ -130,6 +133,7 @@ def probe(problem: Problem, target: Target, most_rows: int = ROWS) -> Measured:
         asked=asked,
         loss_read=loss_read,
         gold=mean([float(len(each.answer)) for each in supervised]) if supervised else 0.0,
+        tail=_tail(reasoned.student.runs, supervised),
         context=_context(evaluator, evaluations[0]),
         edit_seconds=edit_seconds,
         run_seconds=max(0.0, run_seconds),
@@ -241,6 +245,12 @@ def _speed(
     editable = evaluator.layout.edits.positions(evaluations[0].token_ids)
     position = min(editable, default=len(evaluations[0].token_ids) - 1)
     return try_speed(target.engine, prompt, len(problem.train), reasonings, position)
+
+
+def _tail(runs: Sequence[Run], supervised: Sequence[Supervised]) -> float:
+    shared, _ = prompt_lengths(runs)
+    middles = [(each.instruction.start + each.instruction.stop) / 2 for each in supervised]
+    return max(0.0, shared - mean(middles)) if middles else 0.0
 
 
 def _context(evaluator: Evaluator, seed: Evaluation) -> float:

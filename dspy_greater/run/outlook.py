@@ -11,7 +11,11 @@ from dspy_greater.run.log import LOGGER
 _LAST = 10  # steps from which the next ones are told: reasoning grows while a search goes on
 _RUNS_SHARE = 0.5  # of a step's seconds that its runs of the program take, where nothing better is known
 _SURE = 1.25  # times more or less than what the first steps tell
-_FIRST = 3  # steps after which an estimate is corrected; and for the steps to come it counts as much as so many
+_FIRST = 3  # steps after which an estimate is corrected
+_AS_STEPS = (
+    10  # For the steps to come, what was told of tokens counts as much as so many steps: the first ones are special.
+)
+_SECONDS_AS_STEPS = 3  # Of seconds it counts less: how fast a machine is shows at once.
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,7 @@ class Outlook:
         if self._told is None or not self._steps:
             return None
         count, steps = len(self._steps), max(self._told.steps, 1)
-        last = self._steps[-_LAST:]
-        later = 1.0 / (len(last) + _FIRST) * (_sum(last) + _FIRST * self._told.step)  # the first steps are special
+        later = self._later(self._told.step)
         step = 1.0 / max(steps, count) * (_sum(self._steps) + max(0, steps - count) * later)
         seed = _mean(self._seeds) if self._seeds else self._told.seed
         longer = max(1.0, later.written / max(later.runs, 1)) / max(
@@ -123,6 +126,13 @@ class Outlook:
         )
         found = replace(found, low=1 / _SURE * found.total, high=_SURE * found.total)
         return self._plan.budget.bounded(found)
+
+    def _later(self, told: Cost) -> Cost:
+        """A step that is still to come."""
+        last = self._steps[-_LAST:]
+        count, taken = len(last), _sum(last)
+        seconds = (taken.seconds + _SECONDS_AS_STEPS * told.seconds) / (count + _SECONDS_AS_STEPS)
+        return replace(1.0 / (count + _AS_STEPS) * (taken + _AS_STEPS * told), seconds=seconds)
 
     def _step(self) -> Cost | None:
         if self._steps:

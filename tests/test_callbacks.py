@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from pathlib import Path
 from typing import Any
 
 import dspy
+import golden_runs
 import numpy
 import pytest
 from any_event import bits
@@ -25,7 +28,11 @@ from scripted_engine import (
 from scripted_gradsum import ROWS, program
 from scripted_gradsum import optimizer as gradsum
 
+from dspy_greater import GReaTer, local_lm
+from dspy_greater import optimizer as greater
 from dspy_greater.errors import SettingsError
+from dspy_greater.report.file import ReportFile
+from dspy_greater.run.estimate import Cost, Estimate
 from dspy_greater.run.events import BeamStarted, Event, IterationTaken, SearchStarted, StepTaken, Validated, Warned
 from dspy_greater.run.progress import Listeners
 
@@ -65,6 +72,40 @@ def test_callbacks_and_listeners_are_two_names_for_the_same() -> None:
     )
     happened = ["SearchStarted", "StepTaken", "StepTaken", "Validated"]
     assert heard == [(name, event) for event in happened for name in ("listener", "callback")]
+
+
+@pytest.mark.slow
+def test_bar_log_report_and_callbacks_take_at_most_a_fiftieth_of_a_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of the processor's time, on the pocket model with the preset's 24 rows."""
+    taken, emit, close = [0.0], Listeners.emit, ReportFile.close
+
+    def timed(function: Any) -> Any:
+        def run(*arguments: Any, **named: Any) -> Any:
+            began = time.process_time()
+            try:
+                return function(*arguments, **named)
+            finally:
+                taken[0] += time.process_time() - began
+
+        return run
+
+    told = Estimate(("predict",), 3, Cost(seconds=1.0), Cost(seconds=1.0), Cost(seconds=1.0), Cost(), Cost())
+    monkeypatch.setattr(Listeners, "emit", timed(emit))
+    monkeypatch.setattr(Listeners, "__call__", timed(emit))
+    monkeypatch.setattr(ReportFile, "close", timed(close))
+    monkeypatch.setattr(greater, "brief_estimate", lambda problem: told)  # a probe of the model, whose price is its own
+    caplog.set_level(logging.INFO, logger="dspy_greater")
+    heard: list[Event] = []
+    rows, student = golden_runs.rows("navigate", 48), golden_runs.plain()
+    student.set_lm(local_lm("pocket", cache=False, max_tokens=200))
+    search = GReaTer(metric=exact_match, steps=3, progress=True, log_dir=tmp_path, callbacks=[heard.append])
+    began = time.process_time()
+    search.compile(student, rows[:24], valset=rows[24:])
+    whole = time.process_time() - began
+    assert len(heard) == 5 and (tmp_path / "report.html").exists() and len(caplog.messages) >= 6
+    assert 0 < taken[0] <= 0.02 * whole, (taken[0], whole)
 
 
 @pytest.mark.slow

@@ -87,5 +87,8 @@ def test_an_estimate_and_its_search_are_held_against_each_other(
     asked = ["estimate", "--task", "pocket:navigate", "--steps", "1", "--limit", "4", "--out", str(tmp_path / "x.json")]
     assert main(asked) in (0, 1)  # whether it was right; such a short search tells nothing of that
     [found] = json.loads((tmp_path / "x.json").read_text())
-    assert {"seconds", "tokens", "written"} <= set(found["ratios"]) and found["spent"]["generated_tokens"] > 0
-    assert "pocket:navigate: seconds" in capsys.readouterr().out
+    assert {"seconds", "tokens", "written"} <= set(found["ratios"]) == set(found["ratios_after_first_steps"])
+    assert found["taken"]["written"] > 0 and found["after_first_steps"]["after_steps"] == 1
+    assert found["ratios"]["written"] == pytest.approx(found["told"]["total"]["written"] / found["taken"]["written"])
+    table = capsys.readouterr().out.splitlines()
+    assert len({line.count("|") for line in table}) == 1 and table[2].startswith("| pocket:navigate | seconds |")

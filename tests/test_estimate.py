@@ -9,12 +9,14 @@ import time
 import warnings
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dspy
 import pytest
 from scripted_engine import (
     ScriptedEngine,
+    chat_answer,
     exact_match,
     instruction_of,
     optimizer,
@@ -26,7 +28,8 @@ from scripted_engine import (
 import dspy_greater
 from dspy_greater import Estimate, GReaTer, local_lm
 from dspy_greater.errors import ProgramError
-from dspy_greater.objective.types import Evaluation
+from dspy_greater.estimate.reasoned import Lengths, lengths
+from dspy_greater.objective.types import Evaluation, RowOutcome
 from dspy_greater.pocket.tasks import generate, work_out
 from dspy_greater.run.estimate import Budget, Cost
 from dspy_greater.run.events import BeamStarted, IterationTaken, SearchStarted, StepTaken, Validated
@@ -34,6 +37,10 @@ from dspy_greater.run.outlook import UNPLANNED, EstimateLog, Outlook, Plan
 
 TRAIN, VALIDATION = planted_rows(24)[:8], planted_rows(24)[8:12]
 SEED = Evaluation((1, 2), "Think.", (), 0.5, 0.25, 1.0, (0.5, 0.25))
+
+
+def obedient(prompt: str) -> str:
+    return chat_answer(reasoning="as it was asked", answer="yes")
 
 
 def told(program: Any = None, **settings: Any) -> Estimate:
@@ -78,6 +85,82 @@ def test_a_dry_run_raises_what_a_search_would() -> None:
 
     with pytest.raises(ProgramError, match="could not be called on any of the"):
         told(program_on(ScriptedEngine(broken)))
+
+
+# --- how long reasonings will be ---
+
+
+def evaluated(instruction: str, texts: list[str], scores: list[float]) -> Evaluation:
+    rows = tuple(
+        RowOutcome(number, score, {"question": "?"}, {"reasoning": text}, 0.5)
+        for number, (text, score) in enumerate(zip(texts, scores, strict=True))
+    )
+    return Evaluation((1, 2), instruction, rows, 0.5, 0.25, 1.0, (0.5, 0.25))
+
+
+def lengths_of(*evaluations: Evaluation, ends: int = 1) -> Lengths:
+    """A word of a reasoning is a token, and `ends` are written in each run besides."""
+
+    def generated(found: Evaluation) -> list[Any]:
+        return [((1, 2, row.row), (7,) * len(str(row.written["reasoning"]).split())) for row in found.rows]
+
+    words = sum(len(written) for each in evaluations for _, written in generated(each))
+    runs = sum(len(each.rows) for each in evaluations)
+    evaluator: Any = SimpleNamespace(generated=generated)
+    return lengths(evaluator, evaluations, words + ends * runs)
+
+
+def test_reasoning_is_told_to_be_as_long_as_where_it_was_right() -> None:
+    short = evaluated("Answer.", ["one two", "three four"], [0.0, 0.0])
+    long = evaluated("Think.", ["a b c d e f g h", "i j k l m n"], [1.0, 0.0])
+    found = lengths_of(short, long)
+    assert found.student.written == 2 + 1 and found.student.longest == 2 + 1
+    assert found.likely.written == pytest.approx((1.1 * 8 + 0.1 * (6 + 2 + 2)) / (1.1 + 0.3) + 1)
+    assert found.likely.longest == 8 + 1
+    assert [prompt for prompt, _ in found.likely.runs] == [prompt for prompt, _ in found.student.runs]
+    assert [len(written) for _, written in found.likely.runs] == [7, 7]
+    assert found.low.written == 2 + 1 and 7 < found.high.written - 1 < 8
+
+
+def test_a_text_that_comes_back_on_other_rows_is_no_reasoning() -> None:
+    at_once = evaluated("Answer.", ["I know"] * 4, [1.0, 1.0, 1.0, 0.0])
+    some = evaluated("Think.", ["I know", "I know", "first this then that", "now this and then that"], [1.0] * 4)
+    found = lengths_of(at_once, some)
+    assert found.student.written == 2 + 1 and found.likely.written == pytest.approx((4 + 5) / 2 + 1)
+    assert found.low == found.student
+    never = lengths_of(at_once, evaluated("Think.", ["I know"] * 4, [1.0] * 4))
+    assert never.likely.written == never.student.written == 2 + 1
+
+
+def test_a_model_that_reasons_already_is_not_expected_to_reason_ever_longer() -> None:
+    texts = ["so a b c d", "then e f g", "now h i j k l"]
+    others = ["p q r s", "t u v w x y", "k l m n o"]
+    found = lengths_of(evaluated("Answer.", texts, [0.0] * 3), evaluated("Think.", others, [0.0] * 3))
+    assert found.likely.written == pytest.approx(found.student.written)
+    assert found.low.written < found.likely.written < found.high.written
+
+
+@pytest.mark.parametrize("texts", [[""], [""] * 4])
+def test_where_nothing_is_written_nothing_is_told(texts: list[str]) -> None:
+    found = lengths_of(evaluated("Answer.", texts, [1.0] * len(texts)), ends=0)
+    assert found.likely == found.low == found.high == found.student and found.student.written == 0
+
+
+def test_a_dry_run_asks_for_whole_instructions_and_a_line_in_the_log_does_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def asked(engine: ScriptedEngine) -> int:
+        return sum("Write the instruction for this task." in prompt for prompt in engine.prompts)
+
+    rows = planted_rows(24)
+    dry = ScriptedEngine(obedient)
+    optimizer(steps=1, written=4).compile(program_on(dry), rows[:8], valset=VALIDATION, dry_run=True)
+    assert asked(dry) == 1  # of the two requests that were made; the other shows mistakes
+    quiet, logged = ScriptedEngine(obedient), ScriptedEngine(obedient)
+    optimizer(steps=1, written=4).compile(program_on(quiet), rows[:8], valset=VALIDATION)
+    caplog.set_level(logging.INFO, logger="dspy_greater")
+    optimizer(steps=1, written=4).compile(program_on(logged), rows[:8], valset=VALIDATION)
+    assert caplog.messages[0].startswith("Estimate: ") and asked(logged) == asked(quiet) == 2
 
 
 # --- budgets ---
@@ -172,8 +255,10 @@ def test_an_estimate_is_corrected_by_the_first_steps(caplog: pytest.LogCaptureFi
         told=whole,
     ).corrected()
     assert found is not None and found.after_steps == 2
-    assert found.step == Cost(24, 300, 0, 2400, 2.0)
-    assert found.validation.written == pytest.approx(960 * 10)  # steps write ten times as much as was told
+    to_come = (2 * 2400 + 10 * 240) / 12  # tokens: what was told counts as much as ten steps, of seconds as three
+    assert found.step.written == pytest.approx((2 * 2400 + 18 * to_come) / 20)
+    assert found.step.seconds == pytest.approx((2 * 2.0 + 18 * (2 * 2.0 + 3 * 9.0) / 5) / 20)
+    assert found.validation.written == pytest.approx(960 * to_come / 240)
     assert found.low.seconds < found.total.seconds < found.high.seconds
     assert looking(step(0)).corrected() is None
 

@@ -221,6 +221,10 @@ def test_names_of_predictors_become_names_of_parameters() -> None:
 
 # --- the real packages ---
 
+# What MLflow warns of among its own modules: at the first use of a store, and where its DSPy flavour is imported.
+STORE = "ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning:mlflow.store.tracking.sqlalchemy_store"
+HINTS = "ignore:.*Any type hint is inferred as AnyType:UserWarning:mlflow.types.type_hints"
+
 
 @pytest.fixture
 def real_mlflow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
@@ -232,7 +236,7 @@ def real_mlflow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # what the packages warn of among themselves
+@pytest.mark.filterwarnings(STORE)
 def test_mlflow_keeps_a_run_in_a_local_store(real_mlflow: Any, tmp_path: Path) -> None:
     better = compiled(use_mlflow=True)
     [run] = real_mlflow.search_runs(output_format="list")
@@ -249,7 +253,7 @@ def test_mlflow_keeps_a_run_in_a_local_store(real_mlflow: Any, tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings(STORE, HINTS)
 @pytest.mark.parametrize("use_mlflow", [False, True])
 def test_autolog_sees_the_compile_and_changes_nothing(real_mlflow: Any, use_mlflow: bool) -> None:
     expected = instruction_of(compiled())
@@ -266,7 +270,7 @@ def test_autolog_sees_the_compile_and_changes_nothing(real_mlflow: Any, use_mlfl
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("default")  # what the package warns of itself
 def test_wandb_keeps_a_run_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -9,19 +9,22 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dspy_greater.estimate.probe import Measured, Reasoned, prompt_lengths
+from dspy_greater.estimate.probe import Measured, prompt_lengths
+from dspy_greater.estimate.reasoned import Reasoned
 from dspy_greater.run.estimate import Cost
 from dspy_greater.search.default_step import TRIAL_ROWS
 from dspy_greater.search.phrases import LONGEST
 from dspy_greater.search.prices import KINDS, Glance, affordable_glance
-from dspy_greater.search.written import ANSWERED, EXAMPLES, ROOM, asks
+from dspy_greater.search.written import asks
 from dspy_greater.settings import Settings
 from dspy_greater.stats import mean
 
-_FROM_MISTAKES, _FROM_ANSWERS = 220, 320  # tokens of a request for a whole instruction, without its rows
-_USED = 0.5  # of the tokens that such a request leaves, the part that is written
+_BETTER = (
+    0.5  # of the whole instructions that reason on a few rows, the best is as likely as not to go on to the others
+)
 _DRAFTED = 0.7  # of the decoding steps are left where earlier rows are drafts,
 _IN_VAIN = 0.5  # of which so much is read in vain
+_WORTH_SHARING = 256  # tokens: what sequences have alike behind an edit is differentiated once where that saves so many
 
 
 @dataclass(frozen=True)
@@ -67,19 +70,22 @@ class Counts:
 
     def evaluated(self, instructions: float, drafted: float = _DRAFTED) -> Cost:
         """Instructions with reasoning of their own on all training rows, and the losses."""
-        rows = instructions * self.sizes.train_rows
+        return self._scored(instructions, self.sizes.train_rows, drafted)
+
+    def _scored(self, instructions: float, on: float, drafted: float = _DRAFTED) -> Cost:
+        rows = instructions * on
         drafts = 0.0 if self.measured.served or drafted == 1.0 else _IN_VAIN * self._generated()
         read = rows * (self.measured.loss_read + drafts)
-        return self._runs(instructions, self.sizes.train_rows, drafted) + Cost(read=read, seconds=self._reading(read))
+        return self._runs(instructions, on, drafted) + Cost(read=read, seconds=self._reading(read))
 
     def _tried(self) -> Cost:
         return self.evaluated(self.sizes.selections)
 
-    def _runs(self, instructions: float, rows: int, drafted: float) -> Cost:
+    def _runs(self, instructions: float, rows: float, drafted: float) -> Cost:
         """The program on rows, under so many instructions at once."""
         measured, speed, runs = self.measured, self.measured.speed, instructions * rows
         shared, own = prompt_lengths(self.reasoned.runs)
-        read = 0.0 if measured.served else instructions * shared + runs * own * self._calls()
+        read = 0.0 if measured.served else instructions * shared + runs * own * measured.calls
         written = runs * self.reasoned.written
         at_once = self.sizes.settings.num_threads if measured.served else runs
         seconds = runs * measured.run_seconds / (at_once if measured.served else 1)
@@ -87,10 +93,6 @@ class Counts:
         if not measured.served:
             seconds += speed.read * read + drafted * speed.writing(runs, self.reasoned.longest, written)
         return Cost(runs, read, 0.0, written, seconds)
-
-    def _calls(self) -> float:
-        """Of the predictor, in a run."""
-        return len(self.reasoned.runs) / max(1, len(self.measured.short.runs)) if self.measured.short.runs else 1.0
 
     def _glance(self) -> Glance:
         sizes, found = self.sizes, self.reasoned.runs
@@ -114,22 +116,16 @@ class Counts:
         return found + self._forecast(seen, seen.positions, seen.candidates)
 
     def _rewritten(self) -> Cost:
-        """Whole instructions are written, and reason on a few rows; the best of them reasons on the others."""
-        rows = self.sizes.train_rows
+        """Whole instructions are written, and reason on a few rows; the best of them may reason on the others."""
+        rows, usable = self.sizes.train_rows, self.sizes.settings.written * self.measured.asked.usable
         trial = min(TRIAL_ROWS, rows)
-        tried = self._runs(self.sizes.settings.written, trial, _DRAFTED)
-        return self._asked() + tried + self.evaluated(1.0 - trial / rows)
+        return self._asked() + self._scored(usable, trial) + min(usable, _BETTER) * self._scored(1, rows - trial)
 
     def _asked(self) -> Cost:
         """Whole instructions, written by the model."""
-        settings, speed = self.sizes.settings, self.measured.speed
-        _, own = prompt_lengths(self.reasoned.runs)
-        mistakes, answers = settings.written // 2, -(-settings.written // 2)
-        read = mistakes * (_FROM_MISTAKES + EXAMPLES * (own + self.reasoned.written))
-        read += answers * (_FROM_ANSWERS + ANSWERED * own)
-        longest = _USED * (settings.max_instruction_tokens + ROOM)
-        written = settings.written * longest
-        seconds = speed.read * read + speed.writing(settings.written, longest, written)
+        requests, asked, speed = self.sizes.settings.written, self.measured.asked, self.measured.speed
+        read, written = requests * asked.read, requests * asked.written
+        seconds = speed.read * read + speed.writing(requests, asked.longest, written)
         return Cost(0, read, 0.0, written, seconds)
 
     def _proposed(self) -> Cost:
@@ -152,18 +148,21 @@ class Counts:
         return Cost(0, read, 0.0, written, seconds)
 
     def _differentiated(self, positions: int, kinds: int, sequences: float) -> Cost:
-        tokens = positions * kinds * sequences * self._own()
+        tail = self.measured.tail
+        alike = tail if tail * (sequences - 1) >= _WORTH_SHARING else tail * sequences
+        tokens = positions * kinds * (sequences * self._own() + alike)
         return Cost(differentiated=tokens, seconds=self.measured.speed.differentiate * tokens)
 
     def _forecast(self, seen: Glance, positions: int, candidates: int) -> Cost:
         """The current instruction once, and each candidate as long as it is in the race."""
         if not candidates or not self.sizes.settings.forecasts:
             return Cost()
-        done, readings = 0, 0
+        done, readings, beginnings = 0, 0, 0
         for kept, reasonings in seen.rounds(candidates):
             readings += kept * max(0, reasonings - done)
+            beginnings += kept
             done = max(done, reasonings)
-        read = (positions * readings + done) * self._own()
+        read = (positions * readings + done) * self._own() + positions * beginnings * self.measured.tail
         return Cost(read=read, seconds=self._reading(read))
 
     def _reading(self, tokens: float) -> float:

@@ -11,8 +11,6 @@ from dspy_greater.search.default_step import DefaultStep
 from dspy_greater.search.prices import write_price
 from dspy_greater.search.problem import Problem, Target
 
-_LONG = 0.9  # of a search's runs reason as under the probe's longest; the first steps do not
-
 _BRIEF = 200  # runs of a search for each row of a probe, which has four instructions
 
 
@@ -42,7 +40,7 @@ def estimate(problem: Problem, most_rows: int = ROWS) -> Estimate:
         GreaterError: what the search would raise.
     """
     found = [(target, probe(problem, target, most_rows)) for target in problem.targets]
-    called = [(target, measured) for target, measured in found if measured.short.runs]
+    called = [(target, measured) for target, measured in found if measured.lengths.student.runs]
     if not called:
         names = ", ".join(f"`{target.site.name}`" for target, _ in found)
         raise UnusedPredictorError(
@@ -79,22 +77,22 @@ def _parts(problem: Problem, target: Target, measured: Measured) -> Estimate:
         write_price(target.engine, settings),
         looks_ahead=isinstance(problem.step, DefaultStep),
     )
-    short, long = Counts(sizes, measured, measured.short), Counts(sizes, measured, measured.long)
-
-    def between(one: Cost, other: Cost, weight: float = _LONG) -> Cost:
-        return (1.0 - weight) * one + weight * other
+    lengths = measured.lengths
+    seed, usual = Counts(sizes, measured, lengths.student), Counts(sizes, measured, lengths.likely)
+    fixed = settings.finalists / (settings.finalists + 1)  # the seed is validated, too
 
     def whole(counts: Counts) -> Cost:
-        return short.seed() + settings.steps * counts.step() + counts.validation()
+        return seed.seed() + settings.steps * counts.step() + counts.validation()
 
-    fixed = settings.finalists / (settings.finalists + 1)  # the seed is validated, too
     return Estimate(
         predictors=(target.site.name,),
         steps=settings.steps,
-        seed=short.seed(),
-        step=between(short.step(), long.step()),
-        validation=between(short.validation(), long.validation(), fixed),
-        low=whole(short),
-        high=whole(long),
-        peak_bytes=peak_bytes(long, target.engine.max_batch_rows, target.engine.max_batch_tokens),
+        seed=seed.seed(),
+        step=usual.step(),
+        validation=fixed * usual.validation() + (1.0 - fixed) * seed.validation(),
+        low=whole(Counts(sizes, measured, lengths.low)),
+        high=whole(Counts(sizes, measured, lengths.high)),
+        peak_bytes=peak_bytes(
+            Counts(sizes, measured, lengths.high), target.engine.max_batch_rows, target.engine.max_batch_tokens
+        ),
     )

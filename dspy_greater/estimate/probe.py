@@ -1,21 +1,21 @@
 """A short probe: what a program's prompts are like, how much the model writes, and how fast all that goes.
 
 The program is run on a few training rows: under the student's instruction, under the same with "Think step by step."
-or its like behind it, and under a likely edit of it. What a search finds often makes models reason longer, and how
-much they write under these is the best that can be known of it. All in all that is about what one candidate of a search
-costs. Nothing of the search is touched: the probe has sessions of its own, and draws its rows from a source of
-randomness of its own.
+or its like behind it, and under a likely edit of it. The model is asked for whole instructions as well, as a
+search asks it first. All in all that is about what a step of a search costs. Nothing of the search is touched: the
+probe has sessions of its own, and draws its rows from a source of randomness of its own.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from random import Random
 from typing import Any
 
+from dspy_greater.estimate.reasoned import Lengths, Reasoned, Run, lengths
 from dspy_greater.estimate.speed import Speed, resident_bytes, try_speed
 from dspy_greater.estimate.watch import Watched, watched
 from dspy_greater.metric import RowMetric
@@ -23,40 +23,36 @@ from dspy_greater.model.kv_cache import shared_length
 from dspy_greater.objective.evaluator import Evaluator, Instruction, Objective
 from dspy_greater.objective.types import Evaluation
 from dspy_greater.program.rollout import engines_behind, run_pairs, searching_copy, unscored
+from dspy_greater.prompt.layout import Supervised
 from dspy_greater.run.estimate import Cost
+from dspy_greater.search.default_step import DefaultStep
 from dspy_greater.search.edits import propose_edits
 from dspy_greater.search.problem import Problem, Target
 from dspy_greater.search.state import begin
 from dspy_greater.search.step import StepContext
+from dspy_greater.search.written import propose_written, requests
 from dspy_greater.stats import mean
 
 ROWS = 8  # that the program is run on, under each instruction
-ASKED = ("Think step by step.", "Work through every part of it, and write down all intermediate results.")
+ASKED = ("Think step by step.", "Go through it item by item, and write down each.")
 EDITS = 1
-MOST_GROWTH = 1.5  # times what the probe saw, for a search makes several such edits
-Run = tuple[tuple[int, ...], tuple[int, ...]]  # a prompt, and what was generated after it
 
 
 @dataclass(frozen=True)
-class Reasoned:
-    """What the model wrote under an instruction, tokens; means over runs of the program on a row.
+class Asked:
+    """What a request for a whole instruction takes, tokens, on the mean; nothing where none is made.
 
-    `runs` are those of the predictor: prompts, and what was generated up to a gold answer. `written` counts all that
-    the program had written, and `longest` is the most of one run.
+    Attributes:
+        read: of the request.
+        written: of the answer.
+        longest: the most of an answer.
+        usable: the share of answers that can be tried, by Laplace's rule.
     """
 
-    runs: tuple[Run, ...]
-    written: float
-    longest: float
-
-    def longer(self, times: float) -> Reasoned:
-        """With so many times as many tokens.
-
-        >>> Reasoned((((1,), (2, 3)),), 2.0, 2.0).longer(1.5)
-        Reasoned(runs=(((1,), (2, 3, 2)),), written=3.0, longest=3.0)
-        """
-        runs = tuple((prompt, (2 * text)[: round(times * len(text))]) for prompt, text in self.runs)
-        return Reasoned(runs, times * self.written, times * self.longest)
+    read: float = 0.0
+    written: float = 0.0
+    longest: float = 0.0
+    usable: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -64,10 +60,12 @@ class Measured:
     """What a probe found for one predictor; tokens and seconds, means over runs unless it says otherwise.
 
     Attributes:
-        short: under the student's instruction.
-        long: under that of the others that it wrote most under, and as much longer again as that is than `short`.
+        lengths: of what the program writes.
+        calls: of the predictor, in a run.
+        asked: what it is to be asked for whole instructions.
         loss_read: tokens read to take a run's loss.
         gold: tokens of the gold answer, with what leads to it.
+        tail: tokens that all prompts have alike behind an edit, in the middle of the instruction.
         context: tokens that a proposal reads for a row.
         edit_seconds: to find the legal edits of a position, without the model.
         run_seconds: of the program on a row, without an in-process model.
@@ -78,10 +76,12 @@ class Measured:
         cost: of the probe.
     """
 
-    short: Reasoned
-    long: Reasoned
+    lengths: Lengths
+    calls: float
+    asked: Asked
     loss_read: float
     gold: float
+    tail: float
     context: float
     edit_seconds: float
     run_seconds: float
@@ -112,23 +112,28 @@ def probe(problem: Problem, target: Target, most_rows: int = ROWS) -> Measured:
     with watched(target.engine) as model:
         seed, wall = _evaluated(evaluator, [evaluator.seed()], model)
         loss_read = model.reading.read / len(rows)
-        edits, edit_seconds = _edits(problem, target, evaluator, seed[0], model)
+        at = _beginning(problem, target, evaluator, seed[0], model)
+        edits, edit_seconds = _edits(at, model)
         others, more = _evaluated(evaluator, [*_longer(evaluator), *edits], model)
+        spent = evaluator.spent(start)
+        asks = isinstance(problem.step, DefaultStep)
+        asked = _asked(at, model, answered=most_rows >= ROWS) if asks else Asked()
     evaluations, wall = [*seed, *others], wall + more
-    spent = evaluator.spent(start)
-    short, long = _reasoned(evaluator, evaluations, spent["generated_tokens"])
+    reasoned = lengths(evaluator, evaluations, spent["generated_tokens"])
     runs = len(rows) * len(evaluations)
     run_seconds = wall / runs * max(1, min(problem.settings.num_threads, len(rows) * len(evaluations) / 2))
     if not served:
         run_seconds = _program_seconds(problem, target, rows, [each.instruction for each in evaluations], model)
-    speed = _speed(problem, target, evaluator, evaluations, long)
+    speed = _speed(problem, target, evaluator, evaluations, reasoned.high)
     supervised = evaluator.supervised(evaluations[0], reasoned=False)
     counted = target.engine.counters - before
     return Measured(
-        short=short,
-        long=long,
+        lengths=reasoned,
+        calls=len(reasoned.student.runs) / len(rows),
+        asked=asked,
         loss_read=loss_read,
         gold=mean([float(len(each.answer)) for each in supervised]) if supervised else 0.0,
+        tail=_tail(reasoned.student.runs, supervised),
         context=_context(evaluator, evaluations[0]),
         edit_seconds=edit_seconds,
         run_seconds=max(0.0, run_seconds),
@@ -184,27 +189,32 @@ def _evaluated(
     return found, time.perf_counter() - began - (model.reading.seconds - before)
 
 
-def _reasoned(evaluator: Evaluator, evaluations: Sequence[Evaluation], written: int) -> tuple[Reasoned, Reasoned]:
-    """Under the first and under the one that most was written under; what the record lacks is shared alike."""
-    runs = [tuple(evaluator.generated(each)) for each in evaluations]
-    told = [sum(len(generated) for _, generated in each) for each in runs]
-    rows = len(evaluations[0].rows)
-    rest = max(0.0, written - sum(told)) / (rows * len(evaluations))
-    found: list[Reasoned] = []
-    for each, total in zip(runs, told, strict=True):
-        most = max((len(generated) for _, generated in each), default=0)
-        found.append(Reasoned(each, total / rows + rest, most + rest))
-    longest = max(found, key=lambda each: each.written)
-    return found[0], longest.longer(min(MOST_GROWTH, longest.written / max(1.0, found[0].written)))
+def _asked(at: StepContext, model: Watched, *, answered: bool) -> Asked:
+    """What a step asks for whole instructions; `answered` has half of the requests made, for their answers."""
+    at = replace(at, state=replace(at.state, step=at.state.step + 1))  # no forms, for which nobody is asked
+    found = requests(at, at.settings.written) if any(row.inputs for row in at.current.rows) else []
+    if not found:
+        return Asked()
+    read, room = mean([float(len(each.prompt)) for each in found]), float(found[0].max_new_tokens)
+    if not answered:
+        return Asked(read, room / 2, room, 0.5)
+    count = -(-len(found) // 2)
+    before, known = model.writing, len(model.answers)
+    usable = propose_written(replace(at, settings=replace(at.settings, written=count)))
+    longest = max((len(each.token_ids) for each in list(model.answers.values())[known:]), default=0)
+    written = (model.writing.written - before.written) / count
+    return Asked(read, written, float(longest), (len(usable) + 1) / (count + 2))
 
 
-def _edits(
-    problem: Problem, target: Target, evaluator: Evaluator, seed: Evaluation, model: Watched
-) -> tuple[list[Instruction], float]:
-    """Likely edits of the first position, and how long it took to tell which tokens are legal there."""
+def _beginning(problem: Problem, target: Target, evaluator: Evaluator, seed: Evaluation, model: Watched) -> StepContext:
+    """Where the search will begin."""
     editable = evaluator.layout.edits.positions(seed.token_ids)
     state = begin(seed, problem.settings, editable=editable, fixed=evaluator.layout.edits.fixed)
-    at = StepContext(evaluator, model, state, problem.settings, target.site.name, problem.seed)
+    return StepContext(evaluator, model, state, problem.settings, target.site.name, problem.seed)
+
+
+def _edits(at: StepContext, model: Watched) -> tuple[list[Instruction], float]:
+    """Likely edits of the first position, and how long it took to tell which tokens are legal there."""
     before, began = model.cost.seconds, time.perf_counter()
     found = propose_edits(at)
     seconds = time.perf_counter() - began - (model.cost.seconds - before)
@@ -236,6 +246,12 @@ def _speed(
     editable = evaluator.layout.edits.positions(evaluations[0].token_ids)
     position = min(editable, default=len(evaluations[0].token_ids) - 1)
     return try_speed(target.engine, prompt, len(problem.train), reasonings, position)
+
+
+def _tail(runs: Sequence[Run], supervised: Sequence[Supervised]) -> float:
+    shared, _ = prompt_lengths(runs)
+    middles = [(each.instruction.start + each.instruction.stop) / 2 for each in supervised]
+    return max(0.0, shared - mean(middles)) if middles else 0.0
 
 
 def _context(evaluator: Evaluator, seed: Evaluation) -> float:

@@ -57,8 +57,9 @@ class Estimate:
 
     `seed`, `step` and `validation` are what each predictor's search costs at its start, at a step and at its end, on
     the mean over the predictors. How long the reasoning will be under instructions that nobody has seen yet is not
-    known: `low` and `high` are what all comes to if it stays as long as under the student's instruction, and if it
-    becomes as long as where the model is told to think step by step. For `GradSum`, whose steps are iterations, they
+    known. It is told to be as long as in those runs of the probe that were right; `low` and `high` are what all comes
+    to if it is as long as in the shorter and in the longer half of them. A model that a search teaches to reason at
+    greater length than the probe saw goes beyond `high`. For `GradSum`, whose steps are iterations, they
     are what all comes to if no output needs a gradient at the end, and if all always do.
 
     Attributes:
@@ -67,8 +68,8 @@ class Estimate:
         seed: the evaluation of the student's instruction.
         step: a step, on the mean over all kinds of steps.
         validation: the finalists on the validation rows.
-        low: the whole, if reasoning stays short.
-        high: the whole, if it becomes long.
+        low: the whole, if reasoning is short.
+        high: the whole, if it is long.
         peak_bytes: of memory, on the device of the weights; on a CPU those of the process.
         probe: what the probe cost, from which all this was told.
         bounded_by: the budget that ends the search before its last step, if one does.

@@ -12,6 +12,10 @@ _LAST = 10  # steps from which the next ones are told: reasoning grows while a s
 _RUNS_SHARE = 0.5  # of a step's seconds that its runs of the program take, where nothing better is known
 _SURE = 1.25  # times more or less than what the first steps tell
 _FIRST = 3  # steps after which an estimate is corrected
+_AS_STEPS = (
+    10  # For the steps to come, what was told of tokens counts as much as so many steps: the first ones are special.
+)
+_SECONDS_AS_STEPS = 3  # Of seconds it counts less: how fast a machine is shows at once.
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,11 @@ class Outlook:
         """The estimate that the search was begun with, with what its steps took in the place of what was told."""
         if self._told is None or not self._steps:
             return None
-        count = len(self._steps)
-        last = 1.0 / min(count, _LAST) * _sum(self._steps[-_LAST:])
-        steps = max(self._told.steps, 1)
-        step = 1.0 / steps * (_sum(self._steps) + max(0, steps - count) * last)
+        count, steps = len(self._steps), max(self._told.steps, 1)
+        later = self._later(self._told.step)
+        step = 1.0 / max(steps, count) * (_sum(self._steps) + max(0, steps - count) * later)
         seed = _mean(self._seeds) if self._seeds else self._told.seed
-        longer = max(1.0, last.written / max(last.runs, 1)) / max(
+        longer = max(1.0, later.written / max(later.runs, 1)) / max(
             1.0, self._told.step.written / max(self._told.step.runs, 1)
         )
         told = self._told.validation
@@ -122,6 +125,13 @@ class Outlook:
         )
         found = replace(found, low=1 / _SURE * found.total, high=_SURE * found.total)
         return self._plan.budget.bounded(found)
+
+    def _later(self, told: Cost) -> Cost:
+        """A step that is still to come."""
+        last = self._steps[-_LAST:]
+        count, taken = len(last), _sum(last)
+        seconds = (taken.seconds + _SECONDS_AS_STEPS * told.seconds) / (count + _SECONDS_AS_STEPS)
+        return replace(1.0 / (count + _AS_STEPS) * (taken + _AS_STEPS * told), seconds=seconds)
 
     def _step(self) -> Cost | None:
         if self._steps:

@@ -97,30 +97,34 @@ def asks(steps: int) -> bool:
 
 def propose_written(at: StepContext) -> tuple[Edit, ...]:
     """At most `written` of them that can be deployed and are new; forms only behind an instruction that is new too."""
-    random = Random(f"{at.random_seed}/{at.predictor}/{at.state.step}/written")
-    forms = _forms(at, random)[: at.settings.written] if at.state.step == at.state.rewritten else []
-    asked = [_edit(at, text, "written") for text in _asked(at, at.settings.written - len(forms), random)]
+    forms = _forms(at) if at.state.step == at.state.rewritten else []
+    count = at.settings.written - len(forms)
+    decode = at.evaluator.layout.encoder.decode
+    texts = [instruction_in(decode(each.token_ids)) for each in at.model.generate(requests(at, count))]
+    asked = [_edit(at, text, "written") for text in dict.fromkeys(texts) if text]
     return tuple({each.instruction.text: each for each in (*forms, *asked) if each is not None}.values())
 
 
-def _forms(at: StepContext, random: Random) -> list[Edit]:
+def requests(at: StepContext, count: int) -> list[GenerationRequest]:
+    """So many requests for an instruction, without those that leave the model no room for an answer."""
+    encoder, room, random = at.evaluator.layout.encoder, at.settings.max_instruction_tokens + ROOM, _random(at)
+    return [
+        GenerationRequest(prompt, room, _TEMPERATURE, _TOP_P, seed=random.randrange(2**31))
+        for prompt in map(encoder.chat_ids, _messages(at, count, random))
+        if _fits(at, len(prompt) + room)
+    ]
+
+
+def _random(at: StepContext) -> Random:
+    return Random(f"{at.random_seed}/{at.predictor}/{at.state.step}/written")
+
+
+def _forms(at: StepContext) -> list[Edit]:
     """The best instruction, with what the gold values look like behind it."""
     best = at.state.best[0].instruction[len(at.state.fixed) :].strip()
     stop = "" if not best or ends_sentence(best) else "."
-    texts = [f"{best}{stop} {form}".strip() for form in answer_forms(at.evaluator.examples.golds(), best, random)]
-    return [each for each in (_edit(at, text, "form") for text in texts) if each is not None]
-
-
-def _asked(at: StepContext, count: int, random: Random) -> list[str]:
-    """What the model writes when it is asked for a better instruction so many times."""
-    encoder, room = at.evaluator.layout.encoder, at.settings.max_instruction_tokens + ROOM
-    requests = [
-        GenerationRequest(prompt, room, _TEMPERATURE, _TOP_P, seed=random.randrange(2**31))
-        for prompt in map(encoder.chat_ids, _requests(at, count, random))
-        if _fits(at, len(prompt) + room)
-    ]
-    texts = [encoder.decode(each.token_ids) for each in at.model.generate(requests)]
-    return [text for text in dict.fromkeys(map(instruction_in, texts)) if text]
+    texts = [f"{best}{stop} {form}".strip() for form in answer_forms(at.evaluator.examples.golds(), best, _random(at))]
+    return [each for each in (_edit(at, text, "form") for text in texts) if each is not None][: at.settings.written]
 
 
 def instruction_in(answer: str) -> str:
@@ -141,7 +145,7 @@ def instruction_in(answer: str) -> str:
     return text[: ends[-1]] if ends else text
 
 
-def _requests(at: StepContext, count: int, random: Random) -> list[list[Message]]:
+def _messages(at: StepContext, count: int, random: Random) -> list[list[Message]]:
     """So many, each with rows of its own; two from right answers, and one from mistakes, in turn."""
     called = [row for row in at.current.rows if row.inputs]
     answered = [row for row in called if at.evaluator.examples.labels(row)]

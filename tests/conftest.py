@@ -48,7 +48,7 @@ def connections_to_servers_end_with_the_test(openai_clients: WeakSet[openai.Open
 def cluster() -> Iterator[None]:
     """A Ray cluster on this machine, for all tests of a module; skips, visibly, where Ray is missing."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'dspy-greater[ray]'")
-    from dspy_greater.workers.ray_actors import joined
+    from dspy_greater.workers.cluster import joined
 
     leave = joined(None, 2)
     yield

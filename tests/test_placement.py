@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import save_tiny
+from tiny_models import numbered_tokenizer, save_tiny, tiny_model
 
 from dspy_greater import local_lm
 from dspy_greater.errors import SettingsError, WeightsError
@@ -85,6 +85,33 @@ def test_options_for_loading_are_refused_for_what_is_loaded(saved: str) -> None:
     engine = Engine.from_pretrained(saved, device="cpu")
     with pytest.raises(SettingsError, match="device_map says how weights are loaded, and these are loaded already"):
         local_lm(engine, device_map="auto")
+
+
+@pytest.mark.parametrize("option", ["tp_plan", "distributed_config"])
+def test_weights_that_processes_would_divide_are_refused_with_what_to_use(saved: str, option: str) -> None:
+    expected = f"{option} would divide the weights of .*workers=1, shards=4.*device_map='auto'.*Leave {option} out."
+    with pytest.raises(WeightsError, match=expected):
+        local_lm(saved, device="cpu", **dict[str, Any]({option: "auto"}))
+    with pytest.raises(WeightsError, match=expected):
+        as_engine((saved, {"device": "cpu", option: "auto"}))
+
+
+def test_a_model_of_which_a_part_is_here_is_refused() -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    alone: Any = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=alone, rank=0, world_size=1)
+    try:
+        model = tiny_model("llama", 64)
+        layer = model.model.layers[0].mlp.up_proj
+        part = distribute_tensor(layer.weight, init_device_mesh("cpu", (1,)), [Shard(0)])
+        layer.weight = torch.nn.Parameter(part, requires_grad=False)
+        with pytest.raises(WeightsError, match="divided among processes .tensor parallel or FSDP.*Pass the whole"):
+            local_lm((model, numbered_tokenizer(64)))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_options_that_transformers_refuses_are_an_error_of_weights(saved: str) -> None:

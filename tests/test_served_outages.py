@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import dspy
 import pytest
 from any_event import bits
-from fault_proxy import Fault, FaultProxy, every
+from fault_proxy import FAULTS, Fault, FaultProxy
 from golden_runs import exact_match, rows
 from scripted_engine import instruction_of
 from serving import Served, free_port, needs_serving, transformers_serve
+from test_outages import KINDS
 
 from dspy_greater import GReaTer, local_lm, pocket
 
@@ -96,12 +98,18 @@ def test_a_served_search_finds_what_the_one_in_this_process_finds(undisturbed: A
     assert spent["prompt_tokens"] > spent["generated_tokens"] > 0
 
 
-@pytest.mark.parametrize("fault", ["503", "no choices", "html"])
-def test_a_fault_every_fourth_call_changes_nothing(fault: Fault, server: Restartable, undisturbed: Any) -> None:
-    with FaultProxy(server.served.url, every(4, fault)).serving() as proxy:  # while the server is compared, too
-        found = searched(behind(proxy.url, server.served))
+@pytest.mark.parametrize("faults", [FAULTS[::2], FAULTS[1::2]], ids=["+".join(FAULTS[::2]), "+".join(FAULTS[1::2])])
+def test_a_fault_every_fourth_call_changes_nothing(
+    faults: tuple[Fault, ...], server: Restartable, undisturbed: Any
+) -> None:
+    def in_turn(number: int, _: str) -> Fault | None:  # while the server is compared, too
+        return faults[number // 4 % len(faults)] if number % 4 == 3 else None
+
+    with FaultProxy(server.served.url, in_turn, hang=40.0).serving() as proxy:
+        found = searched(behind(proxy.url, server.served), request_timeout=20.0)
     assert same(found, undisturbed)
-    assert sum(found.detailed_results.faults.values()) == proxy.seen.count(fault) > 2
+    assert set(filter(None, proxy.seen)) == set(faults)
+    assert found.detailed_results.faults == Counter(KINDS[each] for each in proxy.seen if each)
 
 
 def test_a_restart_of_the_server_in_the_middle_of_a_step_changes_nothing(server: Restartable, undisturbed: Any) -> None:

@@ -313,7 +313,7 @@ def test_what_is_no_number_of_workers_is_refused_when_the_optimizer_is_built(val
 
 @pytest.mark.parametrize("value", [2, "auto", "ray://head:10001"])
 def test_without_ray_the_line_that_installs_it_is_said(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dspy_greater.workers.ray_actors.find_spec", lambda name: None)
+    monkeypatch.setattr("dspy_greater.workers.cluster.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"workers= needs Ray: pip install 'dspy-greater\[ray\]'"):
         GReaTer(metric=exact_match, workers=value)
     assert GReaTer(metric=exact_match).workers is None

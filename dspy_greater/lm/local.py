@@ -80,8 +80,8 @@ def local_lm(
         kwargs: more arguments of `dspy.LM` (`num_retries`, `top_p`, `stop`, `seed`, ...); `trust_remote_code=True`,
             which runs Python code that comes with the weights; and for models that are larger than a device,
             as `from_pretrained` of transformers takes them: `device_map`, `max_memory`, `offload_folder`,
-            `offload_buffers`, `quantization_config`, `attn_implementation`, `tp_plan`. Where weights are is no part of
-            the model string.
+            `offload_buffers`, `quantization_config`, `attn_implementation`. Where weights are is no part of the model
+            string; how they are quantised is. `tp_plan` is refused, with what to use instead.
 
     Raises:
         WeightsError: the weights cannot be loaded, the tokenizer has no chat template, or both are not a causal

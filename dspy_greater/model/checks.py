@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dspy_greater.model.backward_probe import Backward, try_backward
 from dspy_greater.model.handshake import shake_hands
 from dspy_greater.model.kv_cache import reach_of
+from dspy_greater.model.placement import refuse_parts
 from dspy_greater.model.weights import Weights
 from dspy_greater.model.weights_digest import WeightsDigest, quantisation
 
@@ -25,13 +26,14 @@ class Checks:
         cache_reach: the most tokens of a sequence in which key-value states of its beginning can be shared; 0: never.
 
     Raises:
-        WeightsError: model and tokenizer failed the handshake, which says why.
+        WeightsError: model and tokenizer failed the handshake, or this process has a part of them; says why.
     """
 
     def __init__(
         self, weights: Weights, hold: Callable[[], AbstractContextManager[None]], revision: str | None = None
     ) -> None:
         self._weights, self._hold = weights, hold
+        refuse_parts(weights.name, weights.model)
         self._shake_hands()
         self._digest = WeightsDigest(weights.model, weights.tokenizer, known=revision)
         self._checked = self._digest.first

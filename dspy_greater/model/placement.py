@@ -13,16 +13,51 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from dspy_greater.errors import WeightsError
+
 # Arguments of `from_pretrained` that say where and how a model runs, and not which one it is.
 LOADING = (
     "attn_implementation",
     "device_map",
+    "distributed_config",
     "max_memory",
     "offload_buffers",
     "offload_folder",
     "quantization_config",
     "tp_plan",
 )
+
+# Those that divide the weights among processes, each of which would run the whole program.
+_DIVIDING = ("distributed_config", "tp_plan")
+_INSTEAD = (
+    "and a search is one process. GReaTer(..., workers=1, shards=4) divides them among four processes that work for "
+    "it; device_map='auto' spreads layers over the devices of this one."
+)
+
+
+def refuse_dividing(name: str, settings: Mapping[str, Any]) -> None:
+    """Raises `WeightsError` where weights are to be loaded in parts, by this process and its like.
+
+    >>> refuse_dividing("pocket", {"device_map": "auto", "tp_plan": None})
+    """
+    asked = [each for each in _DIVIDING if settings.get(each) is not None]
+    if asked:
+        raise WeightsError(
+            f"{' and '.join(asked)} would divide the weights of {name!r} among processes that all run the whole "
+            f"program, {_INSTEAD} Leave {' and '.join(asked)} out."
+        )
+
+
+def refuse_parts(name: str, model: Module) -> None:
+    """Raises `WeightsError` where a model that was handed in has a part of its weights in this process.
+
+    >>> refuse_parts("whole", torch.nn.Linear(2, 2))
+    """
+    if any(type(each).__name__ == "DTensor" for each in model.parameters()):
+        raise WeightsError(
+            f"The weights of {name!r} are divided among processes (tensor parallel or FSDP) that all run the whole "
+            f"program, {_INSTEAD} Pass the whole weights, or their name."
+        )
 
 
 def input_device(model: Any) -> torch.device:

@@ -15,6 +15,7 @@ from dspy_greater.errors import WeightsError
 from dspy_greater.model.dtypes import default_dtype
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.gguf import digest, find_gguf, is_gguf, load_gguf
+from dspy_greater.model.placement import refuse_dividing
 
 POCKET = "pocket"  # the name of the model that travels with the package
 
@@ -125,6 +126,7 @@ def load_pretrained(
     from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
+    refuse_dividing(name, settings)
     target = torch.device(device) if device is not None else _best_device()
     if file := gguf_behind(name):
         return load_gguf(file, target=target, dtype=dtype, revision=revision, **settings)

@@ -25,7 +25,7 @@ def checked_workers(workers: Any) -> Workers | Hire | None:
 
     Raises:
         SettingsError: it is none of these.
-        MissingExtraError: Ray is asked for and not installed.
+        MissingExtraError: Ray is asked for and not installed, or its client where the address needs it.
 
     >>> checked_workers(None), checked_workers(lambda engine: ...) is None
     (None, False)
@@ -41,9 +41,9 @@ def checked_workers(workers: Any) -> Workers | Hire | None:
             f"workers={workers!r}: give a whole number of at least 1, 'auto', the address of a Ray cluster (such as "
             "'ray://head:10001'), or None for this process alone."
         )
-    from dspy_greater.workers.ray_actors import refuse_without_ray
+    from dspy_greater.workers.cluster import refuse_without_ray
 
-    refuse_without_ray()
+    refuse_without_ray(found)
     return found
 
 

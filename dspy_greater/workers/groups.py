@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -26,10 +27,20 @@ from dspy_greater.model.engine import Engine
 from dspy_greater.workers.fsdp import LockstepRunner, join, refuse_indivisible
 from dspy_greater.workers.jobs import Answer, Job
 from dspy_greater.workers.pool import Pool
-from dspy_greater.workers.ray_actors import START_SECONDS, Plan, Share, hired, meant, not_started, refuse_others
+from dspy_greater.workers.ray_actors import (
+    START_SECONDS,
+    Plan,
+    Share,
+    asked,
+    end,
+    hired,
+    meant,
+    not_started,
+    refuse_others,
+)
 
 _COLLECTIVE_SECONDS = 300.0  # for a process to come to where the others are
-_PLACING = ("device_map", "max_memory", "offload_buffers", "offload_folder", "tp_plan")  # the group's own business
+_PLACING = ("device_map", "max_memory", "offload_buffers", "offload_folder")  # the group's own business
 
 
 def hire(engine: Engine, workers: int | str, shards: int) -> Pool:
@@ -71,7 +82,7 @@ class RayGroup:
         future: Future[Answer] = Future()
         verdict = _Verdict(future, len(self._actors))
         for rank, actor in enumerate(self._actors):
-            actor.run.remote(job).future().add_done_callback(partial(verdict.hear, rank))
+            asked(actor, job).add_done_callback(partial(verdict.hear, rank))
         return future
 
     def close(self) -> None:
@@ -83,8 +94,9 @@ class RayGroup:
         if room is None or not ray.is_initialized():
             return
         for actor in self._actors:
-            ray.kill(actor)
-        remove_placement_group(room)
+            end(actor)
+        with suppress(ConnectionError):
+            remove_placement_group(room)
 
 
 class _Verdict:
@@ -193,7 +205,7 @@ def _ready(group: RayGroup, share: Share, engine: Engine) -> RayGroup:
             done, waiting = ray.wait(waiting, timeout=max(0.0, until - time.monotonic()))
             ray.get(done or waiting, timeout=0)
         found = ray.get(asked)
-    except RayError as error:
+    except (RayError, ConnectionError) as error:
         group.close()
         raise not_started(error, share, engine) from error
     for identity, _, _ in found:

@@ -9,32 +9,23 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import socket
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from dspy_greater.errors import GreaterError, MissingExtraError, WeightsError, WorkerError, WorkerLostError
+from dspy_greater.errors import GreaterError, WeightsError, WorkerError, WorkerLostError
 from dspy_greater.model.engine import Engine
+from dspy_greater.workers.cluster import cut_off, joined, refuse_without_ray
 from dspy_greater.workers.jobs import Answer, Job, JobRunner
 from dspy_greater.workers.pool import Pool, Worker
 
 START_SECONDS = 900.0  # for loading weights, and for a cluster that is busy
-_ANSWER_SECONDS = 10.0  # for the head of a cluster
 _MOST_ON_CPUS = 8  # that "auto" starts where there is no GPU: each holds the weights
 _LOG = logging.getLogger(__name__)
-
-
-def refuse_without_ray() -> None:
-    """Raises `MissingExtraError` where Ray is not installed."""
-    if find_spec("ray") is None:
-        raise MissingExtraError("workers= needs Ray: pip install 'dspy-greater[ray]'. Or leave it out.")
 
 
 def hire(engine: Engine, workers: int | str) -> Pool:
@@ -47,7 +38,7 @@ def hire(engine: Engine, workers: int | str) -> Pool:
             or `RAY_ADDRESS` names; without either Ray is started here, and ended with the pool.
 
     Raises:
-        MissingExtraError: Ray is not installed.
+        MissingExtraError: Ray is not installed, or its client where the address needs it.
         WorkerError: the cluster does not answer, or has no room for them.
         WeightsError: an actor found other weights.
     """
@@ -62,7 +53,7 @@ def hired(
     ready: Callable[[Any, Share, Engine], Worker],
 ) -> Pool:
     """See `hire`; a worker takes `shards` processes, `start` begins one and `ready` waits for it."""
-    refuse_without_ray()
+    refuse_without_ray(workers)
     address = workers if isinstance(workers, str) and workers != "auto" else None
     leave = joined(address, workers if isinstance(workers, int) else 1)
     try:
@@ -94,15 +85,12 @@ class RayWorker:
             else:
                 future.set_exception(meant(error))
 
-        self._actor.run.remote(job).future().add_done_callback(settle)
+        asked(self._actor, job).add_done_callback(settle)
         return future
 
     def close(self) -> None:
         """End the actor; it may be dead already."""
-        import ray
-
-        if ray.is_initialized():
-            ray.kill(self._actor)
+        end(self._actor)
 
 
 @dataclass(frozen=True)
@@ -173,56 +161,6 @@ class _Actor:
         return self._runner.run(job)
 
 
-def joined(address: str | None, count: int) -> Callable[[], object]:
-    """Connect to a cluster or start one; returns what undoes it."""
-    import ray
-
-    if ray.is_initialized():
-        return lambda: None
-    where = address or os.environ.get("RAY_ADDRESS")
-    _refuse_silence(where)
-    cpus = None if where else max(count, os.cpu_count() or 1)
-    before = signal.getsignal(signal.SIGTERM)  # which Ray would replace
-    try:
-        # Ray would run workers behind everything else on the machine, this process included.
-        own: dict[str, Any] = {"include_dashboard": False, "_system_config": {"worker_niceness": 0}}
-        ray.init(
-            where or "local",
-            num_cpus=cpus,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **({} if where else own),
-        )
-    except Exception as error:  # Ray raises what it likes, `Exception` itself where starting takes too long
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if where:
-            raise _unanswered(where, said) from error
-        raise WorkerError(
-            f"Ray could not be started on this machine ({said}). Leave workers= out, or try `ray start --head`."
-        ) from error
-    finally:
-        if threading.current_thread() is threading.main_thread() and before is not None:
-            signal.signal(signal.SIGTERM, before)
-    return ray.shutdown
-
-
-def _refuse_silence(where: str | None) -> None:
-    """Raises `WorkerError` where nothing listens at the address; Ray would try for minutes."""
-    host, _, port = (where or "").rpartition("://")[2].partition("/")[0].rpartition(":")
-    if not host or not port.isdecimal():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise _unanswered(str(where), str(error)) from error
-
-
-def _unanswered(where: str, said: str) -> WorkerError:
-    return WorkerError(
-        f"No Ray cluster answers at {where!r} ({said}). Check the address, or give workers='auto' for this machine."
-    )
-
-
 def _share(engine: Engine, count: int | None, shards: int) -> Share:
     """What each process takes of the cluster; `count` None: as many workers as there is room for."""
     import ray
@@ -245,6 +183,25 @@ def _share(engine: Engine, count: int | None, shards: int) -> Share:
     return Share(count, 1 if cpus >= processes else int(100 * cpus / processes) / 100, 0, shards)
 
 
+def asked(actor: Any, job: Job) -> Future[Any]:
+    """An actor's answer to a job, in Ray's own words."""
+    try:
+        return actor.run.remote(job).future()
+    except ConnectionError as error:  # of Ray's client, which knows already that it was cut off
+        failed: Future[Any] = Future()
+        failed.set_exception(error)
+        return failed
+
+
+def end(actor: Any) -> None:
+    """End an actor; it may be dead already, or the cluster gone."""
+    import ray
+
+    if ray.is_initialized():
+        with suppress(ConnectionError):
+            ray.kill(actor)
+
+
 def _started(plan: Plan, share: Share) -> Any:
     """An actor that begins to load the weights."""
     import ray
@@ -260,7 +217,7 @@ def _ready(actor: Any, share: Share, engine: Engine) -> RayWorker:
 
     try:
         identity, device, pid = ray.get(actor.about.remote(), timeout=START_SECONDS)
-    except RayError as error:
+    except (RayError, ConnectionError) as error:
         raise not_started(error, share, engine) from error
     worker = RayWorker(actor, device, pid)
     refuse_others(identity, engine, worker)
@@ -278,7 +235,7 @@ def not_started(error: BaseException, share: Share, engine: Engine) -> GreaterEr
             f"one with {cpus:g} CPUs and {gpus} GPUs, or loading the weights takes longer. `ray status` says which."
         )
     found = meant(error)
-    if isinstance(found, WeightsError):
+    if isinstance(found, GreaterError) and not isinstance(found, WorkerLostError):
         return found
     return WorkerError(
         f"A worker could not start: {found} It needs dspy-greater and the weights of {engine.name!r} on its machine."
@@ -298,7 +255,7 @@ def refuse_others(identity: str, engine: Engine, worker: Worker) -> None:
 
 
 def meant(error: BaseException) -> BaseException:
-    """What an error of Ray's stands for: the job's own, or that the actor is gone."""
+    """What an error of Ray's stands for: the job's own, or that the actor or the cluster is gone."""
     from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
     if isinstance(error, RayTaskError):
@@ -307,4 +264,4 @@ def meant(error: BaseException) -> BaseException:
     if isinstance(error, (RayActorError, ObjectLostError)):
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return WorkerLostError(f"{said.rstrip('.')}.")
-    return error
+    return cut_off(error) if isinstance(error, ConnectionError) else error

@@ -48,12 +48,12 @@ def refuse_dividing(name: str, settings: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_parts(name: str, model: Module) -> None:
+def refuse_parts(name: str, model: object) -> None:
     """Raises `WeightsError` where a model that was handed in has a part of its weights in this process.
 
     >>> refuse_parts("whole", torch.nn.Linear(2, 2))
     """
-    if any(type(each).__name__ == "DTensor" for each in model.parameters()):
+    if isinstance(model, Module) and any(type(each).__name__ == "DTensor" for each in model.parameters()):
         raise WeightsError(
             f"The weights of {name!r} are divided among processes (tensor parallel or FSDP) that all run the whole "
             f"program, {_INSTEAD} Pass the whole weights, or their name."

@@ -6,16 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import dspy
 import pytest
 import torch
-from golden_runs import exact_match, plain, rows
 
-from dspy_greater import GReaTer, local_lm
+from dspy_greater import local_lm
 from dspy_greater.errors import WeightsError
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.interface import Leaf, TokenQuery
 from dspy_greater.model.registry import as_engine
+from tests.short_search import short_search
 
 pytestmark = [
     pytest.mark.slow,
@@ -67,23 +66,6 @@ WITH_GRADIENT = [quanto, torchao, bitsandbytes]
 WITHOUT = [torchao_activations, bitsandbytes_nf4]  # on a CPU
 
 
-def searched(folder: Path, lm: Any, **settings: Any) -> Any:
-    found = rows("navigate", 8)
-    optimizer = GReaTer(
-        metric=exact_match,
-        auto=None,
-        train_rows=4,
-        validation_rows=4,
-        steps=2,
-        written=0,
-        progress=False,
-        log_dir=folder,
-        **settings,
-    )
-    with dspy.context(lm=lm):
-        return optimizer.compile(plain(), found[:4], valset=found[4:]).detailed_results
-
-
 @pytest.mark.parametrize("quantise", [*WITH_GRADIENT, *WITHOUT])
 def test_the_name_follows_how_weights_are_quantised_and_not_where_they_are(quantise: Callable[[], Any]) -> None:
     config = quantise()
@@ -102,10 +84,11 @@ def test_the_name_follows_how_weights_are_quantised_and_not_where_they_are(quant
 @pytest.mark.parametrize("quantise", WITH_GRADIENT)
 def test_a_search_on_quantised_weights_runs_to_its_end(quantise: Callable[[], Any], tmp_path: Path) -> None:
     options: dict[str, Any] = {"device": "cpu", "quantization_config": quantise()}
-    own = searched(tmp_path / "own", local_lm("pocket", cache=False, max_tokens=60, **options))
-    others = searched(tmp_path / "weights", local_lm("pocket", cache=False, max_tokens=60), weights=("pocket", options))
+    lm = local_lm("pocket", cache=False, max_tokens=60, **options)
+    own = short_search(lm, log_dir=tmp_path / "own", steps=2)
+    others = short_search(log_dir=tmp_path / "weights", weights=("pocket", options), steps=2)
     for each in (own, others):
-        assert len(each.steps) == 2
+        assert len(each.detailed_results.steps) == 2
 
 
 @pytest.mark.parametrize("quantise", WITHOUT)
@@ -113,9 +96,9 @@ def test_kernels_that_give_no_gradient_are_refused_before_a_step(quantise: Calla
     options: dict[str, Any] = {"device": "cpu", "quantization_config": quantise()}
     refused = r"the weights of 'pocket' give no gradient.*The weights are quantised \((torchao|bitsandbytes)\)\. Load"
     with pytest.raises(WeightsError, match=refused):
-        searched(tmp_path / "own", local_lm("pocket", cache=False, max_tokens=60, **options))
+        short_search(local_lm("pocket", cache=False, max_tokens=60, **options), log_dir=tmp_path / "own")
     with pytest.raises(WeightsError, match=refused):
-        searched(tmp_path / "weights", local_lm("pocket", cache=False, max_tokens=60), weights=("pocket", options))
+        short_search(log_dir=tmp_path / "weights", weights=("pocket", options))
 
 
 @pytest.mark.parametrize("quantise", [quanto, torchao])

@@ -9,12 +9,11 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import dspy
 import pytest
 import torch
-from golden_runs import exact_match, plain, rows
+from golden_runs import exact_match
 
-from dspy_greater import GReaTer, local_lm
+from dspy_greater import GReaTer
 from dspy_greater.errors import MissingExtraError, SettingsError, WorkerError, WorkerLostError
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.interface import GenerationRequest, Leaf, TokenQuery
@@ -25,6 +24,7 @@ from dspy_greater.workers.jobs import Answer, Job
 from dspy_greater.workers.plan import even_batches
 from dspy_greater.workers.pool import Pool
 from dspy_greater.workers.sharded import ShardedModel
+from tests.short_search import short_search
 from tests.tiny_models import InDouble, numbered_tokenizer, tiny_model
 
 VOCABULARY = 64
@@ -226,20 +226,7 @@ def test_unlike_devices_are_said() -> None:
 def searched(workers: Any, log_dir: Path | None = None, **settings: Any) -> list[str]:
     """Every event of a search, but for seconds."""
     events: list[Any] = []
-    found = rows("navigate", 8)
-    optimizer = GReaTer(
-        metric=exact_match,
-        auto=None,
-        train_rows=4,
-        validation_rows=4,
-        progress=False,
-        callbacks=[events.append],
-        log_dir=log_dir,
-        workers=workers,
-        **{"steps": 1, "written": 0, **settings},
-    )
-    with dspy.context(lm=local_lm("pocket", cache=False, max_tokens=60)):
-        optimizer.compile(plain(), found[:4], valset=found[4:])
+    short_search(callbacks=[events.append], log_dir=log_dir, workers=workers, **settings)
     return [repr(each) for each in events]
 
 
@@ -291,13 +278,9 @@ def test_a_run_goes_on_with_another_number_of_workers(tmp_path: Path) -> None:
     def stop_after_one(event: Any) -> Any:
         return False if type(event).__name__ == "StepTaken" else None
 
-    found = rows("navigate", 8)
-    both: dict[str, Any] = {"metric": exact_match, "auto": None, "train_rows": 4, "validation_rows": 4, "written": 0}
-    both |= {"steps": 2, "progress": False, "log_dir": tmp_path / "parts"}
-    with dspy.context(lm=local_lm("pocket", cache=False, max_tokens=60)):
-        first = GReaTer(**both, workers=hiring(1), callbacks=[stop_after_one])
-        first.compile(plain(), found[:4], valset=found[4:])
-        GReaTer(**both, workers=hiring(2)).compile(plain(), found[:4], valset=found[4:])
+    parts: dict[str, Any] = {"steps": 2, "log_dir": tmp_path / "parts"}
+    short_search(**parts, workers=hiring(1), callbacks=[stop_after_one])
+    short_search(**parts, workers=hiring(2))
     steps = [each for each in lines_of(tmp_path / "whole") if "candidates" in json.dumps(each)]
     assert steps == [each for each in lines_of(tmp_path / "parts") if "candidates" in json.dumps(each)]
 

@@ -19,9 +19,7 @@ from dspy_greater.search.written import asks
 from dspy_greater.settings import Settings
 from dspy_greater.stats import mean
 
-_BETTER = (
-    0.5  # of the whole instructions that reason on a few rows, the best is as likely as not to go on to the others
-)
+_BETTER = 0.5  # how likely the best of the whole instructions on a few rows goes on to the others
 _DRAFTED = 0.7  # of the decoding steps are left where earlier rows are drafts,
 _IN_VAIN = 0.5  # of which so much is read in vain
 _WORTH_SHARING = 256  # tokens: what sequences have alike behind an edit is differentiated once where that saves so many

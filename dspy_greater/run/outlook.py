@@ -12,10 +12,9 @@ _LAST = 10  # steps from which the next ones are told: reasoning grows while a s
 _RUNS_SHARE = 0.5  # of a step's seconds that its runs of the program take, where nothing better is known
 _SURE = 1.25  # times more or less than what the first steps tell
 _FIRST = 3  # steps after which an estimate is corrected
-_AS_STEPS = (
-    10  # For the steps to come, what was told of tokens counts as much as so many steps: the first ones are special.
-)
-_SECONDS_AS_STEPS = 3  # Of seconds it counts less: how fast a machine is shows at once.
+# What was told counts as much as so many steps for those to come, because the first ones are special.
+_AS_STEPS = 10
+_SECONDS_AS_STEPS = 3  # less of seconds: how fast a machine is shows at once
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def joined(address: str | None, count: int) -> Callable[[], object]:
         if where:
             raise WorkerError(_unanswered(where, error)) from error
         raise WorkerError(
-            f"Ray could not be started on this machine ({_first_line(error)}). Leave workers= out, or try "
+            f"Ray could not be started on this machine ({first_line(error)}). Leave workers= out, or try "
             "`ray start --head`."
         ) from error
     finally:
@@ -82,7 +82,7 @@ def joined(address: str | None, count: int) -> Callable[[], object]:
 def cut_off(error: BaseException) -> WorkerError:
     """What is to be raised where the connection to a cluster broke."""
     details = _DETAILS.search(str(error))
-    said = details[1] if details else _first_line(error)
+    said = details[1] if details else first_line(error)
     return WorkerError(
         f"The connection to the Ray cluster broke: {said.rstrip('.')}. What was found so far is in log_dir=, if the "
         "run has one; once the cluster is there again, the same call goes on from it."
@@ -117,7 +117,7 @@ def _unanswered(where: str, error: BaseException) -> str:
     if any(_REFUSED in f"{type(each).__name__}: {each}" for each in _causes(error)):
         return f"{start}: it asks for a token, and this process has none or another one. To join, {token}."
     return (
-        f"{start} ({_first_line(error).rstrip('.')}), though something listens there. Check the address: 'HOST:6379' "
+        f"{start} ({first_line(error).rstrip('.')}), though something listens there. Check the address: 'HOST:6379' "
         f"from a machine of the cluster, '{_CLIENT}HOST:{_CLIENT_PORT}' from others. If the cluster asks for a token, "
         f"{token}. Or give workers='auto' for this machine."
     )
@@ -130,5 +130,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         found = found.__cause__ or found.__context__
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, without the rest of a long text of Ray's."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

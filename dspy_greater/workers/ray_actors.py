@@ -19,7 +19,7 @@ import torch
 
 from dspy_greater.errors import GreaterError, WeightsError, WorkerError, WorkerLostError
 from dspy_greater.model.engine import Engine
-from dspy_greater.workers.cluster import cut_off, joined, refuse_without_ray
+from dspy_greater.workers.cluster import cut_off, first_line, joined, refuse_without_ray
 from dspy_greater.workers.jobs import Answer, Job, JobRunner
 from dspy_greater.workers.pool import Pool, Worker
 
@@ -262,6 +262,5 @@ def meant(error: BaseException) -> BaseException:
         cause = getattr(error, "cause", None)
         return cause if isinstance(cause, Exception) else error
     if isinstance(error, (RayActorError, ObjectLostError)):
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return WorkerLostError(f"{said.rstrip('.')}.")
+        return WorkerLostError(f"{first_line(error).rstrip('.')}.")
     return cut_off(error) if isinstance(error, ConnectionError) else error

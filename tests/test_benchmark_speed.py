@@ -76,7 +76,7 @@ def test_one_command_writes_a_complete_result(tmp_path: Path, capsys: pytest.Cap
     out = tmp_path / "deep" / "speed.json"
     assert main([*TINY, "--repeats", "2", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
-    assert result["gate"] == "passed"
+    assert result["gate"] == "passed" and "in float64" in result["gate_on"]
     assert set(result["ratio"]) == {"released", "plain"} and all(value > 0 for value in result["ratio"].values())
     assert result["floor_seconds"] == pytest.approx(sum(result["floor"].values())) and result["floor_seconds"] > 0
     assert {"device", "cores", "torch", "matmul_flops_per_second", "copy_bytes_per_second"} <= set(result["machine"])
@@ -124,9 +124,9 @@ def test_an_extrapolated_arm_says_so_in_the_table_and_in_the_result(
 
 
 @pytest.mark.slow
-def test_another_dtype_passes_the_gate_on_a_small_float32_model_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_dtype_passes_the_gate_on_a_small_float64_model_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*TINY, "--repeats", "1", "--dtype", "bfloat16", "--arms", "plain,ours"]) == 0
-    assert "a small float32 version of tiny" in capsys.readouterr().out
+    assert "a small float64 version of tiny" in capsys.readouterr().out
 
 
 @pytest.mark.slow

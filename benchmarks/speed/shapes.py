@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,6 +133,20 @@ def build(
     engine.model.generation_config.pad_token_id = 0
     engine.max_batch_tokens = max_batch_tokens
     return engine
+
+
+def in_float64(engine: Engine) -> Engine:
+    """An engine on a copy of the same weights, where rounding is far below what anybody compares.
+
+    Norms and rotary angles stay in float32, as the models compute them in any dtype.
+
+    Example:
+        >>> in_float64(build("tiny", device=torch.device("cpu"), dtype=torch.float32)).weights.dtype
+        torch.float64
+    """
+    wide = copy.deepcopy(engine.model).double()
+    limits = {"max_batch_rows": engine.max_batch_rows, "max_batch_tokens": engine.max_batch_tokens}
+    return Engine(wide, engine.tokenizer, name=engine.name, revision="in float64", **limits)
 
 
 def _random(shape: str, *, device: torch.device, dtype: torch.dtype, small: bool, seed: int) -> Engine:

@@ -39,23 +39,23 @@ class Task:
     """What is searched: the instruction of one predictor, on the rows and with the metric of a problem."""
 
     def __init__(self, problem: Problem, target: Target) -> None:
-        self.problem, self.settings, self.site, self.field = problem, problem.settings, target.site, target.field
-        self.paper = problem.step.name == "paper"
+        self.problem, self.settings, self.predictor = problem, problem.settings, target.predictor
+        self.field, self.paper = target.field, problem.step.name == "paper"
         self.mu = self.settings.selections or (3 if self.paper else 1)
         self.model: Any = target.engine.model
-        site, extractor, length = target.site, problem.extractor, target.engine.context_length
+        predictor, extractor, length = target.predictor, problem.extractor, target.engine.context_length
         self.layout = target.layout(extractor)
         header = not self.paper and extractor is None  # where no answer is found, its header is asked for as well
-        self.examples = Examples(self.layout, site, target.field, problem.train, length, header_counts=header)
+        self.examples = Examples(self.layout, predictor, target.field, problem.train, length, header_counts=header)
 
     def run(self, text: str) -> list[RowOutcome]:
         """Under this instruction, row by row: what the predictor generated, r ~ f(. | x ⊙ p), and the score."""
-        program, metric = searching_copy(self.problem.program, {self.site.name: text}), self.problem.metric
+        program, metric = searching_copy(self.problem.program, {self.predictor.name: text}), self.problem.metric
         runs = [run_pairs([(program, row)], metric, threads=1)[0] for row in self.problem.train]
         return [self.examples.outcome(index, each) for index, each in enumerate(runs)]
 
     def random(self, step: int) -> random.Random:  # each step has a source of randomness of its own
-        return random.Random(f"{self.problem.seed}/{self.site.name}/{step}")
+        return random.Random(f"{self.problem.seed}/{self.predictor.name}/{step}")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def search(task: Task) -> Iterator[tuple[Step, State]]:
     steps = list(search(Task(problem, problem.targets[0])))
     ```
     """
-    seed = evaluate(task, task.layout.edits.instruction_ids(task.site.instruction), task.site.instruction)
+    seed = evaluate(task, task.layout.edits.instruction_ids(task.predictor.instruction), task.predictor.instruction)
     state = State(seed, seed, [seed], next_position(task, seed, -1), tried=frozenset([seed.instruction]))
     while state.step < task.settings.steps:
         step = paper_step(task, state) if task.paper else default_step(task, state)

@@ -55,9 +55,9 @@ def any_match(example: Any, prediction: Any, trace: object = None) -> bool:
 
 def evaluator_on(engine: Any, rows: Any, settings: Settings | None = None) -> Evaluator:
     program = program_on(engine)
-    [site] = predictors_of(program)
+    [predictor] = predictors_of(program)
     return Evaluator(
-        Objective(program=program, site=site, field="answer", rows=rows, metric=RowMetric(any_match)),
+        Objective(program=program, predictor=predictor, field="answer", rows=rows, metric=RowMetric(any_match)),
         engine=engine,
         settings=settings or Settings(),
     )

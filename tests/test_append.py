@@ -54,8 +54,8 @@ def tokenizer_of(kind: str, template: str) -> Any:
 
 @functools.cache
 def react_layout(kind: str = "byte-level", template: str = "llama3", adapter: str = "chat") -> Layout:
-    site = predictors_of(agent())[0]
-    return Layout(tokenizer_of(kind, template), ADAPTERS[adapter], site.signature, fixed=site.instruction)
+    predictor = predictors_of(agent())[0]
+    return Layout(tokenizer_of(kind, template), ADAPTERS[adapter], predictor.signature, fixed=predictor.instruction)
 
 
 def appended_word_by_word(layout: Layout, text: str) -> tuple[tuple[int, ...], str]:
@@ -89,7 +89,9 @@ def test_the_tool_list_survives_to_the_byte_from_the_first_edit_to_the_deployed_
 
     better = write_back(program, {"react": edit[1]})
     (react, _), (before, _) = predictors_of(better), predictors_of(program)
-    system, old = (ADAPTERS[adapter].format(site.signature, [], ROW)[0]["content"] for site in (react, before))
+    system, old = (
+        ADAPTERS[adapter].format(predictor.signature, [], ROW)[0]["content"] for predictor in (react, before)
+    )
     (objective,) = (line.rstrip("\n") for line in [old[old.index("your objective is") :]])
     assert system.startswith(old[: old.index(objective)] + objective)
     for tool in program.tools.values():
@@ -192,9 +194,9 @@ def test_a_fixed_text_of_one_line_works_alike() -> None:
 
 
 def test_without_a_fixed_text_everything_is_as_before() -> None:
-    site = predictors_of(agent())[0]
-    free = Layout(family_tokenizer("byte-level"), ADAPTERS["chat"], site.signature)
-    ids = free.edits.instruction_ids(site.instruction)
+    predictor = predictors_of(agent())[0]
+    free = Layout(family_tokenizer("byte-level"), ADAPTERS["chat"], predictor.signature)
+    ids = free.edits.instruction_ids(predictor.instruction)
     assert free.edits.fixed == "" and free.edits.positions(ids)[:2] == (0, 1)
     assert set(free.edits.positions(ids)) < set(range(len(ids)))
 

@@ -59,11 +59,11 @@ def searching(
 ) -> tuple[Evaluator, SearchState, Settings]:
     """An objective, the state before its first step, and the settings."""
     program = program_on(engine or planted_engine(), instruction=instruction)
-    [site] = predictors_of(program)
+    [predictor] = predictors_of(program)
     settings = Settings(**{"selections": 3, "phrases": 0, "written": 0, "forecast_share": 0, **knobs})
     objective = Evaluator(
-        Objective(program=program, site=site, field=field, rows=rows, metric=RowMetric(metric)),
-        engine=site.lm.engine.engine,
+        Objective(program=program, predictor=predictor, field=field, rows=rows, metric=RowMetric(metric)),
+        engine=predictor.lm.engine.engine,
         settings=settings,
     )
     [seed] = objective.evaluate([objective.seed()])

@@ -28,11 +28,13 @@ def searching(
 ) -> StepContext:
     """Before a step at this position, after the seed was evaluated."""
     program = program or program_on(planted_engine(), instruction=instruction)
-    [site] = predictors_of(program)
+    [predictor] = predictors_of(program)
     settings = Settings(**knobs)
     evaluator = Evaluator(
-        Objective(program=program, site=site, field="answer", rows=ROWS, metric=RowMetric(exact_match), fixed=fixed),
-        engine=site.lm.engine.engine,
+        Objective(
+            program=program, predictor=predictor, field="answer", rows=ROWS, metric=RowMetric(exact_match), fixed=fixed
+        ),
+        engine=predictor.lm.engine.engine,
         settings=settings,
     )
     [seed] = evaluator.evaluate([evaluator.seed()])

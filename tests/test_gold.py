@@ -85,7 +85,7 @@ MISSING: list[Any] = [
 ]
 
 
-def site_of(kind: Any, adapter: Any = None) -> Any:
+def predictor_of(kind: Any, adapter: Any = None) -> Any:
     fields = {
         "question": (str, dspy.InputField()),
         "reasoning": (str, dspy.OutputField()),
@@ -93,8 +93,8 @@ def site_of(kind: Any, adapter: Any = None) -> Any:
         "note": (str, dspy.OutputField()),
     }
     with dspy.context(adapter=adapter):
-        [site] = predictors_of(dspy.Predict(dspy.Signature(fields, "Answer.")))
-    return site
+        [predictor] = predictors_of(dspy.Predict(dspy.Signature(fields, "Answer.")))
+    return predictor
 
 
 def rows_of(*values: Any) -> list[Any]:
@@ -333,7 +333,7 @@ def test_a_list_of_texts_means_its_different_texts_with_words(raw: list[str]) ->
 
 
 def test_a_key_that_is_not_there_is_missing_even_where_none_would_be_a_value() -> None:
-    signature = site_of(str | None).signature
+    signature = predictor_of(str | None).signature
     there, absent = rows_of(None)[0], dspy.Example(question="?").with_inputs("question")
     assert row_gold(signature, "answer", there).answers == (None,)
     assert row_gold(signature, "answer", absent).missing
@@ -360,19 +360,19 @@ WRITABLE: list[tuple[Any, Any]] = [
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize(("kind", "raw"), WRITABLE, ids=map(str, range(len(WRITABLE))))
 def test_the_loss_is_of_exactly_what_an_adapter_writes_for_the_value(kind: Any, raw: Any, adapter: str) -> None:
-    site = site_of(kind, ADAPTERS[adapter])
+    predictor = predictor_of(kind, ADAPTERS[adapter])
     [answer] = gold_of(kind, raw).answers
-    found = assistant_text(site.adapter, site.signature, {"reasoning": "So."}, "answer", answer)
-    signature = site.signature.delete("note")
-    whole = site.adapter.format_assistant_message_content(signature, {"reasoning": "So.", "answer": answer})
+    found = assistant_text(predictor.adapter, predictor.signature, {"reasoning": "So."}, "answer", answer)
+    signature = predictor.signature.delete("note")
+    whole = predictor.adapter.format_assistant_message_content(signature, {"reasoning": "So.", "answer": answer})
     assert whole.startswith(found.text)
     before, after = whole[: found.gold], whole[len(found.text) :]
     assert "So." in before[: found.header] and "answer" in before[found.header :]
     others = [" ".join([*"xyz"]), "Qq"] if isinstance(serialize_for_json(answer), str) else [7, 31]
     for other in others:  # what surrounds it is the same for another value
-        text = site.adapter.format_assistant_message_content(signature, {"reasoning": "So.", "answer": other})
+        text = predictor.adapter.format_assistant_message_content(signature, {"reasoning": "So.", "answer": other})
         assert text.startswith(before) and text.endswith(after)
-    refuse_unwritable_gold(site, "answer", rows := rows_of(raw), rows)
+    refuse_unwritable_gold(predictor, "answer", rows := rows_of(raw), rows)
 
 
 class Fussy(dspy.ChatAdapter):
@@ -391,12 +391,12 @@ def test_a_value_that_the_adapter_cannot_write_is_named_with_row_field_and_type(
         r"counted from 0\). In row 1: Fussy cannot write 12 in a field of type int: a digit too many"
     )
     with pytest.raises(DataError, match=text):
-        refuse_unwritable_gold(site_of(int, Fussy()), "answer", rows[::-1], rows)
+        refuse_unwritable_gold(predictor_of(int, Fussy()), "answer", rows[::-1], rows)
     rows = rows_of(["a"], object())
     with pytest.raises(
         DataError, match="Row 1 .*ChatAdapter writes <object object at .*> in a field of type Any by its"
     ):
-        refuse_unwritable_gold(site_of(Any), "answer", rows, rows)
+        refuse_unwritable_gold(predictor_of(Any), "answer", rows, rows)
 
 
 # --- rows ---
@@ -408,46 +408,46 @@ def test_rows_with_a_gap_are_counted_and_named(kind: Any, gap: Any) -> None:
     value = 4 if kind is int else "yes"
     if isinstance(gap, list) and kind is not str:
         pytest.skip("a list in another field is no gap")
-    site, rows = site_of(kind), rows_of(value, gap, value, gap)
-    for check in (supervised_field, lambda site, rows: refuse_missing_gold(site, "answer", rows)):
+    predictor, rows = predictor_of(kind), rows_of(value, gap, value, gap)
+    for check in (supervised_field, lambda predictor, rows: refuse_missing_gold(predictor, "answer", rows)):
         with pytest.raises(
             DataError, match="^Rows 1, 3 of the trainset have no gold value for `answer`, which .*value, or"
         ):
-            check(site, rows)
-    assert supervised_field(site, rows_of(gap, gap)) is None
+            check(predictor, rows)
+    assert supervised_field(predictor, rows_of(gap, gap)) is None
 
 
 def test_where_none_is_a_value_the_error_says_so() -> None:
-    site = site_of(str | None)
+    predictor = predictor_of(str | None)
     with pytest.raises(
         DataError, match="Row 2 of the trainset has no .* Fill in the value, None where there is none, or"
     ):
-        supervised_field(site, rows_of("yes", None, math.nan))
-    assert supervised_field(site, rows_of("yes", None)) == "answer"
+        supervised_field(predictor, rows_of("yes", None, math.nan))
+    assert supervised_field(predictor, rows_of("yes", None)) == "answer"
 
 
 def test_a_field_that_is_none_on_every_row_gives_way_to_one_that_tells_rows_apart() -> None:
     fields = {"q": (str, dspy.InputField()), "answer": (str, dspy.OutputField())}
     signature = dspy.Signature({**fields, "note": (str | None, dspy.OutputField())}, "Answer.")
-    [site] = predictors_of(dspy.Predict(signature))
+    [predictor] = predictors_of(dspy.Predict(signature))
 
     def rows(*pairs: Any) -> list[Any]:
         return [dspy.Example(q="?", answer=answer, note=note).with_inputs("q") for answer, note in pairs]
 
-    assert supervised_field(site, rows(("yes", None), ("no", None))) == "answer"
-    assert supervised_field(site, rows(("yes", None), ("no", "x"))) == "note"
-    assert supervised_field(site, rows((None, None), (None, None))) == "note"
+    assert supervised_field(predictor, rows(("yes", None), ("no", None))) == "answer"
+    assert supervised_field(predictor, rows(("yes", None), ("no", "x"))) == "note"
+    assert supervised_field(predictor, rows((None, None), (None, None))) == "note"
 
 
 def test_what_does_not_fit_is_there_and_named_by_row() -> None:
-    site, rows = site_of(int), rows_of(1, "two", np.int64(3), [4])
-    assert supervised_field(site, rows) == "answer"
+    predictor, rows = predictor_of(int), rows_of(1, "two", np.int64(3), [4])
+    assert supervised_field(predictor, rows) == "answer"
     text = (
         r"^Rows 1, 3 of the trainset have a gold value that does not fit `answer` of predictor `self` \(rows are "
         r"counted from 0\). In row 1: The gold value 'two' of `answer` does not fit its type int: .*Correct the rows"
     )
     with pytest.raises(DataError, match=text):
-        refuse_unfit_gold(site, "answer", rows)
+        refuse_unfit_gold(predictor, "answer", rows)
 
 
 @pytest.mark.parametrize(
@@ -463,7 +463,7 @@ def test_what_does_not_fit_is_there_and_named_by_row() -> None:
 def test_a_value_that_the_adapter_reads_as_another_is_told_once(kind: Any, adapter: str, value: Any, says: str) -> None:
     fine = {Level: [], Any: ["a"]}.get(kind, [["a"]] if "list" in str(kind) else ["a"])
     with pytest.warns(UserWarning, match=says) as told:
-        warn_of_misread_gold(site_of(kind, ADAPTERS[adapter]), "answer", rows_of(*fine, value, value))
+        warn_of_misread_gold(predictor_of(kind, ADAPTERS[adapter]), "answer", rows_of(*fine, value, value))
     [warning] = told
     assert "of `answer` (" in str(warning.message) and "finds no such answer right" in str(warning.message)
 
@@ -473,9 +473,9 @@ def test_values_that_come_back_are_no_reason_for_a_warning(adapter: str) -> None
     for kind, raw in WRITABLE:
         misread = kind in (Level, str | None, list[str] | None) or (kind is Any and isinstance(raw, str))
         if not (misread or kind == str | int or kind is Colour):
-            warn_of_misread_gold(site_of(kind, ADAPTERS[adapter]), "answer", rows_of(raw))
-    warn_of_misread_gold(site_of(str | None, ADAPTERS["json"]), "answer", rows_of(None, "a"))
-    warn_of_misread_gold(site_of(int | None, ADAPTERS[adapter]), "answer", rows_of(None, 4))
+            warn_of_misread_gold(predictor_of(kind, ADAPTERS[adapter]), "answer", rows_of(raw))
+    warn_of_misread_gold(predictor_of(str | None, ADAPTERS["json"]), "answer", rows_of(None, "a"))
+    warn_of_misread_gold(predictor_of(int | None, ADAPTERS[adapter]), "answer", rows_of(None, 4))
 
 
 # --- where gold is shown or compared ---

@@ -52,10 +52,12 @@ def evaluator_of(
     criterion: Criterion = DEFAULT_CRITERION,
     extractor: str | None = None,
 ) -> Evaluator:
-    [site] = predictors_of(program)
+    [predictor] = predictors_of(program)
     return Evaluator(
-        Objective(program=program, site=site, field=field, rows=rows, metric=RowMetric(metric), extractor=extractor),
-        engine=engine or site.lm.engine.engine,
+        Objective(
+            program=program, predictor=predictor, field=field, rows=rows, metric=RowMetric(metric), extractor=extractor
+        ),
+        engine=engine or predictor.lm.engine.engine,
         settings=settings or Settings(),
         criterion=criterion,
     )
@@ -173,12 +175,12 @@ def test_the_header_of_a_field_is_found_in_what_the_adapter_writes(adapter: Any,
     program = dspy.Predict(dspy.Signature(fields, SEED))
     program.set_lm(local_lm(ScriptedEngine(lambda prompt: ""), cache=False))
     with dspy.context(adapter=adapter):
-        [site] = predictors_of(program)
+        [predictor] = predictors_of(program)
     names = [name.strip() for name in fields.partition("->")[2].split(",")]
-    content = adapter.format_assistant_message_content(site.signature, dict.fromkeys(names, "the value"))
-    before, found, _ = partition(content, headers(site, "answer"))
+    content = adapter.format_assistant_message_content(predictor.signature, dict.fromkeys(names, "the value"))
+    before, found, _ = partition(content, headers(predictor, "answer"))
     assert found and before.count("the value") == names.index("answer")
-    assert partition("The answer is yes.", headers(site, "answer")) == ("The answer is yes.", "", "")
+    assert partition("The answer is yes.", headers(predictor, "answer")) == ("The answer is yes.", "", "")
 
 
 def test_where_nobody_knows_the_answer_none_is_missing() -> None:
@@ -320,12 +322,12 @@ def test_gold_values_of_any_type_are_scored_and_matched(kind: Any, gold: Any, sa
 def test_a_native_thinking_block_is_told_from_the_fields_after_it(adapter: Any, body: str) -> None:
     program = dspy.ChainOfThought("question -> answer")
     with dspy.context(adapter=adapter):
-        (site,) = predictors_of(program)
-    preamble, rest = split_completion(openings(site), "<think>\nTwo and two.\n</think>\n" + body)
+        (predictor,) = predictors_of(program)
+    preamble, rest = split_completion(openings(predictor), "<think>\nTwo and two.\n</think>\n" + body)
     assert preamble == "<think>\nTwo and two.\n</think>\n"
     assert "Because." in rest
-    assert split_completion(openings(site), "no header at all") == ("", "no header at all")
-    assert split_completion(openings(site), body)[0] == ""
+    assert split_completion(openings(predictor), "no header at all") == ("", "no header at all")
+    assert split_completion(openings(predictor), body)[0] == ""
 
 
 def test_a_native_thinking_block_is_part_of_the_reasoning_that_is_differentiated_through() -> None:

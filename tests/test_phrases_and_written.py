@@ -70,12 +70,12 @@ def before_a_step(
     **knobs: Any,
 ) -> StepContext:
     program = program_on(engine or planted_engine(), instruction=instruction)
-    [site] = predictors_of(program)
+    [predictor] = predictors_of(program)
     settings = Settings(**knobs)
     field, rows, metric = objective
     evaluator = Evaluator(
-        Objective(program, site, field or None, rows, RowMetric(metric), fixed=fixed),
-        engine=site.lm.engine.engine,
+        Objective(program, predictor, field or None, rows, RowMetric(metric), fixed=fixed),
+        engine=predictor.lm.engine.engine,
         settings=settings,
     )
     [seed] = evaluator.evaluate([evaluator.seed()])

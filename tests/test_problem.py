@@ -290,15 +290,15 @@ def test_an_instruction_that_lists_its_tools_is_appended_to_by_itself(engine: An
     rows = [dspy.Example(question="x", answer="yes", next_thought="search").with_inputs("question")] * 8
     for problem in (posed(agent_on(engine), rows, step=PAPER), posed(agent_on(engine))):
         react, extract = problem.targets
-        assert (react.site.name, react.append, extract.append) == ("react", True, False)
-        assert react.fixed == react.site.instruction and extract.fixed == ""
+        assert (react.predictor.name, react.append, extract.append) == ("react", True, False)
+        assert react.fixed == react.predictor.instruction and extract.fixed == ""
         assert "(1) search, whose description is <desc>Look something up.</desc>" in react.fixed
 
 
 def test_an_agent_without_gold_values_keeps_its_instruction_where_they_are_needed(engine: Any) -> None:
     with pytest.warns(UserWarning, match="Predictors react have no gold values in the trainset and keep"):
         problem = posed(agent_on(engine), step=PAPER)
-    assert [(target.site.name, target.field) for target in problem.targets] == [("extract.predict", "answer")]
+    assert [(target.predictor.name, target.field) for target in problem.targets] == [("extract.predict", "answer")]
 
 
 def test_a_field_that_is_no_text_is_refused_only_where_it_would_be_optimised(engine: Any) -> None:
@@ -311,7 +311,7 @@ def test_a_field_that_is_no_text_is_refused_only_where_it_would_be_optimised(eng
 
     with pytest.warns(UserWarning, match="Predictors look keep their instructions. .* of type Image"):
         problem = posed(Looks())
-    assert [target.site.name for target in problem.targets] == ["answer.predict"]
+    assert [target.predictor.name for target in problem.targets] == ["answer.predict"]
     rows = [dspy.Example(picture="x", question="y", answer="yes").with_inputs("picture")]
     refused(ProgramError, r"`look` has the field `picture` of type Image", engine, rows, program=Looks())
 
@@ -494,7 +494,7 @@ def unlabelled(count: int = 8) -> list[Any]:
 
 
 def fields_of(problem: Problem) -> dict[str, str | None]:
-    return {target.site.name: target.field for target in problem.targets}
+    return {target.predictor.name: target.field for target in problem.targets}
 
 
 def test_a_predictor_without_gold_values_is_optimised_by_the_metric_alone(engine: Any) -> None:

@@ -55,16 +55,16 @@ def dummy(replies: Any = None) -> Any:
 
 def test_every_predictor_is_listed_once_with_its_path() -> None:
     program = TwoHops()
-    sites = predictors_of(program)
-    assert [site.name for site in sites] == ["query", "answer.predict"]
-    assert sites[1].instruction == program.answer.predict.signature.instructions
-    assert sites[1].input_fields == ("question", "context")
-    assert sites[1].output_fields == ("reasoning", "answer")
+    predictors = predictors_of(program)
+    assert [predictor.name for predictor in predictors] == ["query", "answer.predict"]
+    assert predictors[1].instruction == program.answer.predict.signature.instructions
+    assert predictors[1].input_fields == ("question", "context")
+    assert predictors[1].output_fields == ("reasoning", "answer")
 
 
 def test_a_bare_predictor_is_a_program_too() -> None:
     program = dspy.Predict("question -> answer")
-    assert [site.name for site in predictors_of(program)] == ["self"]
+    assert [predictor.name for predictor in predictors_of(program)] == ["self"]
     assert with_instructions(program, {"self": "Add up."}).signature.instructions == "Add up."
 
 
@@ -72,7 +72,7 @@ def test_the_model_of_a_predictor_comes_before_the_global_one() -> None:
     program, own, common = TwoHops(), dummy(), dummy()
     program.query.lm = own
     with dspy.context(lm=common):
-        assert [site.lm for site in predictors_of(program)] == [own, common]
+        assert [predictor.lm for predictor in predictors_of(program)] == [own, common]
 
 
 def test_the_search_never_falls_back_to_another_prompt() -> None:
@@ -90,46 +90,46 @@ def test_the_search_never_falls_back_to_another_prompt() -> None:
 
 
 def test_the_supervised_field_is_the_last_output_with_gold_values() -> None:
-    sites = predictors_of(TwoHops())
-    assert supervised_field(sites[0], ROWS) is None
-    assert supervised_field(sites[1], ROWS) == "answer"
+    predictors = predictors_of(TwoHops())
+    assert supervised_field(predictors[0], ROWS) is None
+    assert supervised_field(predictors[1], ROWS) == "answer"
 
 
 def test_an_input_of_the_same_name_is_not_a_gold_value() -> None:
-    site = predictors_of(dspy.Predict("question -> topic"))[0]
-    assert supervised_field(site, [dspy.Example(question="a", topic="b").with_inputs("question", "topic")]) is None
+    predictor = predictors_of(dspy.Predict("question -> topic"))[0]
+    assert supervised_field(predictor, [dspy.Example(question="a", topic="b").with_inputs("question", "topic")]) is None
 
 
 def test_missing_gold_names_rows_and_field() -> None:
-    site = predictors_of(TwoHops())[1]
+    predictor = predictors_of(TwoHops())[1]
     rows = [*ROWS, row(question="3?"), row(question="4?", answer=None)]
     with pytest.raises(DataError, match=r"Rows 2, 3 of the trainset have no gold value for `answer`.*`answer.predict`"):
-        supervised_field(site, rows)
+        supervised_field(predictor, rows)
     with pytest.raises(DataError, match=r"Row 2 of the trainset has no gold value for `answer`"):
-        supervised_field(site, rows[:3])
+        supervised_field(predictor, rows[:3])
     many = [ROWS[0], *[row(question="?")] * 15]
     with pytest.raises(DataError, match=r"Rows 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 5 more"):
-        supervised_field(site, many)
+        supervised_field(predictor, many)
 
 
 @pytest.mark.parametrize("empty", ["", "  \n"])
 def test_an_empty_gold_value_is_a_missing_one(empty: str) -> None:
-    site = predictors_of(TwoHops())[1]
+    predictor = predictors_of(TwoHops())[1]
     with pytest.raises(DataError, match=r"Row 2 of the trainset has no gold value for `answer`"):
-        supervised_field(site, [*ROWS, row(question="?", answer=empty)])
-    assert supervised_field(site, [row(question="?", answer=empty)]) is None
+        supervised_field(predictor, [*ROWS, row(question="?", answer=empty)])
+    assert supervised_field(predictor, [row(question="?", answer=empty)]) is None
 
 
 def test_gold_values_that_do_not_fit_their_field_are_named_by_row() -> None:
-    site = predictors_of(dspy.Predict("question -> count: int"))[0]
-    refuse_unfit_gold(site, "count", [row(question="1 + 1?", count=2), row(question="2 + 2?", count="4")])
+    predictor = predictors_of(dspy.Predict("question -> count: int"))[0]
+    refuse_unfit_gold(predictor, "count", [row(question="1 + 1?", count=2), row(question="2 + 2?", count="4")])
     rows = [row(question="?", count=count) for count in (1, "two", 3, "four")]
     with pytest.raises(
         DataError,
         match=r"(?s)Rows 1, 3 of the trainset have a gold value that does not fit `count` of predictor `self`.*"
         r"counted from 0\). In row 1: The gold value 'two' .*int.*Correct the rows, or the field's type",
     ):
-        refuse_unfit_gold(site, "count", rows)
+        refuse_unfit_gold(predictor, "count", rows)
 
 
 @pytest.mark.parametrize(
@@ -160,8 +160,8 @@ def search(query: str) -> str:
 
 def test_unsupported_programs_say_what_to_do() -> None:
     with dspy.context(lm=dummy()):
-        for site in predictors_of(TwoHops()):
-            refuse_unsupported(site)
+        for predictor in predictors_of(TwoHops()):
+            refuse_unsupported(predictor)
         with pytest.raises(ProgramError, match="no predictors to optimise"):
             refuse_unusable(predictors_of(dspy.Module()))
         (picture,) = predictors_of(dspy.Predict("picture: dspy.Image -> answer"))
@@ -196,15 +196,15 @@ def test_a_type_of_the_users_own_is_taken_where_the_rows_show_that_it_is_text() 
     signature = dspy.Signature("question, facts -> answer").with_updated_fields("facts", type_=Facts)
     several = dspy.Signature("question, facts -> answer").with_updated_fields("facts", type_=list[Facts])
     with dspy.context(lm=dummy()):
-        (site,) = predictors_of(dspy.Predict(signature))
+        (predictor,) = predictors_of(dspy.Predict(signature))
         (many,) = predictors_of(dspy.Predict(several))
     text, image = Facts(items=["a", "b"]), Facts(items=["a", "b"], apart=True)
-    refuse_unsupported(site, [row(question="?", facts=text)])
+    refuse_unsupported(predictor, [row(question="?", facts=text)])
     refuse_unsupported(many, [row(question="?", facts=[text, text])])
     for strange, rows in (
-        (site, []),
-        (site, [row(question="?")]),
-        (site, [row(question="?", facts=text), row(question="?", facts=image)]),
+        (predictor, []),
+        (predictor, [row(question="?")]),
+        (predictor, [row(question="?", facts=text), row(question="?", facts=image)]),
         (many, [row(question="?", facts=[text, image])]),
     ):
         with pytest.raises(ProgramError, match=r"field `facts` of type Facts"):
@@ -214,10 +214,10 @@ def test_a_type_of_the_users_own_is_taken_where_the_rows_show_that_it_is_text() 
 def test_an_instruction_that_lists_tools_is_known_by_its_fields() -> None:
     with dspy.context(lm=dummy()):
         agent = predictors_of(dspy.ReAct("question -> answer", tools=[search]))
-        assert [site.lists_tools for site in agent] == [True, False]
-        for site in agent:
-            refuse_unsupported(site)
-        assert [site.lists_tools for site in predictors_of(TwoHops())] == [False, False]
+        assert [predictor.lists_tools for predictor in agent] == [True, False]
+        for predictor in agent:
+            refuse_unsupported(predictor)
+        assert [predictor.lists_tools for predictor in predictors_of(TwoHops())] == [False, False]
 
 
 # --- copies ---

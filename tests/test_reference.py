@@ -73,7 +73,7 @@ def searched(program: Any, rows: Sequence[Any], *, metric: Any = exact_match, se
     found = {each.name: each for each in details.predictors}
     program, result = problem.program, list[Searched]()
     for at, target in enumerate(problem.targets):
-        name = target.site.name
+        name = target.predictor.name
         result.append(Searched(replace(problem, program=program), found[name], at))
         program = with_instructions(program, {name: found[name].instruction})
     return result

@@ -364,8 +364,8 @@ def prompt_tokens(question: str) -> int:
     from dspy_greater.prompt.layout import Layout
 
     program = program_on(ScriptedEngine(obedient_script, model=MODEL))
-    [site] = predictors_of(program)
-    layout = Layout(site.lm.engine.engine.tokenizer, site.adapter, site.signature)
+    [predictor] = predictors_of(program)
+    layout = Layout(predictor.lm.engine.engine.tokenizer, predictor.adapter, predictor.signature)
     return len(layout.prompt(SEED, {"question": question}).token_ids)
 
 
@@ -451,8 +451,8 @@ def test_candidates_that_no_longer_fit_do_not_end_a_search() -> None:
     from dspy_greater.program.predictors import predictors_of
     from dspy_greater.prompt.layout import Layout
 
-    [site] = predictors_of(program_on(narrow(10**6)))
-    layout = Layout(site.lm.engine.engine.tokenizer, site.adapter, site.signature)
+    [predictor] = predictors_of(program_on(narrow(10**6)))
+    layout = Layout(predictor.lm.engine.engine.tokenizer, predictor.adapter, predictor.signature)
     laid_out = [layout.supervised(SEED, dict(row.inputs()), {"reasoning": ""}, "answer", row.answer) for row in ROWS]
     engine = narrow(max(len(each.token_ids) for each in laid_out))  # all rows fit, and not with one token more
     better = optimizer(steps=8, selections=30, max_failed_steps=1).compile(program_on(engine), ROWS)

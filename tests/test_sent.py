@@ -96,7 +96,7 @@ def objectives(program: Any, engine: Any, rows: Sequence[Any] = ROWS, **options:
         yield Evaluator(
             Objective(
                 program=problem.program,
-                site=target.site,
+                predictor=target.predictor,
                 field=target.field,
                 rows=problem.train,
                 metric=problem.metric,

@@ -67,12 +67,12 @@ def compiled(engine: Any, *, instruction: str = SEED, **settings: Any) -> Any:
 
 def searching(engine: Any, instruction: str = SEED, **settings: Any) -> tuple[Evaluator, Any, Settings]:
     """An objective, the state before its first step, and the settings."""
-    [site] = predictors_of(program_on(engine, instruction=instruction))
+    [predictor] = predictors_of(program_on(engine, instruction=instruction))
     chosen = Settings(**settings)
     objective = Evaluator(
         Objective(
             program=program_on(engine, instruction=instruction),
-            site=site,
+            predictor=predictor,
             field="answer",
             rows=ROWS,
             metric=RowMetric(exact_match),

@@ -21,15 +21,15 @@ ROW = {"question": "2 + 2?"}
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_written_program_sends_the_scored_tokens(template: str) -> None:
     program = dspy.ChainOfThought("question -> answer")
-    site = predictors_of(program)[0]
-    layout = Layout(family_tokenizer("merging", template), site.adapter, site.signature)
+    predictor = predictors_of(program)[0]
+    layout = Layout(family_tokenizer("merging", template), predictor.adapter, predictor.signature)
     ids = layout.edits.instruction_ids("Answer the question.")
     edit = layout.edits.append(ids, layout.tokenizer.convert_tokens_to_ids("!"))
     assert edit is not None
     scored, text = edit
     round_trip(layout, text, scored)
     round_trip(layout, text, scored, inputs=ROW)
-    written = predictors_of(write_back(program, {site.name: text}))[0]
+    written = predictors_of(write_back(program, {predictor.name: text}))[0]
     messages = written.adapter.format(written.signature, list(written.demos), ROW)
     assert layout.encoder.chat_ids(messages) == layout.prompt(text, ROW).token_ids
 

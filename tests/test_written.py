@@ -48,12 +48,12 @@ class Recording(ScriptedEngine):
 
 def laid_out(program: Any, calls: Sequence[PredictorCall], tokenizer: Any, adapter: Any = None) -> list[Written]:
     with dspy.context(adapter=adapter):
-        sites = {site.name: site for site in predictors_of(program)}
+        predictors = {predictor.name: predictor for predictor in predictors_of(program)}
     found = []
     for call in calls:
-        site = sites[call.predictor]
-        layout = Layout(tokenizer, site.adapter, site.signature, demos=site.demos)
-        found.append(layout.written(site.instruction, call.inputs, call.completion or ""))
+        predictor = predictors[call.predictor]
+        layout = Layout(tokenizer, predictor.adapter, predictor.signature, demos=predictor.demos)
+        found.append(layout.written(predictor.instruction, call.inputs, call.completion or ""))
     return found
 
 
@@ -230,7 +230,7 @@ def test_every_call_of_a_run_is_laid_out_as_it_was_sent_and_answered(name: str) 
     with dspy.context(lm=local_lm(engine, cache=False, max_tokens=400), adapter=adapter):
         trace = trace_calls(program, row)
     assert trace.error is None, trace.error
-    assert {site: len(calls_of(trace.calls, site)) for site in expected} == expected
+    assert {called: len(calls_of(trace.calls, called)) for called in expected} == expected
     written = laid_out(program, trace.calls, engine.tokenizer, adapter)
     assert sorted(each.token_ids for each in written) == sorted(engine.said)
 

@@ -97,10 +97,10 @@ def positions(plan: Plan, rows: Sequence[Any], metric: Any) -> Iterator[tuple[Po
 def _evaluator(plan: Plan, rows: Sequence[Any], metric: Any) -> Evaluator:
     program = with_instructions(dspy.ChainOfThought("question -> answer"), {"predict": plan.instruction})
     pinned = pin_lms(program)
-    (site,) = predictors_of(pinned)
+    (predictor,) = predictors_of(pinned)
     return Evaluator(
-        Objective(program=pinned, site=site, field="answer", rows=rows, metric=RowMetric(metric)),
-        engine=weights_behind(site.lm, weights=None, predictor_name=site.name),
+        Objective(program=pinned, predictor=predictor, field="answer", rows=rows, metric=RowMetric(metric)),
+        engine=weights_behind(predictor.lm, weights=None, predictor_name=predictor.name),
         settings=plan.settings,
     )
 

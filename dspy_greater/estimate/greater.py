@@ -18,7 +18,7 @@ def plan_of(problem: Problem) -> Plan:
     """What the settings say of a search."""
     settings = problem.settings
     return Plan(
-        tuple(target.site.name for target in problem.targets),
+        tuple(target.predictor.name for target in problem.targets),
         (settings.finalists + 1) * len(problem.validation),
         Budget(settings.max_generated_tokens, settings.max_metric_calls, settings.max_seconds),
     )
@@ -42,7 +42,7 @@ def estimate(problem: Problem, most_rows: int = ROWS) -> Estimate:
     found = [(target, probe(problem, target, most_rows)) for target in problem.targets]
     called = [(target, measured) for target, measured in found if measured.lengths.student.runs]
     if not called:
-        names = ", ".join(f"`{target.site.name}`" for target, _ in found)
+        names = ", ".join(f"`{target.predictor.name}`" for target, _ in found)
         raise UnusedPredictorError(
             f"The program did not call {names} on the rows of the probe, so nothing can be told."
         )
@@ -53,7 +53,7 @@ def estimate(problem: Problem, most_rows: int = ROWS) -> Estimate:
         return share * sum(costs, Cost())
 
     whole = Estimate(
-        predictors=tuple(target.site.name for target, _ in called),
+        predictors=tuple(target.predictor.name for target, _ in called),
         steps=problem.settings.steps,
         seed=average([each.seed for each in parts]),
         step=average([each.step for each in parts]),
@@ -85,7 +85,7 @@ def _parts(problem: Problem, target: Target, measured: Measured) -> Estimate:
         return seed.seed() + settings.steps * counts.step() + counts.validation()
 
     return Estimate(
-        predictors=(target.site.name,),
+        predictors=(target.predictor.name,),
         steps=settings.steps,
         seed=seed.seed(),
         step=usual.step(),

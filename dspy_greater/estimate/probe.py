@@ -102,7 +102,9 @@ def probe(problem: Problem, target: Target, most_rows: int = ROWS) -> Measured:
     rows = Random(f"{problem.seed}/probe").sample(list(problem.train), min(most_rows, len(problem.train)))
     metric = _Timed(problem.metric)
     evaluator = Evaluator(
-        Objective(problem.program, target.site, target.field, rows, metric.row_metric, problem.extractor, target.fixed),
+        Objective(
+            problem.program, target.predictor, target.field, rows, metric.row_metric, problem.extractor, target.fixed
+        ),
         engine=target.engine,
         settings=problem.settings,
         criterion=problem.step.criterion,
@@ -210,7 +212,7 @@ def _beginning(problem: Problem, target: Target, evaluator: Evaluator, seed: Eva
     """Where the search will begin."""
     editable = evaluator.layout.edits.positions(seed.token_ids)
     state = begin(seed, problem.settings, editable=editable, fixed=evaluator.layout.edits.fixed)
-    return StepContext(evaluator, model, state, problem.settings, target.site.name, problem.seed)
+    return StepContext(evaluator, model, state, problem.settings, target.predictor.name, problem.seed)
 
 
 def _edits(at: StepContext, model: Watched) -> tuple[list[Instruction], float]:
@@ -225,7 +227,7 @@ def _program_seconds(
     problem: Problem, target: Target, rows: Sequence[Any], instructions: Sequence[str], model: Watched
 ) -> float:
     """Of the program itself on a row: it is run again, with the answers that are known."""
-    copies = [searching_copy(problem.program, {target.site.name: each}) for each in instructions]
+    copies = [searching_copy(problem.program, {target.predictor.name: each}) for each in instructions]
     pairs = [(copied, row) for copied in copies for row in rows]
     anything = next(iter(model.answers.values()))
     began = time.perf_counter()

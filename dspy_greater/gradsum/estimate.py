@@ -44,7 +44,7 @@ def estimate(task: Task) -> Estimate:
     numbers = range(len(taken))
     spent = probed.meter.spent()
     return Estimate(
-        predictors=(", ".join(site.name for site in task.edited),),  # edited together, in one loop
+        predictors=(", ".join(predictor.name for predictor in task.edited),),  # edited together, in one loop
         steps=len(taken),
         seed=Cost(),
         step=share * loop,
@@ -118,11 +118,11 @@ class _Probed:
     def outputs(self, count: float) -> Calls:
         """So many runs of the program, and their judge's verdicts."""
         judged = count if self.task.criteria is not None else 0.0
-        return {"generation": count * self.meter.calls_per_run(len(self.task.sites)), "evaluation": judged}
+        return {"generation": count * self.meter.calls_per_run(len(self.task.predictors)), "evaluation": judged}
 
     def cost(self, calls: Mapping[Module, float]) -> Cost:
         """What so many calls cost, at the small iteration's price for each module."""
-        runs = calls["generation"] / self.meter.calls_per_run(len(self.task.sites))
+        runs = calls["generation"] / self.meter.calls_per_run(len(self.task.predictors))
         return sum((self._module(module, count) for module, count in calls.items()), Cost(runs=runs))
 
     def _module(self, module: Module, calls: float) -> Cost:
@@ -141,7 +141,7 @@ class _Probed:
 
     def _lm(self, module: Module) -> Any:
         task = self.task
-        lms = {"evaluation": task.judge_lm, "editing": task.editor_lm, "generation": task.sites[0].lm}
+        lms = {"evaluation": task.judge_lm, "editing": task.editor_lm, "generation": task.predictors[0].lm}
         return lms.get(module, task.gradient_lm)
 
 

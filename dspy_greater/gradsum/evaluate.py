@@ -44,7 +44,7 @@ class Evaluator:
     def __init__(self, task: Task, rows: Sequence[Any], asker: Asker, meter: Meter, *, floor: int = 0) -> None:
         self._task, self._rows, self._asker, self._meter = task, rows, asker, meter
         self._floor = range(floor)
-        fields = [field for site in task.sites for field in site.signature.output_fields.items()]
+        fields = [field for predictor in task.predictors for field in predictor.signature.output_fields.items()]
         self._annotations = {name: info.annotation for name, info in fields}
         self._latest: tuple[Rollout, ...] = ()
         self._known: dict[tuple[tuple[tuple[str, str], ...], int], Output] = {}
@@ -78,7 +78,7 @@ class Evaluator:
     def _generate(self, pairs: Sequence[tuple[Prompts, int]]) -> list[Output]:
         """Module 1: the program itself."""
         task, meter = self._task, self._meter
-        meter.admit(len(pairs) * (meter.calls_per_run(len(task.sites)) + int(task.criteria is not None)))
+        meter.admit(len(pairs) * (meter.calls_per_run(len(task.predictors)) + int(task.criteria is not None)))
         programs = {_key(prompts): searching_copy(task.program, prompts) for prompts, _ in pairs}
         runs = [(programs[_key(prompts)], self._rows[row]) for prompts, row in pairs]
         metric = unscored if task.metric is None else task.metric.late if self._known else task.metric

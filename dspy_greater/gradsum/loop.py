@@ -47,7 +47,9 @@ class Loop:
         self._asker = Asker(meter, task.servers, retries=settings.retries, threads=settings.num_threads)
         self._training = Evaluator(task, task.train, self._asker, meter)
         self.uncalled = frozenset(uncalled)
-        self._sites = {site.name: site for site in task.edited if site.name not in self.uncalled}
+        self._predictors = {
+            predictor.name: predictor for predictor in task.edited if predictor.name not in self.uncalled
+        }
         self.iterations: list[IterationTaken] = []
         self.out_of_budget: str | None = None
 
@@ -104,14 +106,16 @@ class Loop:
     def _heed(self, run: SeedRun) -> None:
         """What the student's own run says: what cannot work is refused, and what is never called is not edited."""
         check_seed_run(run)
-        refuse_nameless_inputs(run, list(self._sites.values()))
-        uncalled = [name for name in self._sites if name not in run.called]
-        if len(uncalled) == len(self._sites):
+        refuse_nameless_inputs(run, list(self._predictors.values()))
+        uncalled = [name for name in self._predictors if name not in run.called]
+        if len(uncalled) == len(self._predictors):
             raise unused_error(run, uncalled, self._task.program)
         if uncalled:
             warn_caller(kept_as_they_are(uncalled, len(run.rows)))
         self.uncalled = frozenset(uncalled)
-        self._sites = {name: site for name, site in self._sites.items() if name not in self.uncalled}
+        self._predictors = {
+            name: predictor for name, predictor in self._predictors.items() if name not in self.uncalled
+        }
 
     def validate(self, finalists: Sequence[Prompts]) -> tuple[list[tuple[Output, ...]], list[tuple[Rollout, ...]]]:
         """What prompts lead to on the validation rows and the runs behind it, whatever is left of the budget.
@@ -154,7 +158,7 @@ class Loop:
         gradients: list[list[TextGradient]] = [[] for _ in generated]
         for member, output in outputs:
             if self._is_gradient(output):
-                gradients[member].append(TextGradient(output.row, tuple(self._sites), output.feedback or ""))
+                gradients[member].append(TextGradient(output.row, tuple(self._predictors), output.feedback or ""))
             elif (found := written[member, output.row]) is not None:
                 gradients[member].append(TextGradient(output.row, *found))
         return [tuple(group) for group in gradients]
@@ -162,11 +166,11 @@ class Loop:
     def _is_gradient(self, output: Output) -> bool:
         """Whether the metric's feedback says all: there is one prompt that it can be about, and no other complaint."""
         judge_objects = output.judged is not None and output.judged < 1.0
-        return bool(output.feedback) and len(self._task.sites) == 1 and not judge_objects
+        return bool(output.feedback) and len(self._task.predictors) == 1 and not judge_objects
 
     def _gradient_question(self, member: int, output: Output) -> Question[tuple[tuple[str, ...], str]]:
         task, prompts = self._task, self.beam[member]
-        signature = WriteGradient if len(self._sites) > 1 else WriteGradientOnOnePrompt
+        signature = WriteGradient if len(self._predictors) > 1 else WriteGradientOnOnePrompt
         inputs = {
             "task_description": task.description,
             "criteria": task.criteria or NO_CRITERIA,
@@ -181,12 +185,12 @@ class Loop:
 
     def _read_gradient(self, answer: Any) -> tuple[tuple[str, ...], str]:
         text = _text(answer.feedback, "feedback")
-        if len(self._sites) == 1:
-            return tuple(self._sites), text
+        if len(self._predictors) == 1:
+            return tuple(self._predictors), text
         named = {name.strip(" `'\"[]\n") for name in str(answer.concerns).split(",")}
-        concerns = tuple(name for name in self._sites if name in named)
+        concerns = tuple(name for name in self._predictors if name in named)
         if not concerns:
-            raise MalformedAnswer(f"concerns names none of the predictors {', '.join(self._sites)}.")
+            raise MalformedAnswer(f"concerns names none of the predictors {', '.join(self._predictors)}.")
         return concerns, text
 
     def _summarise(self, gradients: Sequence[Sequence[TextGradient]]) -> list[Prompts]:
@@ -194,7 +198,7 @@ class Loop:
         concerned = [
             (member, name, [each.text for each in group if name in each.concerns])
             for member, group in enumerate(gradients)
-            for name in self._sites
+            for name in self._predictors
         ]
         concerned = [(member, name, texts) for member, name, texts in concerned if texts]
         if not self._task.settings.summarize:
@@ -242,11 +246,11 @@ class Loop:
         return candidates
 
     def _edit_question(self, member: int, name: str, feedback: str) -> Question[tuple[str, ...]]:
-        settings, site = self._task.settings, self._sites[name]
+        settings, predictor = self._task.settings, self._predictors[name]
         inputs = {
             "task_description": self._task.description,
             "prompt": self.beam[member][name],
-            "interface": f"{', '.join(site.input_fields)} -> {', '.join(site.output_fields)}",
+            "interface": f"{', '.join(predictor.input_fields)} -> {', '.join(predictor.output_fields)}",
             "feedback": feedback,
             "tried": self._tried(name),
             "number": settings.candidates_per_edit,
@@ -255,7 +259,7 @@ class Loop:
         return Question(signature, inputs, lambda answer: self._read_versions(answer, name))
 
     def _read_versions(self, answer: Any, name: str) -> tuple[str, ...]:
-        signature = self._sites[name].signature
+        signature = self._predictors[name].signature
         texts = [str(text).strip() for text in answer.versions if str(text).strip() and "[[ ##" not in str(text)]
         deployed = [signature.with_instructions(text).instructions for text in texts]
         distinct = tuple(dict.fromkeys(deployed))[: self._task.settings.candidates_per_edit]
@@ -299,7 +303,7 @@ class Loop:
     def _reserve_validation(self) -> None:
         task = self._task
         runs = (task.settings.beam_width + 1) * len(task.validation)
-        per_run = self._meter.calls_per_run(len(task.sites))
+        per_run = self._meter.calls_per_run(len(task.predictors))
         self._meter.reserve(runs * task.calls_per_output(per_run))
 
 

@@ -16,7 +16,7 @@ from dspy_greater.program.asked_lm import for_search
 from dspy_greater.program.dataset import as_list, check_examples, numbers_in, split
 from dspy_greater.program.fingerprint import described, described_lm, fingerprint
 from dspy_greater.program.inputs import refuse_strange_inputs
-from dspy_greater.program.predictors import PredictorSite, predictors_of, refuse_unusable
+from dspy_greater.program.predictors import Predictor, predictors_of, refuse_unusable
 from dspy_greater.program.rollout import pin_lms, renamed
 from dspy_greater.program.servers import Servers
 from dspy_greater.run.serialise import JSON
@@ -34,8 +34,8 @@ class Task:
     criteria: str | None
     metric: RowMetric | None
     program: Any  # a copy of the student in which every predictor holds its LM
-    sites: tuple[PredictorSite, ...]  # all predictors
-    edited: tuple[PredictorSite, ...]  # those whose prompts are edited
+    predictors: tuple[Predictor, ...]  # all predictors
+    edited: tuple[Predictor, ...]  # those whose prompts are edited
     train: tuple[Any, ...]
     validation: tuple[Any, ...]
     judge_lm: Any
@@ -49,7 +49,7 @@ class Task:
     @property
     def seed_prompts(self) -> Prompts:
         """The student's instructions."""
-        return {site.name: site.instruction for site in self.edited}
+        return {predictor.name: predictor.instruction for predictor in self.edited}
 
     def validation_calls(self) -> int:
         """LM calls of the final comparison when each predictor is called once a run."""
@@ -57,7 +57,7 @@ class Task:
 
     def calls_per_output(self, per_run: int | None = None) -> int:
         """LM calls to generate and to judge one output."""
-        return (per_run or len(self.sites)) + int(self.criteria is not None)
+        return (per_run or len(self.predictors)) + int(self.criteria is not None)
 
     def identity(self) -> dict[str, JSON]:
         """What must be the same for an interrupted run to be continued."""
@@ -68,7 +68,7 @@ class Task:
             "task_description": self.description,
             "criteria": self.criteria,
             "metric": self.metric.name if self.metric else None,
-            "predictors": {site.name: described(site) for site in self.sites},
+            "predictors": {predictor.name: described(predictor) for predictor in self.predictors},
             "judge_lm": described_lm(self.judge_lm),
             "gradient_lm": described_lm(self.gradient_lm),
             "editor_lm": described_lm(self.editor_lm),
@@ -118,17 +118,17 @@ def prepare(
     train, validation = split(trainset, valset, settings=options.settings, seed=options.seed)
     timeout = options.settings.request_timeout
     program = pin_lms(student, timeout=timeout)
-    sites = predictors_of(program)
+    predictors = predictors_of(program)
     judge_lm, gradient_lm, editor_lm = (
-        for_search(renamed(lm), timeout=timeout) for lm in _resolved(options.lms, sites)
+        for_search(renamed(lm), timeout=timeout) for lm in _resolved(options.lms, predictors)
     )
     task = Task(
         description=options.description,
         criteria=options.criteria,
         metric=None if metric is None else RowMetric(metric),
         program=program,
-        sites=sites,
-        edited=_editable(sites),
+        predictors=predictors,
+        edited=_editable(predictors),
         train=train,
         validation=validation,
         judge_lm=judge_lm,
@@ -143,23 +143,23 @@ def prepare(
     return task
 
 
-def _resolved(lms: tuple[Any, Any, Any], sites: Sequence[PredictorSite]) -> tuple[Any, Any, Any]:
+def _resolved(lms: tuple[Any, Any, Any], predictors: Sequence[Predictor]) -> tuple[Any, Any, Any]:
     """Judge, gradient and editor LM: each is the one before it where none is given, the first DSPy's own."""
     judge, gradient, editor = lms
-    judge = judge or dspy.settings.lm or sites[0].lm
+    judge = judge or dspy.settings.lm or predictors[0].lm
     gradient = gradient or judge
     return judge, gradient, editor or gradient
 
 
-def _editable(sites: Sequence[PredictorSite]) -> tuple[PredictorSite, ...]:
+def _editable(predictors: Sequence[Predictor]) -> tuple[Predictor, ...]:
     """The predictors whose instructions may be rewritten: not those that list tools, as ReAct's do."""
-    editable = tuple(site for site in sites if not site.lists_tools)
+    editable = tuple(predictor for predictor in predictors if not predictor.lists_tools)
     if not editable:
         raise ProgramError(
             "Every predictor lists its tools in its instruction, and rewriting that would lose them. Optimise a "
             "program with another predictor."
         )
-    kept = [site.name for site in sites if site.lists_tools]
+    kept = [predictor.name for predictor in predictors if predictor.lists_tools]
     if kept:
         warn_caller(
             f"Predictors {', '.join(kept)} list their tools in their instructions and keep them as they are.",

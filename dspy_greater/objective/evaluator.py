@@ -28,7 +28,7 @@ from dspy_greater.objective.sequences import Examples, written_key
 from dspy_greater.objective.types import Evaluation, RowOutcome
 from dspy_greater.program.called import CalledAs, brings_a_signature, called_as, scored_calls
 from dspy_greater.program.copies import with_instructions
-from dspy_greater.program.predictors import PredictorSite
+from dspy_greater.program.predictors import Predictor
 from dspy_greater.program.rollout import (
     Rollout,
     answered,
@@ -63,7 +63,7 @@ class Objective:
 
     Attributes:
         program: the program, with the other predictors' instructions as they are now.
-        site: the predictor that is optimised.
+        predictor: the one that is optimised.
         field: its output field with gold values; None: the loss of a row is 1 - score.
         rows: the training rows; each has a gold value for `field`.
         metric: the user's metric on the whole program's prediction.
@@ -74,7 +74,7 @@ class Objective:
     """
 
     program: Any
-    site: PredictorSite
+    predictor: Predictor
     field: str | None
     rows: Sequence[Any]
     metric: RowMetric
@@ -105,13 +105,13 @@ class Evaluator:
         model: Model | None = None,
     ) -> None:
         self.engine, self.model = engine, engine if model is None else model
-        self._program, self._site, self._field = objective.program, objective.site, objective.field
+        self._program, self._predictor, self._field = objective.program, objective.predictor, objective.field
         self._rows, self._metric, self._settings = tuple(objective.rows), objective.metric, settings
         self._extractor, self._fixed, self._heard = objective.extractor, objective.fixed, objective.heard
         # An extractor asks for the answer itself.
         self._header_counts = criterion.counts_missing_header and objective.extractor is None
         self._uncertainty_weight = settings.uncertainty_weight if criterion.counts_uncertainty else 0.0
-        self._lay_out(CalledAs(objective.site))
+        self._lay_out(CalledAs(objective.predictor))
         self._known: dict[str, Evaluation] = {}
         self._laid_out: dict[tuple[int, str], tuple[ReasonedSequence, ...]] = {}
         self._engines = list({id(each): each for each in [engine, *engines_behind(objective.program)]}.values())
@@ -124,7 +124,7 @@ class Evaluator:
         self.layout: Layout = called.layout(self.engine.tokenizer, extractor=self._extractor, fixed=self._fixed)
         self.examples = Examples(
             self.layout,
-            called.site,
+            called.predictor,
             self._field,
             self._rows,
             self.engine.context_length,
@@ -133,7 +133,7 @@ class Evaluator:
 
     def seed(self) -> Instruction:
         """The instruction that the predictor has now."""
-        text = self._site.instruction
+        text = self._predictor.instruction
         return Instruction(self.layout.edits.instruction_ids(text), text)
 
     def evaluate_seed(self) -> tuple[Evaluation, list[Rollout]]:
@@ -164,19 +164,19 @@ class Evaluator:
             self._follow(self._run_seed(self._rows[index : index + 1], session))
         if self.called.description != called_as:
             raise CallMismatchError(
-                f"Predictor `{self._site.name}` is called in another way than when this run began: "
+                f"Predictor `{self._predictor.name}` is called in another way than when this run began: "
                 f"{self.called.description or 'as it is'} now, {called_as} then. Start a new run in another log_dir, "
                 "or restore the program."
             )
 
     def _run_seed(self, rows: Sequence[Any], session: Model) -> list[Rollout]:
-        copied = searching_copy(self._program, {self._site.name: self._site.instruction})
+        copied = searching_copy(self._program, {self._predictor.name: self._predictor.instruction})
         return self._roll_out([(copied, row) for row in rows], session, first=True)
 
     def _follow(self, rollouts: Sequence[Rollout]) -> None:
         """Lay prompts out as these runs sent them, or refuse."""
-        name, calls = self._site.name, scored_calls(rollouts, self._site.name, every=self._field is None)
-        called = called_as(self._site, calls, str(self.engine.tokenizer.chat_template), supervised=self._field)
+        name, calls = self._predictor.name, scored_calls(rollouts, self._predictor.name, every=self._field is None)
+        called = called_as(self._predictor, calls, str(self.engine.tokenizer.chat_template), supervised=self._field)
         if called.description:
             self._lay_out(called)
         found = differences(called, self.layout, self.engine, calls, supervised=self._field)
@@ -184,7 +184,7 @@ class Evaluator:
         warn_of_lost_thoughts(name, self.layout, calls)
         at = next((i for i, each in enumerate(rollouts) if brings_a_signature(each, name)), None)
         if at is not None:  # does it take the predictor's instruction along?
-            copied = searching_copy(self._program, {name: f"{self._site.instruction} {_MORE}"})
+            copied = searching_copy(self._program, {name: f"{self._predictor.instruction} {_MORE}"})
             [again] = self._settled([(copied, self._rows[at])], partial(run_pairs, metric=self._metric, threads=1))
             asked = dict(copied.named_predictors())[name].signature.instructions
             refuse_ignored_signature(name, asked, scored_calls([again], name, every=True))
@@ -297,7 +297,7 @@ class Evaluator:
     def _run(self, pairs: Sequence[tuple[str, int]], session: Model) -> dict[tuple[str, int], RowOutcome]:
         """Instructions, by their text, on rows."""
         texts = dict.fromkeys(text for text, _ in pairs)
-        copies = {text: searching_copy(self._program, {self._site.name: text}) for text in texts}
+        copies = {text: searching_copy(self._program, {self._predictor.name: text}) for text in texts}
         done = self._roll_out([(copies[text], self._rows[row]) for text, row in pairs], session)
         # A dead language model fails on a row, too, that was answered under the first instruction.
         refuse_dead_lm(done, len(self._rows), None if self._first is None else partial(self._probe, self._first))
@@ -336,7 +336,7 @@ class Evaluator:
     def _ask_again(self, answered: Evaluation) -> Rollout:
         """The student's run on a row that it was answered on, past all caches."""
         row = min(answered.rows, key=lambda row: (row.error is not None, not row.written))
-        program = with_instructions(self._program, {self._site.name: answered.instruction})
+        program = with_instructions(self._program, {self._predictor.name: answered.instruction})
         return run_uncached(program, self._rows[row.row], threads=self._settings.num_threads)
 
     def count(self, rollouts: Sequence[Rollout]) -> None:

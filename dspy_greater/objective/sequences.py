@@ -11,7 +11,7 @@ from dspy_greater.errors import DataError
 from dspy_greater.objective.replay import ReasonedSequence
 from dspy_greater.objective.types import CallOutcome, RowOutcome
 from dspy_greater.program.called import own_demos, token_limit
-from dspy_greater.program.predictors import PredictorSite
+from dspy_greater.program.predictors import Predictor
 from dspy_greater.program.rollout import Rollout, plain
 from dspy_greater.program.traced_run import calls_of
 from dspy_greater.program.tracing import Answer, PredictorCall
@@ -28,7 +28,7 @@ class Examples:
 
     Args:
         layout: of the predictor's prompt.
-        site: the predictor.
+        predictor: as it was found in the program.
         field: its output field with gold values; None where there is none.
         rows: the training rows; with `field`, each has gold for it.
         context_length: the most tokens of a sequence, None for no limit.
@@ -39,18 +39,18 @@ class Examples:
     def __init__(
         self,
         layout: Layout,
-        site: PredictorSite,
+        predictor: Predictor,
         field: str | None,
         rows: Sequence[Any],
         context_length: int | None,
         *,
         header_counts: bool = False,
     ) -> None:
-        self._layout, self._site, self._field = layout, site, field
-        self._golds = [_acceptable(site, field, row, example) for row, example in enumerate(rows)] if field else []
+        self._layout, self._predictor, self._field = layout, predictor, field
+        self._golds = [_acceptable(predictor, field, row, example) for row, example in enumerate(rows)] if field else []
         self._rows, self._limit, self._header_counts = rows, context_length, header_counts
-        self._openings = openings(site)
-        self._headers = headers(site, field) if field else ()
+        self._openings = openings(predictor)
+        self._headers = headers(predictor, field) if field else ()
         self._tails: dict[str, int] = {}  # inputs of a call -> tokens of its prompt behind the instruction
 
     def __len__(self) -> int:
@@ -58,7 +58,7 @@ class Examples:
 
     def labels(self, row: RowOutcome) -> dict[str, str]:
         """What the row's example says is right, in words, by name."""
-        fields: Any = self._site.signature.output_fields
+        fields: Any = self._predictor.signature.output_fields
         annotations = {name: each.annotation for name, each in fields.items()}
         return labels_as_text(self._rows[row.row].labels().toDict(), annotations)
 
@@ -68,11 +68,11 @@ class Examples:
 
     def outcome(self, index: int, rollout: Rollout) -> RowOutcome:
         """What is kept of a run on row `index`; its loss is not taken yet."""
-        call = rollout.calls.get(self._site.name)
+        call = rollout.calls.get(self._predictor.name)
         if call is None:
-            why = rollout.error or f"predictor `{self._site.name}` was not called"
+            why = rollout.error or f"predictor `{self._predictor.name}` was not called"
             return RowOutcome(index, rollout.score, {}, {}, math.nan, why)
-        names = self._site.output_fields
+        names = self._predictor.output_fields
         earlier = names[: names.index(self._field)] if self._field else ()
         written = {name: plain(call.outputs.get(name, "")) for name in earlier}
         preamble, body = split_completion(self._openings, call.completion or "")
@@ -87,9 +87,9 @@ class Examples:
                 reasoning.rstrip() if header else body
             )  # what did not parse is still what the model reasoned
         inputs = {name: plain(value) for name, value in call.inputs.items()}
-        calls = () if self._field else calls_of(rollout.trace, self._site.name)
+        calls = () if self._field else calls_of(rollout.trace, self._predictor.name)
         told = tuple(self._told(each, answer) for each in calls for answer in each.samples)
-        demos = own_demos(self._site, call) if self._field else None
+        demos = own_demos(self._predictor, call) if self._field else None
         return RowOutcome(
             index, rollout.score, inputs, written, math.nan, rollout.error, preamble, told, unparsed, demos
         )
@@ -101,7 +101,7 @@ class Examples:
         return CallOutcome(
             {name: plain(value) for name, value in call.inputs.items()},
             text,
-            own_demos(self._site, call),
+            own_demos(self._predictor, call),
             0 if answer.text is None else token_limit(call),
         )
 
@@ -191,16 +191,16 @@ def _given(asked: RowOutcome | CallOutcome) -> object:
     return asked.inputs if asked.demos is None else (asked.inputs, asked.demos)
 
 
-def openings(site: PredictorSite) -> tuple[str, ...]:
+def openings(predictor: Predictor) -> tuple[str, ...]:
     """How the header of a predictor's first field begins, as its adapter writes it."""
-    header = _header(site, 0)
+    header = _header(predictor, 0)
     # Models space JSON in their own way.
     return tuple(filter(None, dict.fromkeys([header, *header.split()[:1]])))
 
 
-def headers(site: PredictorSite, field: str) -> tuple[str, ...]:
+def headers(predictor: Predictor, field: str) -> tuple[str, ...]:
     """How the header of an output field ends, as the predictor's adapter writes it."""
-    line = _header(site, site.output_fields.index(field)).rpartition("\n")[2].strip()
+    line = _header(predictor, predictor.output_fields.index(field)).rpartition("\n")[2].strip()
     return tuple(filter(None, dict.fromkeys([line, line.partition(":")[0]])))  # JSON, as above
 
 
@@ -223,16 +223,18 @@ def partition(text: str, separators: Sequence[str]) -> tuple[str, str, str]:
     return text.partition(found) if found else (text, "", "")
 
 
-def _acceptable(site: PredictorSite, field: str, row: int, example: Any) -> tuple[object, ...]:
-    gold = row_gold(site.signature, field, example)
+def _acceptable(predictor: Predictor, field: str, row: int, example: Any) -> tuple[object, ...]:
+    gold = row_gold(predictor.signature, field, example)
     if gold.missing:
         raise DataError(
-            f"Row {row} has no gold value for `{field}` of predictor `{site.name}`. Fill it in, or leave the row out."
+            f"Row {row} has no gold value for `{field}` of predictor `{predictor.name}`. "
+            "Fill it in, or leave the row out."
         )
     return gold.answers
 
 
-def _header(site: PredictorSite, place: int) -> str:
+def _header(predictor: Predictor, place: int) -> str:
     """What the adapter writes before the value of an output field and after the value before that."""
-    values = dict.fromkeys(site.output_fields, _MARK)
-    return str(site.adapter.format_assistant_message_content(site.signature, values)).split(_MARK)[place].strip()
+    values = dict.fromkeys(predictor.output_fields, _MARK)
+    written = predictor.adapter.format_assistant_message_content(predictor.signature, values)
+    return str(written).split(_MARK)[place].strip()

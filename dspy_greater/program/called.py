@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dspy_greater.lm.local import local_engine
-from dspy_greater.program.predictors import PredictorSite
+from dspy_greater.program.predictors import Predictor
 from dspy_greater.program.rollout import Rollout, plain
 from dspy_greater.program.traced_run import calls_of
 from dspy_greater.program.tracing import Exchange, PredictorCall
@@ -25,12 +25,12 @@ _TEMPLATE_VARIABLES = ("reasoning_effort",)
 
 @dataclass(frozen=True)
 class CalledAs:
-    """How a predictor is called: its site with the adapter and signature of the calls, and variables of the template.
+    """How a predictor is called: the predictor with its calls' adapter and signature, and variables of the template.
 
     `description` says how that differs from the predictor itself, as plain text; it is empty where it does not.
     """
 
-    site: PredictorSite
+    predictor: Predictor
     template_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     description: str = ""
 
@@ -38,16 +38,16 @@ class CalledAs:
         """Lays out this predictor's prompts; raises what `Layout` does."""
         return Layout(
             with_template_options(tokenizer, self.template_options),
-            self.site.adapter,
-            self.site.signature,
-            demos=self.site.demos,
+            self.predictor.adapter,
+            self.predictor.signature,
+            demos=self.predictor.demos,
             extractor=extractor,
             fixed=fixed,
         )
 
 
 def called_as(
-    site: PredictorSite, calls: Sequence[PredictorCall], template: str, *, supervised: str | None
+    predictor: Predictor, calls: Sequence[PredictorCall], template: str, *, supervised: str | None
 ) -> CalledAs:
     """How the calls of a predictor are to be laid out; whether that is right for all of them, `differences` says.
 
@@ -55,30 +55,30 @@ def called_as(
     with each call.
 
     Args:
-        site: the predictor.
+        predictor: as it was found in the program.
         calls: those that are scored.
         template: the chat template of the weights.
         supervised: the output field with gold values, which every prompt has to ask for.
     """
     asked = [call.sent for call in calls if call.sent is not None and call.sent.adapter is not None]
     usable = (sent for sent in asked if supervised is None or supervised in sent.signature.output_fields)
-    other = next((sent for sent in usable if not _is_as_the_site(site, sent)), None)
+    other = next((sent for sent in usable if not _renders_alike(predictor, sent)), None)
     options = template_options_of(asked[0], template) if asked else {}
     if other is None and not options:
-        return CalledAs(site)
+        return CalledAs(predictor)
     if other is not None:
         signature = other.signature
-        site = replace(
-            site,
+        predictor = replace(
+            predictor,
             adapter=other.adapter,
             signature=signature,
             input_fields=tuple(signature.input_fields),
             output_fields=tuple(signature.output_fields),
         )
-    described = [type(site.adapter).__name__, site.signature.signature]
+    described = [type(predictor.adapter).__name__, predictor.signature.signature]
     if options:
         described.append(json.dumps(options, default=str))
-    return CalledAs(site, options, "; ".join(described))
+    return CalledAs(predictor, options, "; ".join(described))
 
 
 def scored_calls(rollouts: Sequence[Rollout], name: str, *, every: bool) -> list[PredictorCall]:
@@ -93,12 +93,12 @@ def brings_a_signature(rollout: Rollout, name: str) -> bool:
     return any("signature" in call.given for call in calls_of(rollout.trace, name))
 
 
-def own_demos(site: PredictorSite, call: PredictorCall) -> tuple[dict[str, object], ...] | None:
+def own_demos(predictor: Predictor, call: PredictorCall) -> tuple[dict[str, object], ...] | None:
     """The demonstrations of a call as plain values, None where they are the predictor's."""
-    if call.sent is None or call.sent.adapter is None or not (call.sent.demos or site.demos):
+    if call.sent is None or call.sent.adapter is None or not (call.sent.demos or predictor.demos):
         return None
-    given = _plain_demos(site, call.sent.demos)
-    return None if given == _plain_demos(site, site.demos) else given
+    given = _plain_demos(predictor, call.sent.demos)
+    return None if given == _plain_demos(predictor, predictor.demos) else given
 
 
 def token_limit(call: PredictorCall) -> int | None:
@@ -144,14 +144,15 @@ def same_signature(one: Any, other: Any) -> bool:
 # ------------------------------------------------------------------ internals
 
 
-def _is_as_the_site(site: PredictorSite, sent: Exchange) -> bool:
+def _renders_alike(predictor: Predictor, sent: Exchange) -> bool:
     """Whether the call renders as the predictor itself would; the demonstrations are another matter."""
-    if type(sent.adapter) is not type(site.adapter) or not same_signature(sent.signature, site.signature):
+    if type(sent.adapter) is not type(predictor.adapter) or not same_signature(sent.signature, predictor.signature):
         return False
-    if _configured(sent.adapter) == _configured(site.adapter):
+    if _configured(sent.adapter) == _configured(predictor.adapter):
         return True
     rendered = [
-        adapter.format(site.signature, list(sent.demos), dict(sent.inputs)) for adapter in (sent.adapter, site.adapter)
+        adapter.format(predictor.signature, list(sent.demos), dict(sent.inputs))
+        for adapter in (sent.adapter, predictor.adapter)
     ]
     return bool(rendered[0] == rendered[1])
 
@@ -161,6 +162,6 @@ def _configured(adapter: Any) -> dict[str, Any]:
     return {key: value for key, value in vars(adapter).items() if key != "use_json_adapter_fallback"}
 
 
-def _plain_demos(site: PredictorSite, demos: Sequence[Any]) -> tuple[dict[str, object], ...]:
-    fields = site.signature.fields
+def _plain_demos(predictor: Predictor, demos: Sequence[Any]) -> tuple[dict[str, object], ...]:
+    fields = predictor.signature.fields
     return tuple({key: plain(value) for key, value in dict(demo).items() if key in fields} for demo in demos)

@@ -12,7 +12,7 @@ from dspy.adapters.utils import get_annotation_name
 from dspy_greater.errors import DataError
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.fingerprint import row_key
-from dspy_greater.program.predictors import PredictorSite
+from dspy_greater.program.predictors import Predictor
 from dspy_greater.prompt.gold import ADDRESS, Gold, allows_none, gold_of, row_gold, shortened
 from dspy_greater.prompt.target import assistant_text
 
@@ -121,7 +121,7 @@ def numbers_in(rows: Sequence[Any], trainset: Sequence[Any]) -> tuple[int, ...]:
     return tuple(places[id(row)] for row in rows)
 
 
-def supervised_field(site: PredictorSite, trainset: Sequence[Any]) -> str | None:
+def supervised_field(predictor: Predictor, trainset: Sequence[Any]) -> str | None:
     """The last output field of the predictor that the examples carry a gold value for, or None.
 
     A field that is None on every row, though it may be, gives way to one that tells rows apart.
@@ -130,75 +130,75 @@ def supervised_field(site: PredictorSite, trainset: Sequence[Any]) -> str | None
     """
     check_examples(trainset)
     found: str | None = None
-    for name in reversed(site.output_fields):
-        golds = [gold for example in trainset if (gold := _gold(site, name, example)) is None or not gold.missing]
+    for name in reversed(predictor.output_fields):
+        golds = [gold for example in trainset if (gold := _gold(predictor, name, example)) is None or not gold.missing]
         if any(gold is None or gold.answers != (None,) for gold in golds):
             found = name
             break
         found = found or (name if golds else None)
     if found is not None:
-        refuse_missing_gold(site, found, trainset)
+        refuse_missing_gold(predictor, found, trainset)
     return found
 
 
-def refuse_missing_gold(site: PredictorSite, field: str, rows: Sequence[Any], *, name: str = "trainset") -> None:
+def refuse_missing_gold(predictor: Predictor, field: str, rows: Sequence[Any], *, name: str = "trainset") -> None:
     """Raises `DataError` when some rows have no gold value for an output field, see `gold`."""
-    missing = _without_gold(site, field, rows)
+    missing = _without_gold(predictor, field, rows)
     if missing:
-        none = ", None where there is none" if allows_none(site.signature.output_fields[field].annotation) else ""
+        none = ", None where there is none" if allows_none(predictor.signature.output_fields[field].annotation) else ""
         raise DataError(
             f"{name_rows(missing)} of the {name} {_verb(missing, 'have', 'has')} no gold value for `{field}`, which "
-            f"predictor `{site.name}` is trained on (rows are counted from 0). Fill in the value{none}, "
+            f"predictor `{predictor.name}` is trained on (rows are counted from 0). Fill in the value{none}, "
             "or leave those rows out."
         )
 
 
-def refuse_unfit_gold(site: PredictorSite, field: str, trainset: Sequence[Any]) -> None:
+def refuse_unfit_gold(predictor: Predictor, field: str, trainset: Sequence[Any]) -> None:
     """Raises `DataError` when a gold value does not fit the type of its output field."""
     reasons: dict[int, DataError] = {}
     for row, example in enumerate(trainset):
         try:
-            row_gold(site.signature, field, example)
+            row_gold(predictor.signature, field, example)
         except DataError as error:
             reasons[row] = error
-    _refuse(site, field, reasons)
+    _refuse(predictor, field, reasons)
 
 
-def refuse_unwritable_gold(site: PredictorSite, field: str, rows: Sequence[Any], trainset: Sequence[Any]) -> None:
+def refuse_unwritable_gold(predictor: Predictor, field: str, rows: Sequence[Any], trainset: Sequence[Any]) -> None:
     """Raises `DataError` when the predictor's adapter cannot write an acceptable answer of one of these training rows.
 
     What their losses need is tried: a rendering in which the answer can be found.
     """
-    signature = _alone(site.signature, field)
+    signature = _alone(predictor.signature, field)
     numbers = {id(example): row for row, example in enumerate(trainset)}
     reasons: dict[int, DataError] = {}
     for example in rows:
         try:
-            for answer in row_gold(site.signature, field, example).answers:
-                _try_to_write(signature, site.adapter, field, answer)
+            for answer in row_gold(predictor.signature, field, example).answers:
+                _try_to_write(signature, predictor.adapter, field, answer)
         except DataError as error:
             reasons[numbers[id(example)]] = error
-    _refuse(site, field, dict(sorted(reasons.items())))
+    _refuse(predictor, field, dict(sorted(reasons.items())))
 
 
-def _refuse(site: PredictorSite, field: str, reasons: Mapping[int, DataError]) -> None:
+def _refuse(predictor: Predictor, field: str, reasons: Mapping[int, DataError]) -> None:
     if reasons:
         rows = list(reasons)
         raise DataError(
             f"{name_rows(rows)} of the trainset {_verb(rows, 'have', 'has')} a gold value that does not fit `{field}` "
-            f"of predictor `{site.name}` (rows are counted from 0). In row {rows[0]}: {reasons[rows[0]]}"
+            f"of predictor `{predictor.name}` (rows are counted from 0). In row {rows[0]}: {reasons[rows[0]]}"
         ) from reasons[rows[0]]
 
 
-def warn_of_misread_gold(site: PredictorSite, field: str, rows: Sequence[Any]) -> None:
+def warn_of_misread_gold(predictor: Predictor, field: str, rows: Sequence[Any]) -> None:
     """Warns where the adapter does not read a gold value as that value again, so that `==` finds no answer right."""
-    annotation = site.signature.output_fields[field].annotation
+    annotation = predictor.signature.output_fields[field].annotation
     if annotation is str:
         return
-    signature, adapter = _alone(site.signature, field), type(site.adapter).__name__
+    signature, adapter = _alone(predictor.signature, field), type(predictor.adapter).__name__
     golds = (row_gold(signature, field, example) for example in rows)
     for answer in {repr(each): each for gold in golds for each in gold.answers}.values():
-        written, read = _read_again(site.adapter, signature, field, answer)
+        written, read = _read_again(predictor.adapter, signature, field, answer)
         if read is None:
             continue
         warn_caller(
@@ -222,16 +222,16 @@ def _read_again(adapter: Any, signature: Any, field: str, answer: object) -> tup
     return written, None if same or texts[0] == texts[1] else f"reads that as {shortened(read)}"
 
 
-def _without_gold(site: PredictorSite, field: str, rows: Sequence[Any]) -> list[int]:
+def _without_gold(predictor: Predictor, field: str, rows: Sequence[Any]) -> list[int]:
     """The rows whose gold value for a field is missing."""
-    golds = [_gold(site, field, example) for example in rows]
+    golds = [_gold(predictor, field, example) for example in rows]
     return [row for row, gold in enumerate(golds) if gold is not None and gold.missing]
 
 
-def _gold(site: PredictorSite, field: str, example: Any) -> Gold | None:
+def _gold(predictor: Predictor, field: str, example: Any) -> Gold | None:
     """None for a value that is there and does not fit."""
     try:
-        return row_gold(site.signature, field, example)
+        return row_gold(predictor.signature, field, example)
     except DataError:
         return None
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
-from dspy_greater.program.predictors import PredictorSite
+from dspy_greater.program.predictors import Predictor
 from dspy_greater.scalars import plain_scalar
 
 JSON = Any  # what `json.dumps` takes
@@ -34,14 +34,14 @@ def described_lm(lm: Any) -> dict[str, JSON]:
     }
 
 
-def described(site: PredictorSite) -> dict[str, JSON]:
+def described(predictor: Predictor) -> dict[str, JSON]:
     """What a predictor's answers depend on."""
     return {
-        "instruction": site.instruction,
-        "signature": site.signature.signature,
-        "adapter": type(site.adapter).__name__,
-        "demos": _digest(dict(demo) for demo in site.demos) if site.demos else None,
-        **described_lm(site.lm),
+        "instruction": predictor.instruction,
+        "signature": predictor.signature.signature,
+        "adapter": type(predictor.adapter).__name__,
+        "demos": _digest(dict(demo) for demo in predictor.demos) if predictor.demos else None,
+        **described_lm(predictor.lm),
     }
 
 

@@ -9,17 +9,17 @@ from typing import Any
 import dspy
 
 from dspy_greater.errors import DataError, ProgramError
-from dspy_greater.program.predictors import PredictorSite
+from dspy_greater.program.predictors import Predictor
 
 _LONGEST = 120  # characters of a row in a message
 
 
-def refuse_without_inputs(site: PredictorSite) -> None:
+def refuse_without_inputs(predictor: Predictor) -> None:
     """Raises `ProgramError` for a predictor without input fields: all rows are the same to it."""
-    if not site.input_fields:
+    if not predictor.input_fields:
         raise ProgramError(
-            f"Predictor `{site.name}` has no input field, so that its prompt is the same for every row and there is "
-            "nothing to search on. Give its signature an input field, as in 'question -> answer', or leave the "
+            f"Predictor `{predictor.name}` has no input field, so that its prompt is the same for every row and there "
+            "is nothing to search on. Give its signature an input field, as in 'question -> answer', or leave the "
             "predictor out: predictors=[...] names those that are optimised."
         )
 

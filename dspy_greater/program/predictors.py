@@ -20,7 +20,7 @@ _TEXT_TYPES = ("Code", "Reasoning", "Tool", "ToolCalls", "ToolCallResults")
 
 
 @dataclass(frozen=True)
-class PredictorSite:
+class Predictor:
     """One predictor of a program, and everything that shapes its prompt.
 
     `name` is its path in `named_predictors()`; a predictor that is reachable by several paths is listed
@@ -54,69 +54,69 @@ def search_adapter() -> Any:
     return chosen
 
 
-def predictors_of(program: Any) -> tuple[PredictorSite, ...]:
+def predictors_of(program: Any) -> tuple[Predictor, ...]:
     """The predictors of a program, in the order of `named_predictors()`, each once.
 
     Raises `ProgramError` when it is not a program.
 
     ```python
-    [site.name for site in predictors_of(dspy.ChainOfThought("question -> answer"))]  # ["predict"]
+    [predictor.name for predictor in predictors_of(dspy.ChainOfThought("question -> answer"))]  # ["predict"]
     ```
     """
     _refuse_stranger(program)
     chosen = search_adapter()
-    sites: list[PredictorSite] = []
+    predictors: list[Predictor] = []
     seen: set[int] = set()
-    for name, predictor in program.named_predictors():
-        if id(predictor) in seen:
+    for name, module in program.named_predictors():
+        if id(module) in seen:
             continue
-        seen.add(id(predictor))
-        signature = predictor.signature
-        sites.append(
-            PredictorSite(
+        seen.add(id(module))
+        signature = module.signature
+        predictors.append(
+            Predictor(
                 name=name,
                 signature=signature,
                 instruction=signature.instructions,
                 adapter=chosen,
-                lm=predictor.lm or dspy.settings.lm,
-                demos=tuple(predictor.demos),
+                lm=module.lm or dspy.settings.lm,
+                demos=tuple(module.demos),
                 input_fields=tuple(signature.input_fields),
                 output_fields=tuple(signature.output_fields),
                 lists_tools=_lists_tools(signature),
-                own_lm=predictor.lm is not None,
+                own_lm=module.lm is not None,
             )
         )
-    return tuple(sites)
+    return tuple(predictors)
 
 
-def refuse_unsupported(site: PredictorSite, examples: Sequence[Any] = ()) -> None:
+def refuse_unsupported(predictor: Predictor, examples: Sequence[Any] = ()) -> None:
     """Raises `ProgramError` when a predictor's prompt is not all text, saying why and what to do.
 
     A type that DSPy does not know as text is taken for an input that is text in each of the `examples`.
     """
-    for name, info in site.signature.fields.items():
+    for name, info in predictor.signature.fields.items():
         unusual = _unusual_types(info)
-        if unusual and not (name in site.input_fields and _are_texts([each.get(name) for each in examples])):
+        if unusual and not (name in predictor.input_fields and _are_texts([each.get(name) for each in examples])):
             raise ProgramError(
-                f"Predictor `{site.name}` has the field `{name}` of type {unusual[0]}, which is not written into the "
-                "prompt as plain text. Use a text field, or leave the predictor out: predictors=[...] names those "
+                f"Predictor `{predictor.name}` has the field `{name}` of type {unusual[0]}, which is not written into "
+                "the prompt as plain text. Use a text field, or leave the predictor out: predictors=[...] names those "
                 "that are optimised."
             )
 
 
-def refuse_unusable(sites: Sequence[PredictorSite]) -> None:
+def refuse_unusable(predictors: Sequence[Predictor]) -> None:
     """Raises `ProgramError` when there is no predictor, or one has no language model to call."""
-    if not sites:
+    if not predictors:
         raise ProgramError(
             "The program has no predictors to optimise. Pass a dspy.Module that holds a dspy.Predict; "
             "a module whose `_compiled` is True is frozen and has to be unfrozen first."
         )
-    for site in sites:
-        where = f"Predictor `{site.name}`"
-        if site.lm is None:
+    for predictor in predictors:
+        where = f"Predictor `{predictor.name}`"
+        if predictor.lm is None:
             raise ProgramError(f"{where} has no language model. Call dspy.configure(lm=...) or set_lm(...).")
-        if isinstance(site.lm, str):
-            raise ProgramError(f"{where} has the string {site.lm!r} as its language model. Pass a dspy.LM.")
+        if isinstance(predictor.lm, str):
+            raise ProgramError(f"{where} has the string {predictor.lm!r} as its language model. Pass a dspy.LM.")
 
 
 def predictor_names(program: Any) -> dict[int, str]:

@@ -84,10 +84,14 @@ class ProgramPrompts:
     def of(cls, program: Any, called_as: Mapping[str, str] | None = None) -> ProgramPrompts:
         """Those of a program as it is now, under the adapter that is in force now."""
         found = {
-            site.name: PredictorPrompt(
-                site.name, site.signature, site.demos, site.adapter, (called_as or {}).get(site.name, "")
+            predictor.name: PredictorPrompt(
+                predictor.name,
+                predictor.signature,
+                predictor.demos,
+                predictor.adapter,
+                (called_as or {}).get(predictor.name, ""),
             )
-            for site in predictors_of(program)
+            for predictor in predictors_of(program)
         }
         return cls(found)
 

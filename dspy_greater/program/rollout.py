@@ -157,7 +157,7 @@ def run_pairs(
     Recorded are the calls of predictors that a program has before its first run.
     """
     programs = {id(program): program for program, _ in pairs}
-    lms = [site.lm for program in programs.values() for site in predictors_of(program)]
+    lms = [predictor.lm for program in programs.values() for predictor in predictors_of(program)]
     names = {id(program): predictor_names(program) for program in programs.values()}
 
     def run(program: Any, row: Any) -> Rollout:
@@ -201,12 +201,12 @@ def together(
 
 def engines_behind(program: Any) -> list[Engine]:
     """The in-process models that the program's predictors call, each once."""
-    return [local.engine for local in _local_engines(site.lm for site in predictors_of(program))]
+    return [local.engine for local in _local_engines(predictor.lm for predictor in predictors_of(program))]
 
 
 def asks_servers(program: Any) -> bool:
     """Whether any predictor calls a language model that is not in-process."""
-    return any(is_served(site.lm) for site in predictors_of(program))
+    return any(is_served(predictor.lm) for predictor in predictors_of(program))
 
 
 def spent_on_servers(rollouts: Iterable[Rollout], estimate: Callable[[str], int]) -> Spent:
@@ -249,14 +249,16 @@ def pin_lms(program: Any, *, weights: Mapping[str, str] | None = None, timeout: 
     identity of the weights behind a predictor, where they are known, and `timeout` is that of a server's answer.
     """
     copied = with_instructions(program, {})
-    sites = predictors_of(program)
-    now = {id(site.lm): (site.lm, (weights or {}).get(site.name, "")) for site in reversed(sites)}
+    predictors = predictors_of(program)
+    now = {
+        id(predictor.lm): (predictor.lm, (weights or {}).get(predictor.name, "")) for predictor in reversed(predictors)
+    }
     now = {  # what several predictors share they go on sharing
         key: for_search(renamed(lm), weights=known, timeout=timeout) for key, (lm, known) in now.items()
     }
-    lms = {site.name: now[id(site.lm)] for site in sites}
-    for name, predictor in copied.named_predictors():
-        predictor.lm = lms.get(name, predictor.lm)
+    lms = {predictor.name: now[id(predictor.lm)] for predictor in predictors}
+    for name, module in copied.named_predictors():
+        module.lm = lms.get(name, module.lm)
     return copied
 
 

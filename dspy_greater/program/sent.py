@@ -25,7 +25,7 @@ from dspy_greater.program.called import (
     template_options_of,
 )
 from dspy_greater.program.inputs import shortened
-from dspy_greater.program.predictors import PredictorSite
+from dspy_greater.program.predictors import Predictor
 from dspy_greater.program.rollout import plain
 from dspy_greater.program.tracing import Exchange, PredictorCall
 from dspy_greater.prompt.chat_template import content_text
@@ -134,46 +134,46 @@ def warn_of_lost_thoughts(name: str, layout: Layout, calls: Sequence[PredictorCa
 def _difference(
     called: CalledAs, layout: Layout, engine: Any, call: PredictorCall, supervised: str | None
 ) -> Difference | None:
-    site, sent = called.site, call.sent
+    predictor, sent = called.predictor, call.sent
     if sent is None:
         return None
     shown = shortened(dict(call.inputs))
-    found = _of_the_model(site, sent) or _of_the_signature(site, sent, supervised)
+    found = _of_the_model(predictor, sent) or _of_the_signature(predictor, sent, supervised)
     found = found or _of_the_rendering(called, sent, str(layout.tokenizer.chat_template))
     if found is None and sent.messages is not None and sent.adapter is not None:
         inputs = {name: plain(value) for name, value in call.inputs.items()}
-        laid_out = layout.with_demos(own_demos(site, call))
-        found = _of_the_messages(laid_out, site.instruction, inputs, sent)
-        if found is not None and type(sent.adapter) is not type(site.adapter):
-            kinds = type(sent.adapter).__name__, type(site.adapter).__name__
+        laid_out = layout.with_demos(own_demos(predictor, call))
+        found = _of_the_messages(laid_out, predictor.instruction, inputs, sent)
+        if found is not None and type(sent.adapter) is not type(predictor.adapter):
+            kinds = type(sent.adapter).__name__, type(predictor.adapter).__name__
             found = "the calls use different adapters", *kinds, f"Use one adapter for all calls, {_LEAVE_OUT}"
-        found = found or _of_the_tokens(laid_out, site.instruction, inputs, sent, engine)
+        found = found or _of_the_tokens(laid_out, predictor.instruction, inputs, sent, engine)
     return None if found is None else Difference(shown, *found)
 
 
 _Found = tuple[str, str, str, str]  # what, sent, scored, remedy
 
 
-def _of_the_model(site: PredictorSite, sent: Exchange) -> _Found | None:
-    if _same_model(site.lm, sent.lm):
+def _of_the_model(predictor: Predictor, sent: Exchange) -> _Found | None:
+    if _same_model(predictor.lm, sent.lm):
         return None
     remedy = f"Set that LM on the predictor instead of passing lm= to its call, {_LEAVE_OUT}"
-    return "another language model answers", _name(sent.lm), _name(site.lm), remedy
+    return "another language model answers", _name(sent.lm), _name(predictor.lm), remedy
 
 
-def _of_the_signature(site: PredictorSite, sent: Exchange, supervised: str | None) -> _Found | None:
+def _of_the_signature(predictor: Predictor, sent: Exchange, supervised: str | None) -> _Found | None:
     if sent.signature is None:
         return None
     instruction = sent.signature.instructions
-    if instruction != site.instruction:
+    if instruction != predictor.instruction:
         remedy = f"Leave the predictor's instruction in the signature= of its calls as it is, {_LEAVE_OUT}"
-        return "the call has another instruction", *_first_difference(instruction, site.instruction), remedy
+        return "the call has another instruction", *_first_difference(instruction, predictor.instruction), remedy
     if supervised is not None and supervised not in sent.signature.output_fields:
         remedy = f"Keep the field with gold values in the signature of its calls, {_LEAVE_OUT}"
         return f"the call does not ask for `{supervised}`", sent.signature.signature, f"`{supervised}`", remedy
-    if not same_signature(sent.signature, site.signature):
+    if not same_signature(sent.signature, predictor.signature):
         remedy = f"Use one signature in all calls, two predictors for two signatures, {_LEAVE_OUT}"
-        return "the calls have different signatures", sent.signature.signature, site.signature.signature, remedy
+        return "the calls have different signatures", sent.signature.signature, predictor.signature.signature, remedy
     return None
 
 

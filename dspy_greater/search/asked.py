@@ -6,43 +6,43 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 from dspy_greater.errors import ProgramError, SettingsError
-from dspy_greater.program.predictors import PredictorSite
+from dspy_greater.program.predictors import Predictor
 
 Mode = Literal["rewrite", "append"]
 Modes = Mode | Mapping[str, Mode] | None
 
 
-def selected_of(sites: Sequence[PredictorSite], predictors: Iterable[str] | None) -> list[PredictorSite]:
+def selected_of(predictors: Sequence[Predictor], asked: Iterable[str] | None) -> list[Predictor]:
     """The predictors that are named; all where none is.
 
     Raises:
         ProgramError: a name that the program does not have.
         SettingsError: no names.
     """
-    if predictors is None:
-        return list(sites)
-    names = _names(predictors)
+    if asked is None:
+        return list(predictors)
+    names = _names(asked)
     if not names:
-        raise SettingsError(f"predictors={predictors!r}: give a list of names, such as [{sites[0].name!r}].")
-    _refuse_strangers(sites, names, argument="predictors")
-    return [site for site in sites if site.name in names]
+        raise SettingsError(f"predictors={asked!r}: give a list of names, such as [{predictors[0].name!r}].")
+    _refuse_strangers(predictors, names, argument="predictors")
+    return [predictor for predictor in predictors if predictor.name in names]
 
 
-def _names(predictors: object) -> list[str]:
-    listed = isinstance(predictors, Iterable) and not isinstance(predictors, str)
-    return list(cast("Iterable[str]", predictors)) if listed else []
+def _names(asked: object) -> list[str]:
+    listed = isinstance(asked, Iterable) and not isinstance(asked, str)
+    return list(cast("Iterable[str]", asked)) if listed else []
 
 
-def modes_of(sites: Sequence[PredictorSite], selected: Sequence[PredictorSite], mode: Modes) -> dict[str, Mode | None]:
+def modes_of(predictors: Sequence[Predictor], selected: Sequence[Predictor], mode: Modes) -> dict[str, Mode | None]:
     """The mode that was asked for, of every predictor.
 
     Raises:
         ProgramError: a name that the program does not have, or a rewriting that would lose a list of tools.
         SettingsError: a mode that is not known.
     """
-    modes: dict[str, Any] = {site.name: None for site in sites}
+    modes: dict[str, Any] = {predictor.name: None for predictor in predictors}
     if isinstance(mode, Mapping):
-        _refuse_strangers(sites, list(mode), argument="mode")
+        _refuse_strangers(predictors, list(mode), argument="mode")
         modes |= mode
     else:
         modes = dict.fromkeys(modes, mode)
@@ -51,17 +51,17 @@ def modes_of(sites: Sequence[PredictorSite], selected: Sequence[PredictorSite], 
             raise SettingsError(
                 f"mode={mode!r} is not known. Use 'rewrite', 'append', or a mapping from predictor names to them."
             )
-    for site in selected:
-        if site.lists_tools and modes[site.name] == "rewrite":
+    for predictor in selected:
+        if predictor.lists_tools and modes[predictor.name] == "rewrite":
             raise ProgramError(
-                f"Predictor `{site.name}` lists its tools in its instruction, and rewriting it would lose them. Use "
-                "mode='append' for it, which it gets without a mode, or leave it out of predictors=[...]."
+                f"Predictor `{predictor.name}` lists its tools in its instruction, and rewriting it would lose them. "
+                "Use mode='append' for it, which it gets without a mode, or leave it out of predictors=[...]."
             )
     return modes
 
 
-def _refuse_strangers(sites: Sequence[PredictorSite], names: Sequence[str], *, argument: str) -> None:
-    known = [site.name for site in sites]
+def _refuse_strangers(predictors: Sequence[Predictor], names: Sequence[str], *, argument: str) -> None:
+    known = [predictor.name for predictor in predictors]
     strangers = [name for name in names if name not in known]
     if strangers:
         raise ProgramError(

@@ -11,7 +11,7 @@ from dspy_greater.model.engine import Engine
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.dataset import name_rows
 from dspy_greater.program.inputs import shortened
-from dspy_greater.program.predictors import PredictorSite
+from dspy_greater.program.predictors import Predictor
 from dspy_greater.prompt.layout import Layout
 
 _REMEDY = "Leave out or shorten such rows, use fewer demos, or use a model with a longer context."
@@ -27,7 +27,7 @@ class Case:
 
 
 def refuse_long_prompts(
-    engine: Engine, layout: Layout, site: PredictorSite, inputs_list: Sequence[Mapping[str, Any]]
+    engine: Engine, layout: Layout, predictor: Predictor, inputs_list: Sequence[Mapping[str, Any]]
 ) -> None:
     """Refuse a row whose prompt fills the context, naming the longest.
 
@@ -37,15 +37,18 @@ def refuse_long_prompts(
     limit = engine.context_length
     if limit is None or not inputs_list:
         return
-    index, tokens = layout.longest(inputs_list, site.instruction)
+    index, tokens = layout.longest(inputs_list, predictor.instruction)
     if tokens >= limit:
         raise ContextLengthError(
-            f"The prompt of predictor `{site.name}` takes {tokens} tokens for the row {shortened(inputs_list[index])}, "
-            f"and {engine.name} has a context of {limit} tokens, which leaves no room for an answer. {_REMEDY}"
+            f"The prompt of predictor `{predictor.name}` takes {tokens} tokens for the row "
+            f"{shortened(inputs_list[index])}, and {engine.name} has a context of {limit} tokens, which leaves no room "
+            f"for an answer. {_REMEDY}"
         )
 
 
-def refuse_long_answers(engine: Engine, layout: Layout, site: PredictorSite, field: str, cases: Sequence[Case]) -> None:
+def refuse_long_answers(
+    engine: Engine, layout: Layout, predictor: Predictor, field: str, cases: Sequence[Case]
+) -> None:
     """Refuse rows that leave no room for the gold value even if nothing is reasoned; where it is some, warn of them.
 
     Raises:
@@ -54,11 +57,13 @@ def refuse_long_answers(engine: Engine, layout: Layout, site: PredictorSite, fie
     limit = engine.context_length
     if limit is None or not cases:
         return
-    earlier = site.output_fields[: site.output_fields.index(field)]
+    earlier = predictor.output_fields[: predictor.output_fields.index(field)]
     unreasoned = dict.fromkeys(earlier, "")
 
     def length(case: Case) -> int:  # of acceptable answers the shortest has to fit
-        laid_out = (layout.supervised(site.instruction, case.inputs, unreasoned, field, each) for each in case.answers)
+        laid_out = (
+            layout.supervised(predictor.instruction, case.inputs, unreasoned, field, each) for each in case.answers
+        )
         return min((len(each.token_ids) for each in laid_out), default=0)
 
     lengths = list(map(length, cases))
@@ -67,7 +72,7 @@ def refuse_long_answers(engine: Engine, layout: Layout, site: PredictorSite, fie
         return
     longest = max(long, key=lengths.__getitem__)
     told = (
-        f"The prompt of predictor `{site.name}` and the gold value of `{field}` behind it take {lengths[longest]} "
+        f"The prompt of predictor `{predictor.name}` and the gold value of `{field}` behind it take {lengths[longest]} "
         f"tokens for row {cases[longest].number} of the trainset, {shortened(dict(cases[longest].inputs))}, and "
         f"{engine.name} has a context of {limit} tokens"
     )

@@ -81,7 +81,7 @@ class CoordinateDescent:
             Exception: whatever came before anything was found.
         """
         for target in self._problem.targets:
-            if target.site.name in self._uncalled:
+            if target.predictor.name in self._uncalled:
                 continue
             search = self._begin_or_keep(target)
             if search is not None:
@@ -108,13 +108,13 @@ class CoordinateDescent:
                 raise
             self._interrupted = by_signal(interrupt)
         except CallMismatchError as error:  # only what the metric judges can be left out for it
-            if error.predictor != target.site.name or target.field is not None or self._is_last_chance(target):
+            if error.predictor != target.predictor.name or target.field is not None or self._is_last_chance(target):
                 raise
             warn_caller(f"{error} It keeps its instruction.")
         except Exception as error:
             if not self._results:
                 raise
-            self._stop(error, f"before the first step of predictor `{target.site.name}`")
+            self._stop(error, f"before the first step of predictor `{target.predictor.name}`")
         return None
 
     def _is_last_chance(self, target: Target) -> bool:
@@ -134,8 +134,8 @@ class CoordinateDescent:
             if not self._student_ran:
                 self._heed(run, target)
             self._student_ran = True
-            refuse_nameless_inputs(run, [target.site])
-            if target.site.name not in run.called:
+            refuse_nameless_inputs(run, [target.predictor])
+            if target.predictor.name not in run.called:
                 self._pass_over(run, target)
                 return None
         search.start(run)
@@ -150,13 +150,13 @@ class CoordinateDescent:
         for target in targets:
             if target is not first and target.field is not None:  # the others keep their instruction
                 _refuse_mismatch(run, target)
-        refuse_nameless_inputs(run, [target.site for target in targets])
-        uncalled = [target.site.name for target in targets if target.site.name not in run.called]
+        refuse_nameless_inputs(run, [target.predictor for target in targets])
+        uncalled = [target.predictor.name for target in targets if target.predictor.name not in run.called]
         if uncalled and (problem.named or len(uncalled) == len(targets)):
             raise unused_error(run, uncalled, problem.program, named=problem.named)
         for target in targets:
             if target is not first:  # whose losses are taken already
-                target.refuse_long_answers(run.given_to(target.site.name), problem)
+                target.refuse_long_answers(run.given_to(target.predictor.name), problem)
         if uncalled:
             self._uncalled.update(uncalled)
             event = NotCalled(tuple(uncalled))
@@ -166,7 +166,7 @@ class CoordinateDescent:
 
     def _pass_over(self, run: SeedRun, target: Target) -> None:
         """A predictor that is not called, or not any more under the instructions that were found for others."""
-        name = target.site.name
+        name = target.predictor.name
         self._unused = unused_error(run, [name], self._problem.program)
         if name not in self._uncalled:
             warn_caller(kept_as_they_are([name], len(run.rows)))
@@ -186,12 +186,12 @@ class CoordinateDescent:
         except Exception as failed:
             if nothing_to_lose:
                 raise
-            self._stop(failed, f"in the validation of predictor `{target.site.name}`")
+            self._stop(failed, f"in the validation of predictor `{target.predictor.name}`")
             if not self._results:
                 self._unvalidated = failed
             result = search.unvalidated(known_score)
         self._results.append(result)
-        self._program = searching_copy(self._program, {target.site.name: result.instruction})
+        self._program = searching_copy(self._program, {target.predictor.name: result.instruction})
         self._interrupted, self._usage = search.interrupted, search.usage
         self._called_off = search.called_off
         if error is None and search.stopped_by is not None:
@@ -213,10 +213,10 @@ class CoordinateDescent:
 
 def _refuse_mismatch(run: SeedRun, target: Target) -> None:
     """Raises `CallMismatchError` where a predictor's calls send something else than would be scored."""
-    calls, tokenizer = scored_calls(run.rollouts, target.site.name, every=False), target.engine.tokenizer
-    called = called_as(target.site, calls, str(tokenizer.chat_template), supervised=target.field)
+    calls, tokenizer = scored_calls(run.rollouts, target.predictor.name, every=False), target.engine.tokenizer
+    called = called_as(target.predictor, calls, str(tokenizer.chat_template), supervised=target.field)
     found = differences(called, called.layout(tokenizer), target.engine, calls, supervised=target.field)
-    refuse_differences(target.site.name, found, len(calls))
+    refuse_differences(target.predictor.name, found, len(calls))
 
 
 def _let_go(error: Exception) -> None:

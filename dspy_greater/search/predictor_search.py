@@ -57,12 +57,12 @@ class PredictorSearch:
     ) -> None:
         self._problem, self._target, self._program = problem, target, program
         self._journal, self._listeners = journal, listeners
-        self._name = target.site.name
+        self._name = target.predictor.name
         self._recorded = [event for event in journal.recorded() if getattr(event, "predictor", None) == self._name]
         self._evaluator = Evaluator(
             Objective(
-                program=neutral(program, {each.site.name: each.watch for each in problem.targets}),
-                site=target.site,
+                program=neutral(program, {each.predictor.name: each.watch for each in problem.targets}),
+                predictor=target.predictor,
                 field=target.field,
                 rows=problem.train,
                 metric=problem.metric,
@@ -173,7 +173,7 @@ class PredictorSearch:
     def _rest(self) -> list[str]:
         """The predictors whose turn comes later."""
         targets = self._problem.targets
-        return [target.site.name for target in targets[targets.index(self._target) + 1 :]]
+        return [target.predictor.name for target in targets[targets.index(self._target) + 1 :]]
 
     @property
     def _goes_on(self) -> bool:

@@ -27,7 +27,7 @@ from dspy_greater.program.dataset import (
 )
 from dspy_greater.program.fingerprint import described, fingerprint
 from dspy_greater.program.inputs import refuse_strange_inputs, refuse_without_inputs
-from dspy_greater.program.predictors import PredictorSite, predictors_of, refuse_unsupported, refuse_unusable
+from dspy_greater.program.predictors import Predictor, predictors_of, refuse_unsupported, refuse_unusable
 from dspy_greater.program.rollout import Running, pin_lms
 from dspy_greater.program.servers import Servers
 from dspy_greater.prompt.gold import row_gold
@@ -56,7 +56,7 @@ class Target:
     with the weights; None where the LM is in this process.
     """
 
-    site: PredictorSite
+    predictor: Predictor
     field: str | None
     engine: Engine
     append: bool = False
@@ -65,25 +65,30 @@ class Target:
     @property
     def fixed(self) -> str:
         """The leading text of its instruction that may not change."""
-        return self.site.instruction if self.append else ""
+        return self.predictor.instruction if self.append else ""
 
     def layout(self, extractor: str | None) -> Layout:
         """Of its prompt."""
-        site = self.site
+        predictor = self.predictor
         return Layout(
-            self.engine.tokenizer, site.adapter, site.signature, demos=site.demos, extractor=extractor, fixed=self.fixed
+            self.engine.tokenizer,
+            predictor.adapter,
+            predictor.signature,
+            demos=predictor.demos,
+            extractor=extractor,
+            fixed=self.fixed,
         )
 
     def refuse_long_answers(self, given: Mapping[int, Mapping[str, Any]], problem: Problem) -> None:
         """See `context.refuse_long_answers`; `given` maps training rows to what the predictor was given on them."""
         if self.field is None:
             return
-        signature, rows = self.site.signature, problem.train
+        signature, rows = self.predictor.signature, problem.train
         cases = [
             Case(problem.numbers[row], inputs, row_gold(signature, self.field, rows[row]).answers)
             for row, inputs in given.items()
         ]
-        refuse_long_answers(self.engine, self.layout(problem.extractor), self.site, self.field, cases)
+        refuse_long_answers(self.engine, self.layout(problem.extractor), self.predictor, self.field, cases)
 
 
 @dataclass(frozen=True)
@@ -117,9 +122,9 @@ class Problem:
 
     def identity(self) -> dict[str, JSON]:
         """What must be the same for an interrupted run to be continued."""
-        sites = {site.name: described(site) for site in predictors_of(self.program)}
+        predictors = {predictor.name: described(predictor) for predictor in predictors_of(self.program)}
         for target in self.targets:
-            sites[target.site.name] |= {
+            predictors[target.predictor.name] |= {
                 "field": target.field,
                 "weights": target.engine.identity,
                 "mode": "append" if target.append else "rewrite",
@@ -132,7 +137,7 @@ class Problem:
             "seed": self.seed,
             "extractor": self.extractor,
             "metric": self.metric.name,
-            "predictors": sites,
+            "predictors": predictors,
             "train": fingerprint(self.train),
             "validation": fingerprint(self.validation),
         }
@@ -193,27 +198,27 @@ def pose(
     if held_out:
         check_examples(held_out, name="valset")
     row_metric = RowMetric(metric)
-    sites = predictors_of(student)
-    refuse_unusable(sites)
+    predictors = predictors_of(student)
+    refuse_unusable(predictors)
     refuse_strange_inputs(student, rows)
     refuse_strange_inputs(student, held_out, name="valset")
-    selected, named = selected_of(sites, options.predictors), options.predictors is not None
+    selected, named = selected_of(predictors, options.predictors), options.predictors is not None
     servers = Servers(settings.max_outage_seconds)
-    modes = modes_of(sites, selected, options.mode)
+    modes = modes_of(predictors, selected, options.mode)
     targets, kept = _targets(selected, rows, options, modes, servers, named=named)
-    _refuse_nothing_to_do(targets, kept, sites, rows, step)
+    _refuse_nothing_to_do(targets, kept, predictors, rows, step)
     for target in targets:
         if target.field is not None:
-            refuse_missing_gold(target.site, target.field, held_out, name="valset")
+            refuse_missing_gold(target.predictor, target.field, held_out, name="valset")
     train, validation = split(rows, held_out, settings=settings, seed=options.seed)
     _warn_of_the_rest(kept, step)
     for target in targets:
         if target.field is not None:
-            refuse_unwritable_gold(target.site, target.field, train, rows)
-            warn_of_misread_gold(target.site, target.field, train)
-    identities = {target.site.name: target.engine.identity for target in targets}
+            refuse_unwritable_gold(target.predictor, target.field, train, rows)
+            warn_of_misread_gold(target.predictor, target.field, train)
+    identities = {target.predictor.name: target.engine.identity for target in targets}
     program = pin_lms(student, weights=identities, timeout=settings.request_timeout)
-    _warn_of_other_weights(sites, program)
+    _warn_of_other_weights(predictors, program)
     if step.needs_gradient:
         _warn_of_partial_gradients(targets)
     problem = Problem(
@@ -226,21 +231,21 @@ def pose(
         step,
         options.seed,
         options.extractor,
-        borrowed={site.name: site.lm for site in sites if not site.own_lm},
+        borrowed={predictor.name: predictor.lm for predictor in predictors if not predictor.own_lm},
         numbers=numbers_in(train, rows),
         named=named,
         servers=servers,
     )
-    if len(sites) == 1:  # the inputs of later predictors are known only once the program runs
+    if len(predictors) == 1:  # the inputs of later predictors are known only once the program runs
         _check_context(problem)
     for target in targets:
         if target.watch is not None:
-            target.watch.begin(target.site, target.layout(problem.extractor), train, servers)
+            target.watch.begin(target.predictor, target.layout(problem.extractor), train, servers)
     return problem
 
 
 def _targets(
-    sites: Sequence[PredictorSite],
+    predictors: Sequence[Predictor],
     trainset: Sequence[Any],
     options: Options,
     modes: Mapping[str, Mode | None],
@@ -255,42 +260,44 @@ def _targets(
     targets: list[Target] = []
     kept: dict[str, GreaterError] = {}
     step = options.step
-    for site in sites:
-        field = supervised_field(site, trainset)
+    for predictor in predictors:
+        field = supervised_field(predictor, trainset)
         try:
             if field is None and step.needs_gold:
                 raise DataError(
-                    f"Predictor `{site.name}` has no output field with gold values in the trainset, and "
+                    f"Predictor `{predictor.name}` has no output field with gold values in the trainset, and "
                     "variant='paper' needs them."
                 )
-            target = _target(site, field, trainset, options, modes[site.name], servers)
+            target = _target(predictor, field, trainset, options, modes[predictor.name], servers)
             if step.needs_gradient:
                 _refuse_weights_without_gradient(target)
             targets.append(target)
         except (DataError, ProgramError, WeightsError) as error:
             if named or field is not None:
                 raise
-            kept[site.name] = error
+            kept[predictor.name] = error
     return tuple(targets), kept
 
 
 def _target(
-    site: PredictorSite,
+    predictor: Predictor,
     field: str | None,
     trainset: Sequence[Any],
     options: Options,
     mode: Mode | None,
     servers: Servers,
 ) -> Target:
-    refuse_unsupported(site, trainset)
-    refuse_without_inputs(site)
+    refuse_unsupported(predictor, trainset)
+    refuse_without_inputs(predictor)
     if field is not None:
-        refuse_unfit_gold(site, field, trainset)
-    server = who_answers(site.lm, predictor_name=site.name, servers=servers)
-    engine = weights_behind(site.lm, weights=options.weights, predictor_name=site.name, server=server)
+        refuse_unfit_gold(predictor, field, trainset)
+    server = who_answers(predictor.lm, predictor_name=predictor.name, servers=servers)
+    engine = weights_behind(predictor.lm, weights=options.weights, predictor_name=predictor.name, server=server)
     engine.checks.renew()
-    watch = None if server is None else Watch(server, engine, site.name, strict=options.strict)
-    return Target(site, field, engine, append=site.lists_tools if mode is None else mode == "append", watch=watch)
+    watch = None if server is None else Watch(server, engine, predictor.name, strict=options.strict)
+    return Target(
+        predictor, field, engine, append=predictor.lists_tools if mode is None else mode == "append", watch=watch
+    )
 
 
 def _refuse_weights_without_gradient(target: Target) -> None:
@@ -298,8 +305,8 @@ def _refuse_weights_without_gradient(target: Target) -> None:
     found = engine.checks.backward()
     if not found.works:
         raise WeightsError(
-            f"Predictor `{target.site.name}`: the weights of {engine.name!r} give no gradient, and the search follows "
-            f"one. {found.explained(engine.name, engine.model)}"
+            f"Predictor `{target.predictor.name}`: the weights of {engine.name!r} give no gradient, and the search "
+            f"follows one. {found.explained(engine.name, engine.model)}"
         )
 
 
@@ -310,10 +317,14 @@ def _warn_of_partial_gradients(targets: Sequence[Target]) -> None:
             warn_caller(found.explained(engine.name, engine.model))
 
 
-def _warn_of_other_weights(sites: Sequence[PredictorSite], program: Any) -> None:
+def _warn_of_other_weights(predictors: Sequence[Predictor], program: Any) -> None:
     """An LM goes by the name that its weights had when it was made; DSPy's cache has their answers under it."""
-    now = {site.name: site.lm for site in predictors_of(program)}
-    stale = [site.lm for site in sites if getattr(site.lm, "cache", False) and site.lm.model != now[site.name].model]
+    now = {predictor.name: predictor.lm for predictor in predictors_of(program)}
+    stale = [
+        predictor.lm
+        for predictor in predictors
+        if getattr(predictor.lm, "cache", False) and predictor.lm.model != now[predictor.name].model
+    ]
     if stale:
         warn_caller(
             f"The weights behind {stale[0].model!r} have changed since this LM was made. The search runs on the "
@@ -325,7 +336,7 @@ def _warn_of_other_weights(sites: Sequence[PredictorSite], program: Any) -> None
 def _refuse_nothing_to_do(
     targets: Sequence[Target],
     kept: Mapping[str, GreaterError],
-    sites: Sequence[PredictorSite],
+    predictors: Sequence[Predictor],
     trainset: Sequence[Any],
     step: Step,
 ) -> None:
@@ -334,7 +345,7 @@ def _refuse_nothing_to_do(
     if not step.needs_gold:
         first, *others = kept.values()
         raise type(first)(" ".join(["No predictor can be optimised.", str(first), *map(str, others)]))
-    outputs = sorted({name for site in sites for name in site.output_fields})
+    outputs = sorted({name for predictor in predictors for name in predictor.output_fields})
     raise DataError(
         "No predictor has an output field with gold values in the trainset. The program's output fields are "
         f"{', '.join(outputs)}; the rows' labels are {', '.join(sorted(trainset[0].labels().keys())) or 'none'}. "
@@ -360,10 +371,10 @@ def _warn_of_the_rest(kept: Mapping[str, GreaterError], step: Step) -> None:
 def _check_context(problem: Problem) -> None:
     """Refuse rows that do not fit into the context of the only predictor."""
     for target in problem.targets:
-        site = target.site
+        predictor = target.predictor
         inputs = [
-            {name: row[name] for name in site.input_fields if name in row}
+            {name: row[name] for name in predictor.input_fields if name in row}
             for row in [*problem.train, *problem.validation]
         ]
-        refuse_long_prompts(target.engine, target.layout(problem.extractor), site, inputs)
+        refuse_long_prompts(target.engine, target.layout(problem.extractor), predictor, inputs)
         target.refuse_long_answers(dict(enumerate(inputs[: len(problem.train)])), problem)

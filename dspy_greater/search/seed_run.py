@@ -16,7 +16,7 @@ from dspy_greater.notices import warn_caller
 from dspy_greater.program.copies import modules_that_run_copies
 from dspy_greater.program.dataset import name_rows
 from dspy_greater.program.inputs import named, shortened
-from dspy_greater.program.predictors import PredictorSite
+from dspy_greater.program.predictors import Predictor
 from dspy_greater.program.traced_run import calls_of
 
 if TYPE_CHECKING:
@@ -62,15 +62,15 @@ def check_seed_run(run: SeedRun) -> None:
     _warn_of_failures(run)
 
 
-def refuse_nameless_inputs(run: SeedRun, sites: Sequence[PredictorSite]) -> None:
+def refuse_nameless_inputs(run: SeedRun, predictors: Sequence[Predictor]) -> None:
     """Raises `DataError` when a predictor was called with none of its inputs: the rows name them differently."""
-    for site in sites:
-        calls = [call for each in run.rollouts for call in calls_of(each.trace, site.name)]
+    for predictor in predictors:
+        calls = [call for each in run.rollouts for call in calls_of(each.trace, predictor.name)]
         if calls and not any(call.inputs for call in calls):
             raise DataError(
-                f"Predictor `{site.name}` takes {named(site.input_fields)}, and was called on the training rows with "
-                f"nothing of that name; the rows' inputs are {named(list(run.rows[0].inputs()))}. Rename the inputs of "
-                "the rows, or of the signature."
+                f"Predictor `{predictor.name}` takes {named(predictor.input_fields)}, and was called on the training "
+                f"rows with nothing of that name; the rows' inputs are {named(list(run.rows[0].inputs()))}. Rename "
+                "the inputs of the rows, or of the signature."
             )
 
 

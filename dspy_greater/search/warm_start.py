@@ -47,8 +47,8 @@ def compile_warm(optimizer: Any, student: Any, problem: Problem, trainset: Seque
     if getattr(getattr(warmed, "detailed_results", None), "interrupted", False):
         return warmed
 
-    names = [site.name for site in predictors_of(student)]
-    found = {site.name: site.instruction for site in predictors_of(warmed) if site.name in names}
+    names = [predictor.name for predictor in predictors_of(student)]
+    found = {predictor.name: predictor.instruction for predictor in predictors_of(warmed) if predictor.name in names}
     refining = copy.copy(optimizer)
     refining.warm_start = None
     try:
@@ -64,7 +64,7 @@ def compile_warm(optimizer: Any, student: Any, problem: Problem, trainset: Seque
 
 
 def _instructions(program: Any) -> dict[str, str]:
-    return {site.name: site.instruction for site in predictors_of(program)}
+    return {predictor.name: predictor.instruction for predictor in predictors_of(program)}
 
 
 def _accepted(first: Any, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dspy_greater.errors import LayoutError, ParityError
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.called import merged_options
 from dspy_greater.program.copies import with_instructions
-from dspy_greater.program.predictors import PredictorSite
+from dspy_greater.program.predictors import Predictor
 from dspy_greater.program.rollout import Rollout
 from dspy_greater.program.servers import Servers
 from dspy_greater.program.tracing import Exchange
@@ -45,7 +45,7 @@ class Watch:
         self._found = Probed(0, 0, 0, 0)
         self._different, self._warned = 0, False
 
-    def begin(self, site: PredictorSite, layout: Layout, rows: Sequence[Any], servers: Servers) -> None:
+    def begin(self, predictor: Predictor, layout: Layout, rows: Sequence[Any], servers: Servers) -> None:
         """Compare on two of these rows, before anything is searched, and log who answers.
 
         Raises:
@@ -53,8 +53,8 @@ class Watch:
             ParityError: the server reads another prompt; with `strict`, or its tokens are not those of the weights.
             ServerError: it does not take what a row asks.
         """
-        _LOG.info("Predictor `%s`: %s", site.name, self.record())
-        asked = [_messages(site, layout, row) for row in rows[:_COMPARED]]
+        _LOG.info("Predictor `%s`: %s", predictor.name, self.record())
+        asked = [_messages(predictor, layout, row) for row in rows[:_COMPARED]]
         self._add(probe(self._twin, asked, servers), different=0)
         self._judge()
 
@@ -156,11 +156,11 @@ def neutral(program: Any, watches: Mapping[str, Watch | None]) -> Any:
     return copied
 
 
-def _messages(site: PredictorSite, layout: Layout, row: Any) -> list[dict[str, Any]]:
+def _messages(predictor: Predictor, layout: Layout, row: Any) -> list[dict[str, Any]]:
     """What the predictor sends for a row; where the program makes its inputs, the row's own values as one message."""
     inputs = dict(row.inputs())
-    if all(name in inputs for name in site.input_fields):
-        return layout.messages(site.instruction, {name: inputs[name] for name in site.input_fields})
+    if all(name in inputs for name in predictor.input_fields):
+        return layout.messages(predictor.instruction, {name: inputs[name] for name in predictor.input_fields})
     return [{"role": "user", "content": "\n".join(map(str, inputs.values()))}]
 
 

@@ -59,7 +59,7 @@ def _report(given: argparse.Namespace) -> str:
 def _export(given: argparse.Namespace) -> str:
     from dspy_greater.program.export import template_of
 
-    pairs = [each.partition("=") for each in given.signature]
+    pairs = [argument.partition("=") for argument in given.signature]
     for name, equals, _ in pairs:
         if not equals:
             raise ProgramError(f"--signature {name!r} names no predictor. Write NAME=SIGNATURE.")

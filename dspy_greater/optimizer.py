@@ -230,7 +230,7 @@ class GReaTer(Teleprompter):
                 f"{_GO_ON if self.log_dir else ''}",
                 RuntimeWarning,
             )
-        called_as = {each.predictor: each.called_as for each in journal.events() if isinstance(each, SearchStarted)}
+        called_as = {event.predictor: event.called_as for event in journal.events() if isinstance(event, SearchStarted)}
         return _finished(student, detailed, called_as)
 
     @contextmanager
@@ -239,7 +239,7 @@ class GReaTer(Teleprompter):
     ) -> Generator[tuple[Journal, Listeners], None, None]:
         """Everything that hears of a run's events, and what is on record of them."""
         identity = problem.identity()
-        versions = {f"server of {each.predictor}": str(each) for each in _servers(problem)}
+        versions = {f"server of {server.predictor}": str(server) for server in _servers(problem)}
         best_file = BestFile(self.log_dir, partial(saved, student))
         with (
             Journal.open(self.log_dir, identity, versions) as journal,
@@ -316,16 +316,18 @@ def _finished(student: Any, detailed: CompileResult, called_as: dict[str, str]) 
 
 def _ranked(detailed: CompileResult) -> list[tuple[float, dict[str, str]]]:
     """All whole programs that were validated, best first; what an interrupt or an error kept from it comes last."""
-    validated = [each for each in detailed.candidates if not math.isnan(each.score)]
+    validated = [program for program in detailed.candidates if not math.isnan(program.score)]
     returned = detailed.candidates[detailed.best_idx].instructions
-    ranked = sorted(validated, key=lambda each: (-each.score, each.instructions != returned))
+    ranked = sorted(validated, key=lambda program: (-program.score, program.instructions != returned))
     last = detailed.predictors[-1]
-    others = {each.name: each.instruction for each in detailed.predictors}
-    unknown = [each.instructions for each in detailed.candidates if math.isnan(each.score)]
-    unknown += [{**others, last.name: each.instruction} for each in last.finalists]
-    known = [each.instructions for each in validated]
-    rest = {tuple(each.items()): each for each in unknown if each not in known}
-    return [(each.score, each.instructions) for each in ranked] + [(math.nan, each) for each in rest.values()]
+    others = {predictor.name: predictor.instruction for predictor in detailed.predictors}
+    unknown = [program.instructions for program in detailed.candidates if math.isnan(program.score)]
+    unknown += [{**others, last.name: finalist.instruction} for finalist in last.finalists]
+    known = [program.instructions for program in validated]
+    rest = {tuple(instructions.items()): instructions for instructions in unknown if instructions not in known}
+    return [(program.score, program.instructions) for program in ranked] + [
+        (math.nan, instructions) for instructions in rest.values()
+    ]
 
 
 def _unvalidated(student: Any, detailed: CompileResult) -> UnvalidatedError:

@@ -52,7 +52,7 @@ class Task:
         """Under this instruction, row by row: what the predictor generated, r ~ f(. | x ⊙ p), and the score."""
         program, metric = searching_copy(self.problem.program, {self.predictor.name: text}), self.problem.metric
         runs = [run_pairs([(program, row)], metric, threads=1)[0] for row in self.problem.train]
-        return [self.examples.outcome(index, each) for index, each in enumerate(runs)]
+        return [self.examples.outcome(index, rollout) for index, rollout in enumerate(runs)]
 
     def random(self, step: int) -> random.Random:  # each step has a source of randomness of its own
         return random.Random(f"{self.problem.seed}/{self.predictor.name}/{step}")
@@ -137,15 +137,15 @@ def propose(task: Task, state: State, i: int) -> list[Candidate]:
     """Line 7: edits at position i with tokens that the model finds likely after every one of a few inputs."""
     settings, p, chance = task.settings, state.current.token_ids, task.random(state.step)
     inputs = [row.inputs for row in state.current.rows if row.inputs]
-    contexts = [(*task.layout.proposal_prefix(each), *p[:i]) for each in inputs]  # x_j ⊙ p_<i
+    contexts = [(*task.layout.proposal_prefix(given), *p[:i]) for given in inputs]  # x_j ⊙ p_<i
     size = min(settings.proposal_rows, len(contexts))
     draws = [chance.sample(contexts, size) for _ in range(settings.proposal_draws)]  # D_q, several times over
-    read = {each: logits_of(task.model, each)[-1].log_softmax(-1) for draw in draws for each in draw}  # [V] each
+    read = {prefix: logits_of(task.model, prefix)[-1].log_softmax(-1) for draw in draws for prefix in draw}  # [V] each
     f = {context: log_f for context, log_f in read.items() if not log_f.isnan().any()}
     ranked = {context: log_f.sort(descending=True, stable=True).indices.tolist() for context, log_f in f.items()}
     k, widest = settings.top_k, 16 * settings.top_k
     while True:
-        tops = [[set(ranked[each][:k]) for each in draw if each in ranked] for draw in draws]  # equation 3
+        tops = [[set(ranked[context][:k]) for context in draw if context in ranked] for draw in draws]  # equation 3
         tokens = {token for top_k in tops if top_k for token in set.intersection(*top_k)}  # equation 4, united
         legal = {token: made for token in tokens if (made := edits_with(task, state, i, token))}
         if len(legal) >= settings.minimum_candidates or k >= widest:
@@ -157,8 +157,8 @@ def propose(task: Task, state: State, i: int) -> list[Candidate]:
     shorter = None if task.paper or not contexts else task.layout.edits.delete(p, i)
     if shorter is not None and shorter[1] not in state.tried:
         found.append(Candidate("delete", *shorter, math.nan))
-    texts = [each.text for each in found]
-    return [each for at, each in enumerate(found) if each.text not in texts[:at]]
+    texts = [edit.text for edit in found]
+    return [edit for at, edit in enumerate(found) if edit.text not in texts[:at]]
 
 
 def edits_with(task: Task, state: State, i: int, token: int) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -179,7 +179,7 @@ def evaluate(task: Task, token_ids: tuple[int, ...], text: str) -> Evaluation:
         for at, sequence in enumerate(task.examples.alternatives(text, row)):  # x ⊙ p ⊙ r ⊙ p_extract ⊙ y, for each y
             if sequence is not None:
                 logits = logits_of(task.model, sequence.token_ids)
-                loss, nats = (float(each) for each in losses(task, logits, sequence))
+                loss, nats = (float(value) for value in losses(task, logits, sequence))
                 if not loss >= L_CE:  # of acceptable answers the likeliest counts
                     L_CE, answer, log_perplexity = loss, at, nats
         L_CE = L_CE if task.field else 1.0 - row.score  # without y, the metric is all
@@ -220,7 +220,7 @@ def paper_slopes(task: Task, p: Evaluation, i: int, tokens: Sequence[int]) -> li
             L_CE, log_perplexity = losses(task, logits, sequence)
             L = L_CE + task.settings.fluency_weight * log_perplexity.exp()  # equation 6
             found += torch.autograd.grad(L, ε)  # equation 7
-    return total([each for each in found if each[-1].isfinite()], len(at_i))
+    return total([slope for slope in found if slope[-1].isfinite()], len(at_i))
 
 
 def paper_step(task: Task, state: State) -> Step:
@@ -230,15 +230,15 @@ def paper_step(task: Task, state: State) -> Step:
     if i == len(p.token_ids) and candidates:  # the sentence is open: p grows by the likeliest token, to be improved on
         p = evaluate(task, candidates[0].token_ids, candidates[0].text)
         outcomes[p.instruction] = p
-    others = [each for each in candidates if each.text != p.instruction]
+    others = [edit for edit in candidates if edit.text != p.instruction]
     if not others:
         return Step(i, candidates, {}, {}, outcomes, p)
-    *slopes, own = paper_slopes(task, p, i, [each.token_ids[i] for each in others])  # lines 8 to 12
-    ahead = {each.text: slope - own for each, slope in zip(others, slopes, strict=True)}
+    *slopes, own = paper_slopes(task, p, i, [edit.token_ids[i] for edit in others])  # lines 8 to 12
+    ahead = {edit.text: slope - own for edit, slope in zip(others, slopes, strict=True)}
     ε = {text: slope for text, slope in {p.instruction: 0.0, **ahead}.items() if math.isfinite(slope)}
     selections = sorted(ε, key=ε.__getitem__)[: task.mu]  # line 14; p_i may be among them
-    outcomes |= {each.text: evaluate(task, each.token_ids, each.text) for each in others if each.text in selections}
-    moves = [each for text, each in {p.instruction: p, **outcomes}.items() if text in selections]
+    outcomes |= {edit.text: evaluate(task, edit.token_ids, edit.text) for edit in others if edit.text in selections}
+    moves = [move for text, move in {p.instruction: p, **outcomes}.items() if text in selections]
     return Step(i, candidates, ahead, {}, outcomes, best_of(moves, p))
 
 
@@ -252,8 +252,8 @@ def baseline_scale(task: Task, state: State) -> float:
 def score_slopes(task: Task, weighed: Weighed, i: int, tokens: Sequence[int]) -> list[float]:
     """∂S/∂ε of each token, [C], where ε weighs all alike; S = 1/M Σ_m (ℓ_m - b) log f(r_m | x, p)."""
     mistakes = [advantage for advantage, _ in weighed]  # less b
-    sequences = [(advantage, each) for advantage, reasoning in weighed for each in reasoning.sequences]
-    alike = max(mistakes) - min(mistakes) <= 1e-9 or not any(len(each.generated) for _, each in sequences)
+    sequences = [(advantage, sequence) for advantage, reasoning in weighed for sequence in reasoning.sequences]
+    alike = max(mistakes) - min(mistakes) <= 1e-9 or not any(len(sequence.generated) for _, sequence in sequences)
     α, found = task.settings.answer_weight if alike else 0.0, list[Tensor]()  # alike: S tells nothing of the answer
     for advantage, sequence in sequences:
         ids, r, y = sequence.token_ids, sequence.generated, sequence.answer
@@ -263,16 +263,16 @@ def score_slopes(task: Task, weighed: Weighed, i: int, tokens: Sequence[int]) ->
         if α and y is not None:
             S.append(α * nll(logits, ids, y, task.settings.answer_temperature).mean())
         found += torch.autograd.grad(torch.stack(S).sum() / len(weighed), ε) if S else []
-    return total([each for each in found if each.isfinite().all()], len(tokens))
+    return total([slope for slope in found if slope.isfinite().all()], len(tokens))
 
 
 def likelihood(task: Task, reasoning: Reasoning) -> tuple[float, float]:
     """log f(r | x, p), and L_CE of the gold answer after it, 0 where there is none."""
     log_f = L_CE = 0.0
-    for each in reasoning.sequences:
-        logits, heat = logits_of(task.model, each.token_ids), task.settings.answer_temperature
-        log_f -= float(nll(logits, each.token_ids, each.generated).sum())
-        L_CE += 0.0 if each.answer is None else float(nll(logits, each.token_ids, each.answer, heat).mean())
+    for sequence in reasoning.sequences:
+        logits, heat = logits_of(task.model, sequence.token_ids), task.settings.answer_temperature
+        log_f -= float(nll(logits, sequence.token_ids, sequence.generated).sum())
+        L_CE += 0.0 if sequence.answer is None else float(nll(logits, sequence.token_ids, sequence.answer, heat).mean())
     return log_f, L_CE
 
 
@@ -289,24 +289,24 @@ def off_policy(task: Task, state: State, weighed: Weighed, c: Sequence[int]) -> 
             ratio = κ * math.tanh((after - before) / κ)
             changes.append(advantage * ratio + task.settings.answer_weight * (lack(y_after) - lack(y_before)))
             weights.append(math.exp(ratio))
-    return (mean(changes), sum(weights) ** 2 / sum(each**2 for each in weights)) if weights else (math.inf, 0.0)
+    return (mean(changes), sum(weights) ** 2 / sum(weight**2 for weight in weights)) if weights else (math.inf, 0.0)
 
 
 def look_at(task: Task, state: State, weighed: Weighed, i: int, alone: bool) -> tuple[Step, list[Candidate]]:
     """What could be tried at position i, and a shortlist by slope: kinds in turn, since they cannot be compared."""
     p, candidates, slopes = state.current, propose(task, state, i), dict[str, float]()
-    kinds = [[each for each in candidates if each.edit == kind] for kind in ("replace", "insert", "delete")]
+    kinds = [[edit for edit in candidates if edit.edit == kind] for kind in ("replace", "insert", "delete")]
     for alike, behind in zip(kinds, (i + 1, i), strict=False):  # in the place of p_i, or in a gap before it
         if weighed and len(alike) > 1:
-            tokens = [each.token_ids[i] for each in alike]
+            tokens = [edit.token_ids[i] for edit in alike]
             ids = (*p.token_ids[:i], tokens[0], *p.token_ids[behind:])
             under = [(advantage, reasoning.under(ids)) for advantage, reasoning in weighed]
-            slopes |= dict(zip([each.text for each in alike], score_slopes(task, under, i, tokens), strict=True))
-    best_first = [sorted(alike, key=lambda each: slopes.get(each.text, math.inf)) for alike in kinds]
-    in_turn = [each for turn in zip_longest(*best_first) for each in turn if each is not None]
+            slopes |= dict(zip([edit.text for edit in alike], score_slopes(task, under, i, tokens), strict=True))
+    best_first = [sorted(alike, key=lambda edit: slopes.get(edit.text, math.inf)) for alike in kinds]
+    in_turn = [edit for turn in zip_longest(*best_first) for edit in turn if edit is not None]
     shortlist = in_turn[: max(task.settings.forecasts, task.mu)]
     asked = shortlist if weighed and task.settings.forecasts and len(shortlist) > alone else []
-    forecasts = {each.text: off_policy(task, state, weighed, each.token_ids) for each in asked}
+    forecasts = {edit.text: off_policy(task, state, weighed, edit.token_ids) for edit in asked}
     return Step(i, candidates, slopes, forecasts, {}, p), shortlist
 
 
@@ -320,34 +320,34 @@ def default_step(task: Task, state: State) -> Step:
     drawn = chance.sample(rows, min(settings.replayed, len(rows)))
     laid_out = [(row, task.examples.sequences(p.instruction, row)) for row in drawn]
     reasonings = [Reasoning(row.row, 1.0 - row.score, 1.0, calls) for row, calls in laid_out if calls]
-    b = baseline_scale(task, state) * mean(each.mistake for each in reasonings)
-    weighed = [] if blind else [(each.mistake - b, each) for each in reasonings]
+    b = baseline_scale(task, state) * mean(reasoning.mistake for reasoning in reasonings)
+    weighed = [] if blind else [(reasoning.mistake - b, reasoning) for reasoning in reasonings]
 
     positions, following = [state.position], next_position(task, p, state.position)
     while settings.forecasts and weighed and len(positions) < settings.positions_ahead and following not in positions:
         positions.append(following)
         following = next_position(task, p, following)
     looks = [look_at(task, state, weighed, i, alone=len(positions) == 1) for i in positions]
-    leads = [min([step.promise(each.text) for each in short], default=math.inf) for step, short in looks]
+    leads = [min([step.promise(edit.text) for edit in short], default=math.inf) for step, short in looks]
     step, shortlist = looks[leads.index(min(leads))]
-    tried = sorted(shortlist, key=lambda each: step.promise(each.text))[: task.mu]
+    tried = sorted(shortlist, key=lambda edit: step.promise(edit.text))[: task.mu]
     if blind:
         tried = chance.sample(step.candidates, min(task.mu, len(step.candidates)))
     elif len(known) >= 9 and rank_correlation(known) >= 0.3:
-        tried = [each for each in tried if step.promise(each.text) < 0] or tried[:1]
-    outcomes = {each.text: evaluate(task, each.token_ids, each.text) for each in step.candidates if each in tried}
-    return replace(step, outcomes=outcomes, chosen=best_of([outcomes[each.text] for each in tried], p))
+        tried = [edit for edit in tried if step.promise(edit.text) < 0] or tried[:1]
+    outcomes = {edit.text: evaluate(task, edit.token_ids, edit.text) for edit in step.candidates if edit in tried}
+    return replace(step, outcomes=outcomes, chosen=best_of([outcomes[edit.text] for edit in tried], p))
 
 
 def best_of(tried: Iterable[Evaluation], p: Evaluation) -> Evaluation:
     """Line 15: the lowest objective, though it be worse than p's; p where none is finite."""
-    return min((each for each in tried if each.objective[0] < math.inf), key=lambda each: each.objective, default=p)
+    return min((move for move in tried if move.objective[0] < math.inf), key=lambda move: move.objective, default=p)
 
 
 def move_on(task: Task, state: State, step: Step) -> State:
     """Lines 16 to 19: p*, the finalists, and where to go on; by default a walk that finds no new p* returns to p*."""
-    ranked = sorted([*state.best, step.chosen, *step.outcomes.values()], key=lambda each: each.objective)
-    best = list({each.instruction: each for each in ranked}.values())[: task.settings.finalists]
+    ranked = sorted([*state.best, step.chosen, *step.outcomes.values()], key=lambda evaluation: evaluation.objective)
+    best = list({evaluation.instruction: evaluation for evaluation in ranked}.values())[: task.settings.finalists]
     p, i, unchanged = step.chosen, step.position, state.unchanged + 1
     if best[0].instruction != state.best[0].instruction:
         unchanged = 0
@@ -365,7 +365,7 @@ def next_position(task: Task, p: Evaluation, i: int) -> int:
     words = p.instruction[len(fixed) :]
     ends = words.rstrip().rstrip("\"')]").endswith((".", "!", "?", "。", "！", "？")) and any(map(str.isalnum, words))
     grows = not ends and len(editable if fixed else p.token_ids) < task.settings.max_instruction_tokens
-    later = [each for each in editable if each > i] or ([length] if grows and i < length else editable)
+    later = [place for place in editable if place > i] or ([length] if grows and i < length else editable)
     return min(later, default=length if fixed else 0)
 
 
@@ -373,7 +373,7 @@ def predictions_of(step: Step, p: Evaluation) -> list[Prediction]:
     """For each candidate that was tried: its forecast, or else its slope, and what came of it on the same rows."""
     predicted = {**step.slopes, **{text: change for text, (change, _) in step.forecasts.items()}}
     found = list[Prediction]()
-    for text in (each.text for each in step.candidates if each.text in predicted and each.text in step.outcomes):
+    for text in (edit.text for edit in step.candidates if edit.text in predicted and edit.text in step.outcomes):
         pairs = list(zip(p.rows, step.outcomes[text].rows, strict=True))
         mistakes = mean(before.score - after.score for before, after in pairs)
         L_CE = mean(after.cross_entropy - before.cross_entropy for before, after in pairs)
@@ -384,17 +384,17 @@ def predictions_of(step: Step, p: Evaluation) -> list[Prediction]:
 def rank_correlation(pairs: Sequence[Prediction]) -> float:
     """Spearman's ρ of what was predicted and what was realised; nan where one of them does not vary."""
     sides: list[list[Any]] = [[predicted for predicted, _ in pairs], [realised for _, realised in pairs]]
-    ranks = [[sorted(side).index(each) + side.count(each) / 2 for each in side] for side in sides]  # ties share theirs
+    ranks = [[sorted(side).index(item) + side.count(item) / 2 for item in side] for side in sides]  # ties share theirs
     return float(torch.corrcoef(torch.tensor(ranks, dtype=torch.float64))[0, 1])
 
 
 def total(slopes: Sequence[Tensor], count: int) -> list[float]:
     """The sum over examples; infinite where there is no finite one."""
     summed = torch.stack(list(slopes)).double().sum(0).tolist() if slopes else [math.inf] * count
-    return [each if math.isfinite(each) else math.inf for each in summed]
+    return [slope if math.isfinite(slope) else math.inf for slope in summed]
 
 
 def mean(values: Iterable[float]) -> float:
     """Of those that are finite; nan of none."""
-    known = [each for each in values if math.isfinite(each)]
+    known = [value for value in values if math.isfinite(value)]
     return sum(known) / len(known) if known else math.nan

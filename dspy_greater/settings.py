@@ -177,11 +177,16 @@ def spelled_out(knobs: type) -> Callable[[Function], Function]:
 
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function)
-        named = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        named = [
+            parameter
+            for parameter in signature.parameters.values()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
         annotations = knobs.__annotations__.items()
         keyword = inspect.Parameter.KEYWORD_ONLY
         named += [
-            inspect.Parameter(name, keyword, default=None, annotation=_text_of(each)) for name, each in annotations
+            inspect.Parameter(name, keyword, default=None, annotation=_text_of(annotation))
+            for name, annotation in annotations
         ]
         vars(function)["__signature__"] = signature.replace(parameters=named)
         return function

@@ -55,12 +55,12 @@ def estimate(problem: Problem, most_rows: int = ROWS) -> Estimate:
     whole = Estimate(
         predictors=tuple(target.predictor.name for target, _ in called),
         steps=problem.settings.steps,
-        seed=average([each.seed for each in parts]),
-        step=average([each.step for each in parts]),
-        validation=average([each.validation for each in parts]),
-        low=sum((each.low for each in parts), Cost()),
-        high=sum((each.high for each in parts), Cost()),
-        peak_bytes=max(each.peak_bytes for each in parts),
+        seed=average([part.seed for part in parts]),
+        step=average([part.step for part in parts]),
+        validation=average([part.validation for part in parts]),
+        low=sum((part.low for part in parts), Cost()),
+        high=sum((part.high for part in parts), Cost()),
+        peak_bytes=max(part.peak_bytes for part in parts),
         probe=sum((measured.cost for _, measured in found), Cost()),
     )
     return plan_of(problem).budget.bounded(whole)

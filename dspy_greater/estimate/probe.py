@@ -125,7 +125,9 @@ def probe(problem: Problem, target: Target, most_rows: int = ROWS) -> Measured:
     runs = len(rows) * len(evaluations)
     run_seconds = wall / runs * max(1, min(problem.settings.num_threads, len(rows) * len(evaluations) / 2))
     if not served:
-        run_seconds = _program_seconds(problem, target, rows, [each.instruction for each in evaluations], model)
+        run_seconds = _program_seconds(
+            problem, target, rows, [evaluation.instruction for evaluation in evaluations], model
+        )
     speed = _speed(problem, target, evaluator, evaluations, reasoned.high)
     supervised = evaluator.supervised(evaluations[0], reasoned=False)
     counted = target.engine.counters - before
@@ -134,7 +136,7 @@ def probe(problem: Problem, target: Target, most_rows: int = ROWS) -> Measured:
         calls=len(reasoned.student.runs) / len(rows),
         asked=asked,
         loss_read=loss_read,
-        gold=mean([float(len(each.answer)) for each in supervised]) if supervised else 0.0,
+        gold=mean([float(len(example.answer)) for example in supervised]) if supervised else 0.0,
         tail=_tail(reasoned.student.runs, supervised),
         context=_context(evaluator, evaluations[0]),
         edit_seconds=edit_seconds,
@@ -197,13 +199,13 @@ def _asked(at: StepContext, model: Watched, *, answered: bool) -> Asked:
     found = requests(at, at.settings.written) if any(row.inputs for row in at.current.rows) else []
     if not found:
         return Asked()
-    read, room = mean([float(len(each.prompt)) for each in found]), float(found[0].max_new_tokens)
+    read, room = mean([float(len(request.prompt)) for request in found]), float(found[0].max_new_tokens)
     if not answered:
         return Asked(read, room / 2, room, 0.5)
     count = -(-len(found) // 2)
     before, known = model.writing, len(model.answers)
     usable = propose_written(replace(at, settings=replace(at.settings, written=count)))
-    longest = max((len(each.token_ids) for each in list(model.answers.values())[known:]), default=0)
+    longest = max((len(generation.token_ids) for generation in list(model.answers.values())[known:]), default=0)
     written = (model.writing.written - before.written) / count
     return Asked(read, written, float(longest), (len(usable) + 1) / (count + 2))
 
@@ -220,14 +222,14 @@ def _edits(at: StepContext, model: Watched) -> tuple[list[Instruction], float]:
     before, began = model.cost.seconds, time.perf_counter()
     found = propose_edits(at)
     seconds = time.perf_counter() - began - (model.cost.seconds - before)
-    return [each.instruction for each in found[:EDITS]], max(0.0, seconds)
+    return [edit.instruction for edit in found[:EDITS]], max(0.0, seconds)
 
 
 def _program_seconds(
     problem: Problem, target: Target, rows: Sequence[Any], instructions: Sequence[str], model: Watched
 ) -> float:
     """Of the program itself on a row: it is run again, with the answers that are known."""
-    copies = [searching_copy(problem.program, {target.predictor.name: each}) for each in instructions]
+    copies = [searching_copy(problem.program, {target.predictor.name: instruction}) for instruction in instructions]
     pairs = [(copied, row) for copied in copies for row in rows]
     anything = next(iter(model.answers.values()))
     began = time.perf_counter()
@@ -235,7 +237,7 @@ def _program_seconds(
         pairs,
         unscored,
         threads=problem.settings.num_threads,
-        generate=lambda requests: [model.answers.get(each.prompt, anything) for each in requests],
+        generate=lambda requests: [model.answers.get(request.prompt, anything) for request in requests],
     )
     return (time.perf_counter() - began) / len(pairs)
 
@@ -252,14 +254,14 @@ def _speed(
 
 def _tail(runs: Sequence[Run], supervised: Sequence[Supervised]) -> float:
     shared, _ = prompt_lengths(runs)
-    middles = [(each.instruction.start + each.instruction.stop) / 2 for each in supervised]
+    middles = [(example.instruction.start + example.instruction.stop) / 2 for example in supervised]
     return max(0.0, shared - mean(middles)) if middles else 0.0
 
 
 def _context(evaluator: Evaluator, seed: Evaluation) -> float:
     """Half of the instruction is behind the position, on the mean."""
     contexts = evaluator.proposal_contexts(seed, len(seed.token_ids) // 2)
-    return mean([float(len(each)) for each in contexts]) if contexts else 0.0
+    return mean([float(len(context)) for context in contexts]) if contexts else 0.0
 
 
 def prompt_lengths(runs: Sequence[Run]) -> tuple[float, float]:
@@ -272,4 +274,4 @@ def prompt_lengths(runs: Sequence[Run]) -> tuple[float, float]:
     if not prompts:
         return 0.0, 0.0
     shared = shared_length(prompts) if len(prompts) > 1 else len(prompts[0]) // 2
-    return float(shared), mean([float(len(each)) for each in prompts]) - shared
+    return float(shared), mean([float(len(prompt)) for prompt in prompts]) - shared

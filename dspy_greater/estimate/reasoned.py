@@ -56,8 +56,8 @@ def lengths(evaluator: Evaluator, evaluations: Sequence[Evaluation], written: fl
 
     What of these the record lacks (other predictors' answers, ends of turns) is shared alike among the runs.
     """
-    runs = [tuple(evaluator.generated(each)) for each in evaluations]
-    rows, told = len(evaluations[0].rows), [_written(each) for each in runs]
+    runs = [tuple(evaluator.generated(evaluation)) for evaluation in evaluations]
+    rows, told = len(evaluations[0].rows), [_written(run) for run in runs]
     rest = max(0.0, written - sum(told)) / (rows * len(evaluations))
     most = max((len(generated) for _, generated in runs[0]), default=0)
     student = Reasoned(runs[0], told[0] / rows + rest, most + rest)
@@ -71,7 +71,7 @@ def lengths(evaluator: Evaluator, evaluations: Sequence[Evaluation], written: fl
         return Reasoned(longer(runs[0], length * called / told[0]), length * called / rows + rest, some[-1][0] + rest)
 
     half = -(-len(own) // 2)
-    ordered = sorted((as_long_as(own[:half]), student, as_long_as(own[-half:])), key=lambda each: each.written)
+    ordered = sorted((as_long_as(own[:half]), student, as_long_as(own[-half:])), key=lambda guess: guess.written)
     return Lengths(student, ordered[0], as_long_as(own), ordered[-1])
 
 
@@ -86,13 +86,13 @@ def longer(runs: Sequence[Run], times: float) -> tuple[Run, ...]:
 
 def _own(evaluator: Evaluator, evaluations: Sequence[Evaluation]) -> list[tuple[int, float]]:
     """Length and weight of every run that reasons on its own row; of all runs where none does."""
-    runs = [(each, row) for each in evaluations for row in each.rows if row.inputs]
+    runs = [(evaluation, row) for evaluation in evaluations for row in evaluation.rows if row.inputs]
     rows_of: dict[str, set[int]] = defaultdict(set)
     for _, row in runs:
         rows_of[_text(row)].add(row.row)
-    own = [(each, row) for each, row in runs if len(rows_of[_text(row)]) == 1] or runs
-    weighted = [(replace(each, rows=(row,)), _WRONG + min(1.0, max(0.0, row.score))) for each, row in own]
-    found = [(_written(evaluator.generated(each)), weight) for each, weight in weighted]
+    own = [(evaluation, row) for evaluation, row in runs if len(rows_of[_text(row)]) == 1] or runs
+    weighted = [(replace(evaluation, rows=(row,)), _WRONG + min(1.0, max(0.0, row.score))) for evaluation, row in own]
+    found = [(_written(evaluator.generated(evaluation)), weight) for evaluation, weight in weighted]
     return [(length, weight) for length, weight in found if length]
 
 

@@ -100,7 +100,9 @@ def _reading(engine: Engine, reasonings: Sequence[Reasoning]) -> float:
 
 def _differentiating(engine: Engine, reasonings: Sequence[Reasoning], position: int) -> tuple[float, float]:
     """Seconds and bytes a token; zeros where nothing can be differentiated."""
-    if not reasonings or not any(len(sequence.generated) for each in reasonings for sequence in each.sequences):
+    if not reasonings or not any(
+        len(sequence.generated) for reasoning in reasonings for sequence in reasoning.sequences
+    ):
         return 0.0, 0.0
 
     def differentiate(some: Sequence[Reasoning]) -> tuple[float, float]:
@@ -120,7 +122,7 @@ class _SavedBytes:
     """Counts what backward passes keep besides the weights, while it is entered."""
 
     def __init__(self, model: Any) -> None:
-        self._weights = {each.untyped_storage().data_ptr() for each in model.parameters()}
+        self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         self._seen: set[tuple[int, int]] = set()
         self.bytes = 0
 
@@ -145,7 +147,7 @@ def _state_bytes(engine: Engine, prompt: Tokens) -> float:
     """Bytes of a token's key-value states; 0 where they cannot be seen."""
     with engine.exclusive():
         found = PrefixCache(engine).read(prompt[:64], rows=2, longest=len(prompt[:64]) + 1)
-    return sum(each.nbytes for each in found.states) / len(found) if found else 0.0
+    return sum(state.nbytes for state in found.states) / len(found) if found else 0.0
 
 
 def resident_bytes(engine: Engine) -> int:
@@ -157,7 +159,7 @@ def resident_bytes(engine: Engine) -> int:
         with open("/proc/self/statm") as file:
             pages = int(file.read().split()[1])
     except (OSError, ValueError, IndexError):  # not Linux
-        return sum(each.nbytes for each in engine.model.parameters())
+        return sum(parameter.nbytes for parameter in engine.model.parameters())
     import resource
 
     return pages * resource.getpagesize()

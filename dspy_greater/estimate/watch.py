@@ -48,7 +48,7 @@ class Watched:
         """See `interface.Model`."""
         with self._timed("writing"):
             found = self._model.generate(requests)
-        self.answers.update(zip((each.prompt for each in requests), found, strict=True))
+        self.answers.update(zip((request.prompt for request in requests), found, strict=True))
         return found
 
     def next_token_logprobs(self, contexts: Sequence[Sequence[int]]) -> Tensor:

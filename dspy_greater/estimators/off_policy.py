@@ -77,16 +77,18 @@ def likelihoods(model: Model, reasonings: Sequence[Reasoning], *, answer_tempera
     """
     if not answer_temperature > 0:
         raise SettingsError(f"answer_temperature is {answer_temperature}; give a number above 0, like 0.2.")
-    sequences = [sequence for each in reasonings for sequence in each.sequences]
+    sequences = [sequence for reasoning in reasonings for sequence in reasoning.sequences]
     queries: list[TokenQuery] = []
-    for row, each in enumerate(sequences):
-        _check(row, each)
-        queries += [TokenQuery(row, at) for at in range(each.generated.start, each.generated.stop)]
-        if each.answer is not None:
-            queries += [TokenQuery(row, at, answer_temperature) for at in range(each.answer.start, each.answer.stop)]
-    taken = iter(floats(model.token_logprobs([each.token_ids for each in sequences], queries)))  # R numbers
-    found = iter([_of_sequence([next(taken) for _ in range(_asked(each))], each) for each in sequences])
-    return [Likelihood.together([next(found) for _ in each.sequences]) for each in reasonings]
+    for row, sequence in enumerate(sequences):
+        _check(row, sequence)
+        queries += [TokenQuery(row, at) for at in range(sequence.generated.start, sequence.generated.stop)]
+        if sequence.answer is not None:
+            queries += [
+                TokenQuery(row, at, answer_temperature) for at in range(sequence.answer.start, sequence.answer.stop)
+            ]
+    taken = iter(floats(model.token_logprobs([sequence.token_ids for sequence in sequences], queries)))  # R numbers
+    found = iter([_of_sequence([next(taken) for _ in range(_asked(sequence))], sequence) for sequence in sequences])
+    return [Likelihood.together([next(found) for _ in reasoning.sequences]) for reasoning in reasonings]
 
 
 def forecast(
@@ -138,9 +140,9 @@ def _of_sequence(logprobs: Sequence[float], sequence: ReasonedSequence) -> Likel
     return Likelihood(_finite(generated), _finite(answer))
 
 
-def _check(row: int, each: ReasonedSequence) -> None:
-    length = len(each.token_ids)
-    spans = {"generated": each.generated} | ({"answer": each.answer} if each.answer is not None else {})
+def _check(row: int, sequence: ReasonedSequence) -> None:
+    length = len(sequence.token_ids)
+    spans = {"generated": sequence.generated} | ({"answer": sequence.answer} if sequence.answer is not None else {})
     for name, span in spans.items():
         # What was generated may be nothing; an answer may not.
         if not 1 <= span.start <= span.stop <= length or (name == "answer" and span.start == span.stop):

@@ -55,14 +55,14 @@ class TokenGradient:
     @property
     def total(self) -> tuple[float, ...]:
         """∂L/∂ε summed over the finite examples, [C]; nan throughout when there is none."""
-        usable = [math.isfinite(each) for each in self.per_example_current]
+        usable = [math.isfinite(slope) for slope in self.per_example_current]
         rows = [row for row, finite in zip(self.per_example, usable, strict=True) if finite]
         return tuple(_sum([row[column] for row in rows]) for column in range(len(self.candidates)))
 
     @property
     def total_current(self) -> float:
         """∂L/∂ε at p_i, summed over the finite examples; nan when there is none."""
-        return _sum([each for each in self.per_example_current if math.isfinite(each)])
+        return _sum([slope for slope in self.per_example_current if math.isfinite(slope)])
 
     @property
     def predicted_change(self) -> tuple[float, ...]:
@@ -107,13 +107,15 @@ def paper_gradient(
     """
     check_supervised(examples, answer_temperature)
     current = _current_token(examples, position)
-    sequences = [each.token_ids for each in examples]
+    sequences = [example.token_ids for example in examples]
     queries: list[TokenQuery] = []
-    for row, (each, factor) in enumerate(zip(examples, _fluency_factors(model, examples, fluency_weight), strict=True)):
-        queries += span_queries(row, each.answer, answer_temperature, -1.0)  # L_CE, a mean over the answer
-        queries += span_queries(row, each.instruction, 1.0, -factor) if factor else []
+    for row, (example, factor) in enumerate(
+        zip(examples, _fluency_factors(model, examples, fluency_weight), strict=True)
+    ):
+        queries += span_queries(row, example.answer, answer_temperature, -1.0)  # L_CE, a mean over the answer
+        queries += span_queries(row, example.instruction, 1.0, -factor) if factor else []
     E = model.embed([*candidates, current])  # [C + 1, d]
-    places = tuple(each.instruction.start + position for each in examples)
+    places = tuple(example.instruction.start + position for example in examples)
     leaf = Leaf(places, E[-1:].expand(len(examples), -1))  # ε·E = E[p_i], one for each example
     gradient = model.logprob_gradient(sequences, queries, leaf)  # [N, d]  ∂L/∂(ε·E)
     unusable = ~gradient.isfinite().all(1, keepdim=True)  # [N, 1]
@@ -127,9 +129,9 @@ def _fluency_factors(model: Model, examples: Sequence[Supervised], fluency_weigh
     """λ exp(L_nll) of each example: what its instruction's mean negative log-likelihood weighs in ∂L; 0 without λ."""
     if fluency_weight == 0:
         return [0.0] * len(examples)
-    queries = [query for row, each in enumerate(examples) for query in span_queries(row, each.instruction, 1.0)]
-    logprobs = model.token_logprobs([each.token_ids for each in examples], queries)  # [R]
-    nll = -torch.tensor(means(logprobs, [each.instruction for each in examples]), dtype=torch.float64)
+    queries = [query for row, example in enumerate(examples) for query in span_queries(row, example.instruction, 1.0)]
+    logprobs = model.token_logprobs([example.token_ids for example in examples], queries)  # [R]
+    nll = -torch.tensor(means(logprobs, [example.instruction for example in examples]), dtype=torch.float64)
     return floats(fluency_weight * nll.exp())
 
 
@@ -137,8 +139,10 @@ def _current_token(examples: Sequence[Supervised], position: int) -> int:
     """p_i, or an error when there is no such token or the examples do not agree on the instruction."""
     if not examples:
         raise LayoutError("There is no example to take the gradient of; give at least one.")
-    spans = [each.instruction for each in examples]
-    instructions = [tuple(each.token_ids[span.start : span.stop]) for each, span in zip(examples, spans, strict=True)]
+    spans = [example.instruction for example in examples]
+    instructions = [
+        tuple(example.token_ids[span.start : span.stop]) for example, span in zip(examples, spans, strict=True)
+    ]
     for row, instruction in enumerate(instructions):
         if instruction != instructions[0]:
             raise LayoutError(

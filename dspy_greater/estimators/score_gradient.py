@@ -87,13 +87,13 @@ def _surrogate(
     answer_temperature: float,
 ) -> tuple[list[Tokens], list[TokenQuery], Tokens]:
     """S as sequences and weighted queries, and the leaf's places; sequences that no term asks for are left out."""
-    total = math.fsum(each.share for each in replay.reasonings)
+    total = math.fsum(reasoning.share for reasoning in replay.reasonings)
     sequences: list[Tokens] = []
     queries: list[TokenQuery] = []
     places: list[int] = []
-    for each, advantage in zip(replay.reasonings, replay.advantages, strict=True):
-        share = each.share / total
-        for sequence in each.sequences:
+    for reasoning, advantage in zip(replay.reasonings, replay.advantages, strict=True):
+        share = reasoning.share / total
+        for sequence in reasoning.sequences:
             row, span = len(sequences), sequence.generated
             mine = [TokenQuery(row, at, 1.0, share * advantage) for at in range(span.start, span.stop) if advantage]
             if sequence.answer is not None and answer_weight:  # L_CE is the mean negative log-likelihood
@@ -106,14 +106,15 @@ def _surrogate(
 
 
 def _check(reasonings: Sequence[Reasoning], position: int, candidates: Sequence[int]) -> None:
-    sequences = [sequence for each in reasonings for sequence in each.sequences]
+    sequences = [sequence for reasoning in reasonings for sequence in reasoning.sequences]
     if not sequences:
         raise LayoutError("There is no reasoning to take the gradient over; give at least one with a sequence.")
-    for each in sequences:
-        if not 0 <= position < len(each.instruction) or each.instruction.start < 1:
+    for sequence in sequences:
+        if not 0 <= position < len(sequence.instruction) or sequence.instruction.start < 1:
             raise LayoutError(
-                f"Position {position} is not in the instruction [{each.instruction.start}, {each.instruction.stop}) of "
-                "a sequence, or no token stands before the instruction; lay the reasonings out under one instruction."
+                f"Position {position} is not in the instruction [{sequence.instruction.start}, "
+                f"{sequence.instruction.stop}) of a sequence, or no token stands before the instruction; lay the "
+                "reasonings out under one instruction."
             )
     if not candidates:
         raise SettingsError("There is no candidate to take the slope for; give at least one token id.")

@@ -53,10 +53,10 @@ def estimate(task: Task) -> Estimate:
         high=sum((many.iteration(number) for number in numbers), validation),
         probe=Cost(
             runs=spent["generation"]["runs"],
-            read=sum(each["prompt_tokens"] for each in spent.values()),
-            written=sum(each["completion_tokens"] for each in spent.values()),
+            read=sum(module["prompt_tokens"] for module in spent.values()),
+            written=sum(module["completion_tokens"] for module in spent.values()),
             seconds=time.monotonic() - began,
-            calls=sum(each["calls"] for each in spent.values()),
+            calls=sum(module["calls"] for module in spent.values()),
         ),
         bounded_by=bounded_by,
         unit="iterations",
@@ -150,7 +150,7 @@ def _probe(task: Task) -> _Probed:
     meter = _TimedMeter()
     loop = Loop(_small(task), meter)
     outputs = loop.take_iteration().members[0].outputs
-    wrong = sum(bool(each.evaluation) for each in outputs)
+    wrong = sum(bool(output.evaluation) for output in outputs)
     asked = meter.spent().get("gradients", {})
     asked_of = asked.get("answered", 0) + asked.get("unanswered", 0)
     return _Probed(
@@ -181,8 +181,8 @@ def _small(task: Task) -> Task:
 def _within_budget(task: Task, iterations: list[Cost], validation: Cost) -> tuple[list[Cost], str | None]:
     """The iterations that fit, as `Meter.admit` and `Loop` see it, and the name of the limit that ends the run."""
     settings, done = task.settings, Cost()
-    for number, each in enumerate(iterations):
-        after = done + each + validation
+    for number, cost in enumerate(iterations):
+        after = done + cost + validation
         limits = {
             "max_lm_calls": (settings.max_lm_calls, after.calls),
             "max_lm_tokens": (settings.max_lm_tokens, after.tokens),
@@ -191,5 +191,5 @@ def _within_budget(task: Task, iterations: list[Cost], validation: Cost) -> tupl
         reached = [name for name, (limit, value) in limits.items() if limit is not None and value > limit]
         if reached:
             return iterations[:number], reached[0]
-        done += each
+        done += cost
     return iterations, None

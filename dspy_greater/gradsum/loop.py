@@ -130,7 +130,7 @@ class Loop:
         task = self._task
         validation = Evaluator(task, task.validation, self._asker, self._meter, floor=len(task.validation))
         outputs = validation.evaluate(finalists, range(len(task.validation)))
-        refuse_useless_metric(*([output.error for output in each] for each in outputs), rows="validation rows")
+        refuse_useless_metric(*([output.error for output in group] for group in outputs), rows="validation rows")
         runs, count = validation.take_runs(), len(task.validation)
         return outputs, [runs[start : start + count] for start in range(0, len(runs), count)]
 
@@ -152,7 +152,7 @@ class Loop:
         ]
         asked = [(member, output) for member, output in outputs if not self._is_gradient(output)]
         answers = self._asker.ask(
-            "gradients", self._task.gradient_lm, [self._gradient_question(*each) for each in asked]
+            "gradients", self._task.gradient_lm, [self._gradient_question(*pair) for pair in asked]
         )
         written = {(member, output.row): found for (member, output), found in zip(asked, answers.found, strict=True)}
         gradients: list[list[TextGradient]] = [[] for _ in generated]
@@ -196,7 +196,7 @@ class Loop:
     def _summarise(self, gradients: Sequence[Sequence[TextGradient]]) -> list[Prompts]:
         """Module 4: all gradients of a member that concern a predictor -> one paragraph."""
         concerned = [
-            (member, name, [each.text for each in group if name in each.concerns])
+            (member, name, [gradient.text for gradient in group if name in gradient.concerns])
             for member, group in enumerate(gradients)
             for name in self._predictors
         ]
@@ -226,7 +226,7 @@ class Loop:
     def _edit(self, summaries: Sequence[Prompts]) -> list[tuple[Prompts, ...]]:
         """Module 5: candidates from the summary and the task description; the k-th of all predictors go together."""
         asked = [(member, name, text) for member, group in enumerate(summaries) for name, text in group.items()]
-        questions = [self._edit_question(*each) for each in asked]
+        questions = [self._edit_question(*entry) for entry in asked]
         answers = self._asker.ask("editing", self._task.editor_lm, questions)
         versions: list[dict[str, tuple[str, ...]]] = [{} for _ in summaries]
         for (member, name, _), found in zip(asked, answers.found, strict=True):
@@ -271,9 +271,9 @@ class Loop:
         """The latest prompts of a predictor that were compared, with their scores there."""
         found: dict[str, str] = {}
         for iteration in self.iterations:
-            for each in iteration.compared:
-                found.pop(each.prompts[name], None)  # the latest score counts
-                found[each.prompts[name]] = f"{each.score[0]:.2f}: {each.prompts[name]}"
+            for scored in iteration.compared:
+                found.pop(scored.prompts[name], None)  # the latest score counts
+                found[scored.prompts[name]] = f"{scored.score[0]:.2f}: {scored.prompts[name]}"
         return list(found.values())[-self._task.settings.tried_shown :] if self._task.settings.tried_shown else []
 
     def _select(
@@ -283,20 +283,20 @@ class Loop:
         entrants = [*self.beam, *(prompts for group in candidates for prompts in group)]
         outputs = self._training.evaluate(entrants, subset)
         compared = tuple(
-            PromptsScored(prompts, each, mean_score(each)) for prompts, each in zip(entrants, outputs, strict=True)
+            PromptsScored(prompts, group, mean_score(group)) for prompts, group in zip(entrants, outputs, strict=True)
         )
-        ranked = sorted(compared, key=lambda each: each.score, reverse=True)
-        return compared, tuple(each.prompts for each in ranked[: self._task.settings.beam_width])
+        ranked = sorted(compared, key=lambda scored: scored.score, reverse=True)
+        return compared, tuple(scored.prompts for scored in ranked[: self._task.settings.beam_width])
 
     def _recall(self, iteration: IterationTaken) -> None:
         for member in iteration.members:
             self._training.recall(member.prompts, member.outputs)
-        for each in iteration.compared:
-            self._training.recall(each.prompts, each.outputs)
+        for scored in iteration.compared:
+            self._training.recall(scored.prompts, scored.outputs)
         self._meter.recall(iteration.spent)
 
     def _refuse_late_start(self) -> None:
-        limit, taken = self._task.settings.max_seconds, sum(each.seconds for each in self.iterations)
+        limit, taken = self._task.settings.max_seconds, sum(iteration.seconds for iteration in self.iterations)
         if limit is not None and taken >= limit:
             raise BudgetSpent(f"max_seconds={limit:g} was reached with {taken:.1f} seconds.")
 

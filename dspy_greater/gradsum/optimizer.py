@@ -269,7 +269,7 @@ class _Run:
         runs: list[tuple[Rollout, ...]] = []
         try:
             outputs, runs = loop.validate(finalists)
-            scores = [mean_score(each) for each in outputs]
+            scores = [mean_score(group) for group in outputs]
             self._tell(BeamValidated(tuple(finalists), tuple(scores), winner(scores)), record=False)
         except KeyboardInterrupt as interrupt:
             if self._interrupted:  # the second one
@@ -289,7 +289,7 @@ class _Run:
             finalists=tuple(finalists),
             validation=tuple(scores),
             winner=winner(scores),
-            subscores=tuple(tuple(each.score[0] for each in rows) for rows in outputs),
+            subscores=tuple(tuple(output.score[0] for output in rows) for rows in outputs),
             train_rows=len(task.train),
             validation_rows=len(task.validation),
             seconds=time.monotonic() - self._started,

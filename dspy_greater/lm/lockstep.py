@@ -93,7 +93,7 @@ class Lockstep:
                 while not ticket.done and not self._ready():
                     self._wait()
             except BaseException:  # an interrupt: nobody waits for this any more
-                self._waiting = [each for each in self._waiting if each is not ticket]
+                self._waiting = [other for other in self._waiting if other is not ticket]
                 raise
             batch = [] if ticket.done else self._waiting
             if batch:

@@ -91,7 +91,7 @@ class ServerPool:
         self.model, self.timeout, self.rest = model, timeout, rest
         self._key = api_key
         self._lock = threading.Lock()
-        self._servers = [_Server(each, self._router(each)) for each in self.api_bases]
+        self._servers = [_Server(address, self._router(address)) for address in self.api_bases]
 
     def _router(self, api_base: str) -> lm15.LMRouter:
         timeouts = None if self.timeout is None else lm15.Timeouts(read=self.timeout, write=self.timeout)
@@ -143,12 +143,12 @@ class ServerPool:
     def under_way(self) -> dict[str, int]:
         """How many calls each server has to answer now, by address."""
         with self._lock:
-            return {each.api_base: each.under_way for each in self._servers}
+            return {server.api_base: server.under_way for server in self._servers}
 
     def close(self) -> None:
         """Close the connections."""
-        for each in self._servers:
-            each.router.close()
+        for server in self._servers:
+            server.router.close()
 
     def dump_state(self) -> dict[str, Any]:
         """What `program.save` writes; without the key."""
@@ -165,7 +165,9 @@ class ServerPool:
         now = time.monotonic()
         with self._lock:
             # One that rests comes last, and of several the one that rests least.
-            chosen = min(servers, key=lambda each: (max(0.0, each.rests_until - now), each.under_way, each.asked))
+            chosen = min(
+                servers, key=lambda server: (max(0.0, server.rests_until - now), server.under_way, server.asked)
+            )
             chosen.under_way += 1
             chosen.asked += 1
         try:
@@ -199,9 +201,11 @@ def _is_theirs(error: lm15.LM15Error) -> bool:
 
 def _addresses(api_bases: Any) -> tuple[str, ...]:
     found = (api_bases,) if isinstance(api_bases, str) else tuple(api_bases)
-    strange = [each for each in found if not isinstance(each, str) or not each.startswith(("http://", "https://"))]
+    strange = [
+        address for address in found if not isinstance(address, str) or not address.startswith(("http://", "https://"))
+    ]
     if not found or strange:
         raise SettingsError(
             f"api_bases={api_bases!r}: give the addresses of the servers' APIs, such as ['http://localhost:8000/v1']."
         )
-    return tuple(dict.fromkeys(each.rstrip("/") for each in found))
+    return tuple(dict.fromkeys(address.rstrip("/") for address in found))

@@ -57,7 +57,7 @@ class Backward:
     def _culprits(self, model: Any) -> str:
         if not self.blocked:
             return ""
-        kinds = sorted({type(model.get_submodule(each)).__name__ for each in self.blocked})
+        kinds = sorted({type(model.get_submodule(name)).__name__ for name in self.blocked})
         return f" No gradient passes {len(self.blocked)} layers of type {', '.join(kinds)}, such as {self.blocked[0]}."
 
 
@@ -75,8 +75,8 @@ def try_backward(model: Any, tokenizer: Any) -> Backward:
             fault = _fault(model, rows)
         with torch.no_grad():
             found = {type(module): _follows_its_input(module, inputs) for _, module, inputs in stopped}
-    blocked = [each for each, module, _ in stopped if found[type(module)]]
-    inner = [each for each in blocked if not any(other.startswith(f"{each}.") for other in blocked)]
+    blocked = [name for name, module, _ in stopped if found[type(module)]]
+    inner = [name for name in blocked if not any(other.startswith(f"{name}.") for other in blocked)]
     return Backward(fault, tuple(inner))
 
 
@@ -122,7 +122,7 @@ def _watched(model: Any) -> Iterator[list[tuple[str, Module, tuple[Any, Any]]]]:
     def look(module: Module, inputs: Any, named: Any, output: Any) -> None:
         if not torch.is_grad_enabled():  # what chooses among places is under no_grad on purpose
             return
-        returned = [each for each in tree_leaves(output) if _is_float(each)]
+        returned = [value for value in tree_leaves(output) if _is_float(value)]
         if _differentiable((inputs, named)) and returned and not _differentiable(returned):
             stopped.append((names[module], module, tree_map(_detached, (inputs, named))))
 
@@ -138,8 +138,8 @@ def _follows_its_input(module: Module, inputs: tuple[Any, Any]) -> bool:
     """Whether other numbers come out where others go in; position embeddings only look at a tensor's type."""
 
     def output(scale: float) -> list[Tensor]:
-        given, named = tree_map(lambda each: each * scale if _is_float(each) else each, inputs)
-        return [each for each in tree_leaves(module(*given, **named)) if _is_float(each)]
+        given, named = tree_map(lambda value: value * scale if _is_float(value) else value, inputs)
+        return [value for value in tree_leaves(module(*given, **named)) if _is_float(value)]
 
     try:
         return any(not torch.equal(one, other) for one, other in zip(output(1.0), output(0.5), strict=True))
@@ -152,7 +152,7 @@ def _is_float(value: Any) -> bool:
 
 
 def _differentiable(values: Any) -> bool:
-    return any(_is_float(each) and each.requires_grad for each in tree_leaves(values))
+    return any(_is_float(value) and value.requires_grad for value in tree_leaves(values))
 
 
 def _detached(value: Any) -> Any:

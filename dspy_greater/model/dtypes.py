@@ -39,7 +39,7 @@ def default_dtype(
         else:  # a class of its own, such as a vision-language model's
             model = chosen(config)
     stored = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None) or torch.float32
-    return chosen_dtype(target, named_dtype(stored), sum(each.numel() for each in model.parameters()))
+    return chosen_dtype(target, named_dtype(stored), sum(parameter.numel() for parameter in model.parameters()))
 
 
 def chosen_dtype(target: torch.device, stored: torch.dtype, parameters: int) -> torch.dtype:

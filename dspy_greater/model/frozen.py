@@ -13,7 +13,7 @@ def frozen(model: Any) -> Iterator[None]:
     """Eval mode and no gradients for parameters, both as they were afterwards."""
     training = [module for module in model.modules() if module.training]
     # Tensors made in inference mode get no gradient, and their flag could not be put back.
-    wanted = [each for each in model.parameters() if each.requires_grad and not each.is_inference()]
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad and not parameter.is_inference()]
     try:
         for module in training:
             module.training = False

@@ -72,24 +72,25 @@ class _Batch:
             self._capacity = max(len(row.context) + row.max_new_tokens - len(row.generated) for row in self.rows)
         parts = parts_of(contexts, lengths, divide=plain)
         read = [prefill(self.engine, self.rows, part, prefixes, self._capacity) for part in parts]
-        for each in read:
-            finished = [j for j, row in enumerate(each.rows) if self.rows[row].finish_reason]
-            mine = [self.rows[row] for row in each.rows]
-            self._hand_over(each.cache, each.length, mine, each.places, each.known, finished)
+        for prefilled in read:
+            finished = [j for j, row in enumerate(prefilled.rows) if self.rows[row].finish_reason]
+            mine = [self.rows[row] for row in prefilled.rows]
+            self._hand_over(prefilled.cache, prefilled.length, mine, prefilled.places, prefilled.known, finished)
         return self._begin(read)
 
     def _begin(self, read: Sequence[Prefilled]) -> Tensor:
         """Put together what goes on: cache, mask, positions and logits."""
         going = [
             (part, j, row)
-            for part, each in enumerate(read)
-            for j, row in enumerate(each.rows)
+            for part, prefilled in enumerate(read)
+            for j, row in enumerate(prefilled.rows)
             if self.rows[row].finish_reason is None
         ]
-        going.sort(key=lambda each: (each[0], read[each[0]].rejected[each[1]], each[1]))  # neighbours move together
+        # Neighbours move together.
+        going.sort(key=lambda entry: (entry[0], read[entry[0]].rejected[entry[1]], entry[1]))
         slots = max((read[part].length - read[part].rejected[j] for part, j, _ in going), default=0)
         places = [(read[part].places[j], read[part].length - read[part].rejected[j]) for part, j, _ in going]
-        self._places = [Places(slots - filled, each.shared, each.between) for each, filled in places]
+        self._places = [Places(slots - filled, place.shared, place.between) for place, filled in places]
         self._known = [read[part].known[j] for part, j, _ in going]
         self.rows = [self.rows[row] for *_, row in going]
         self.cache, self._length = self._joined(read, [(part, j) for part, j, _ in going], slots), slots
@@ -112,7 +113,7 @@ class _Batch:
             leaving.append(j)
             numbers.append(number)
         moves: list[Move] = [(part, *rows, rejected) for (part, rejected), rows in together.items()]
-        return join(self.model, self._capacity, [each.cache for each in read], moves, slots)
+        return join(self.model, self._capacity, [prefilled.cache for prefilled in read], moves, slots)
 
     def step(self) -> Tensor:
         """Read the newest token of every row; rows that have finished but not left read a pad token."""
@@ -173,7 +174,7 @@ class _Batch:
         filled = all(getattr(layer, "keys", None) is not None and layer.keys.shape[-2] == slots for layer in held)
         if not filled or self._capacity > self._reach:
             return
-        bytes_of_row = sum(each[:1].nbytes for layer in held for each in (layer.keys, layer.values))
+        bytes_of_row = sum(state[:1].nbytes for layer in held for state in (layer.keys, layer.values))
         if not self._generated.make_room(bytes_of_row * len(finished), held[0].keys.device):
             return
         index = torch.tensor(finished)
@@ -182,6 +183,6 @@ class _Batch:
                 # The last token that a row generated may not have been read.
                 token_ids=tuple(rows[i].context[: max(known[i], len(rows[i].context) - 1)] for i in finished),
                 places=tuple(places[i] for i in finished),
-                layers=tuple((each.keys[index], each.values[index]) for each in held),
+                layers=tuple((layer.keys[index], layer.values[index]) for layer in held),
             )
         )

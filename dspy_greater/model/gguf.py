@@ -66,7 +66,7 @@ class GgufHeader:
     def end_token_ids(self) -> list[int]:
         """The tokens that end what the model writes: of a text, a turn and a message."""
         ids = [self.fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
-        return sorted({int(each) for each in ids if each is not None})
+        return sorted({int(token) for token in ids if token is not None})
 
     def refusal(self, what: str) -> WeightsError:
         """The error for a file of which transformers would leave something out."""
@@ -106,10 +106,10 @@ def find_gguf(place: str | os.PathLike[str]) -> Path | None:
         raise WeightsError(f"There is no file {str(path)!r}; a GGUF file has to lie on this machine.")
     if not path.is_dir() or any(path.glob("*.safetensors")):
         return None
-    found = sorted(each for each in path.iterdir() if each.suffix.lower() == ".gguf" and each.is_file())
-    found = [each for each in found if not each.name.lower().startswith("mmproj")] or found[:1]
+    found = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf" and file.is_file())
+    found = [file for file in found if not file.name.lower().startswith("mmproj")] or found[:1]
     if len(found) > 1:
-        names = ", ".join(each.name for each in found)
+        names = ", ".join(file.name for file in found)
         raise WeightsError(f"{str(path)!r} holds {len(found)} GGUF files; pass the path of one of them: {names}.")
     return found[0] if found else None
 

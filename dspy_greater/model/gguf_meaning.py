@@ -181,7 +181,7 @@ def _without_foreign_tokens(core: Any, count: int) -> Any:
     if core.get_vocab_size() == count:
         return core
     described = json.loads(core.to_str())
-    described["added_tokens"] = [each for each in described["added_tokens"] if each["id"] < count]
+    described["added_tokens"] = [token for token in described["added_tokens"] if token["id"] < count]
     return type(core).from_str(json.dumps(described))
 
 

@@ -116,7 +116,11 @@ def refuse_strangers(model: Any, tokenizer: Any, name: str) -> None:
             f"The input embeddings of {name!r} ({type(model).__name__}) have no weight matrix over a vocabulary; pass "
             "a language model that reads token ids, such as AutoModelForCausalLM loads."
         )
-    empty = [each for each, part in model.named_parameters() if part.is_meta and not _is_offloaded(model, each)]
+    empty = [
+        parameter_name
+        for parameter_name, part in model.named_parameters()
+        if part.is_meta and not _is_offloaded(model, parameter_name)
+    ]
     if empty or input_device(model).type == "meta":
         raise WeightsError(
             f"The model of {name!r} has no weights: {(empty or ['its embeddings'])[0]} is on the meta device. Load it "
@@ -130,7 +134,7 @@ def refuse_strangers(model: Any, tokenizer: Any, name: str) -> None:
 
 
 def _refuse_what_is_no_tokenizer(tokenizer: Any, name: str) -> None:
-    if all(hasattr(tokenizer, each) for each in ("encode", "get_vocab", "__len__")):
+    if all(hasattr(tokenizer, method) for method in ("encode", "get_vocab", "__len__")):
         return
     inner = getattr(tokenizer, "tokenizer", None)
     hint = (
@@ -175,7 +179,7 @@ class _Plain:
 def sample_rows(model: Any, tokenizer: Any) -> Tensor:
     """[2, T] tokens of ordinary text, on the CPU."""
     count = model.get_input_embeddings().weight.shape[0]
-    known = [each for each in tokenizer.encode(_TEXT, add_special_tokens=False) if each < count]
+    known = [token for token in tokenizer.encode(_TEXT, add_special_tokens=False) if token < count]
     if len(set(known)) < 2:  # no English: all of it is one unknown token
         known = torch.linspace(0, count - 1, 2 * _LENGTH).long().tolist()
     return torch.tensor(list(itertools.islice(itertools.cycle(known), 2 * _LENGTH))).reshape(2, _LENGTH)
@@ -213,8 +217,8 @@ def _plain_pass(model: Any, tokenizer: Any, name: str, rows: Tensor) -> _Plain:
     reached = _distance(swapped, logits)  # [2, T]: what the first tokens do to predictions further on
     allowed = (share * reached).clamp(min=least)
     noise = [_distance(part[0], logits[row, : part.shape[1]]) for row, part in enumerate(alone)]
-    worst = max(float(each.max()) for each in noise)
-    if any(bool((each > allowed[row, : len(each)]).any()) for row, each in enumerate(noise)):
+    worst = max(float(distance.max()) for distance in noise)
+    if any(bool((distance > allowed[row, : len(distance)]).any()) for row, distance in enumerate(noise)):
         raise WeightsError(
             f"The model of {name!r} ({type(model).__name__}) is not causal: what it predicts after the first tokens "
             "of a row changes with the tokens that come later, or with other rows. Pass a decoder; a BERT-like model "
@@ -228,8 +232,8 @@ def _distance(one: Tensor, other: Tensor) -> Tensor:
     usable = _numbers(one) & _numbers(other)
     count = usable.sum(-1, keepdim=True).clamp(min=1)
     apart, spread = (
-        each - (each * usable).sum(-1, keepdim=True) / count
-        for each in ((one.float() - other.float()).masked_fill(~usable, 0), other.float().masked_fill(~usable, 0))
+        logits - (logits * usable).sum(-1, keepdim=True) / count
+        for logits in ((one.float() - other.float()).masked_fill(~usable, 0), other.float().masked_fill(~usable, 0))
     )
     apart, spread = (apart * usable).norm(dim=-1), (spread * usable).norm(dim=-1)
     return (apart / spread.clamp(min=torch.finfo(torch.float32).tiny)).masked_fill(~usable.any(-1), torch.inf)
@@ -243,8 +247,8 @@ def _numbers(logits: Tensor) -> Tensor:
 def _is_exact(model: Any) -> bool:
     """Whether it computes in single precision or better; a quantised model does not."""
     return all(
-        type(each) in (Tensor, Parameter) and each.dtype in (torch.float32, torch.float64)
-        for each in model.parameters()
+        type(parameter) in (Tensor, Parameter) and parameter.dtype in (torch.float32, torch.float64)
+        for parameter in model.parameters()
     )
 
 

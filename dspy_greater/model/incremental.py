@@ -70,8 +70,8 @@ class _Padded:
 
     def read(self, contexts: Sequence[Sequence[int]]) -> Tensor:
         width, real = max(map(len, contexts)), sum(map(len, contexts))
-        ids = [[self._pad] * (width - len(each)) + list(each) for each in contexts]  # [n, T]
-        pads = torch.tensor([[width - len(each)] for each in contexts])
+        ids = [[self._pad] * (width - len(context)) + list(context) for context in contexts]  # [n, T]
+        pads = torch.tensor([[width - len(context)] for context in contexts])
         steps = torch.arange(width)[None] - pads
         self._mask = (steps >= 0).long().to(self._device)  # [n, T]
         self._positions = steps.clamp(min=0).to(self._device)  # [n, T]
@@ -153,7 +153,7 @@ class NoCache:
         self._rows: list[list[int]] = []
 
     def read(self, contexts: Sequence[Sequence[int]]) -> Tensor:
-        self._rows = [list(each) for each in contexts]
+        self._rows = [list(context) for context in contexts]
         return self._logits()
 
     def step(self, tokens: Sequence[int]) -> Tensor:
@@ -279,7 +279,7 @@ def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
 
 
 def _takes_anything(model: Any) -> bool:
-    return any(each.kind is inspect.Parameter.VAR_KEYWORD for each in _parameters(model).values())
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in _parameters(model).values())
 
 
 def _leaves(state: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -94,9 +94,9 @@ def join(model: Any, limit: int, caches: Sequence[DynamicCache], moves: Sequence
     """One cache for the rows of several, in place; it takes the layers out of these, to need less memory."""
     joined = new_cache(model, limit)
     for index in range(len(joined.layers)):
-        joined.layers[index] = InPlaceLayer.joined(limit, [each.layers[index] for each in caches], moves, slots)
-        for each in caches:
-            each.layers[index] = DynamicLayer()
+        joined.layers[index] = InPlaceLayer.joined(limit, [cache.layers[index] for cache in caches], moves, slots)
+        for cache in caches:
+            cache.layers[index] = DynamicLayer()
     return joined
 
 
@@ -149,8 +149,8 @@ def rotation_is_fixed_up_to(model: Any) -> float:
 
 def _original_lengths(module: Any) -> list[float]:
     parameters = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
-    nested = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
-    return [each["original_max_position_embeddings"] for each in nested if "original_max_position_embeddings" in each]
+    nested = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return [rope["original_max_position_embeddings"] for rope in nested if "original_max_position_embeddings" in rope]
 
 
 def reach_of(model: Any) -> float:

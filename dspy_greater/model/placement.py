@@ -40,7 +40,7 @@ def refuse_dividing(name: str, settings: Mapping[str, Any]) -> None:
 
     >>> refuse_dividing("pocket", {"device_map": "auto", "tp_plan": None})
     """
-    asked = [each for each in _DIVIDING if settings.get(each) is not None]
+    asked = [setting for setting in _DIVIDING if settings.get(setting) is not None]
     if asked:
         raise WeightsError(
             f"{' and '.join(asked)} would divide the weights of {name!r} among processes that all run the whole "
@@ -53,7 +53,7 @@ def refuse_parts(name: str, model: object) -> None:
 
     >>> refuse_parts("whole", torch.nn.Linear(2, 2))
     """
-    if isinstance(model, Module) and any(type(each).__name__ == "DTensor" for each in model.parameters()):
+    if isinstance(model, Module) and any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
         raise WeightsError(
             f"The weights of {name!r} are divided among processes (tensor parallel or FSDP) that all run the whole "
             f"program, {_INSTEAD} Pass the whole weights, or their name."
@@ -69,8 +69,8 @@ def input_device(model: Any) -> torch.device:
     layer = model if isinstance(model, torch.nn.Embedding) else model.get_input_embeddings()
     if not layer.weight.is_meta:
         return layer.weight.device
-    places = [getattr(each, "execution_device", None) for each in _hooks(layer)]
-    return next((torch.device(each) for each in places if each is not None), layer.weight.device)
+    places = [getattr(hook, "execution_device", None) for hook in _hooks(layer)]
+    return next((torch.device(place) for place in places if place is not None), layer.weight.device)
 
 
 def fetched_later(model: Module) -> dict[str, tuple[Mapping[str, Tensor], str]]:

@@ -44,29 +44,29 @@ class PlainModel(OverEngine):
     @torch.no_grad()
     def next_token_logprobs(self, contexts: Sequence[Sequence[int]]) -> Tensor:
         """log f(. | context), [D, V]."""
-        return torch.stack([self._logits(tuple(each))[-1].log_softmax(-1).cpu() for each in contexts])
+        return torch.stack([self._logits(tuple(context))[-1].log_softmax(-1).cpu() for context in contexts])
 
     @torch.no_grad()
     def token_logprobs(self, sequences: Sequence[Tokens], queries: Sequence[TokenQuery]) -> Tensor:
         """log f(token | what stands before it) of every query, [R]."""
-        logits = [self._logits(each) for each in sequences]  # N times [T, V]
-        return torch.stack([_logprob(logits[each.row], sequences[each.row], each).cpu() for each in queries])
+        logits = [self._logits(sequence) for sequence in sequences]  # N times [T, V]
+        return torch.stack([_logprob(logits[query.row], sequences[query.row], query).cpu() for query in queries])
 
     def logprob_gradient(self, sequences: Sequence[Tokens], queries: Sequence[TokenQuery], leaf: Leaf) -> Tensor:
         """One forward and one backward pass for each sequence; [N, d] or, for a shared leaf, their sum [1, d]."""
         gradients: list[Tensor] = []
         for row, tokens in enumerate(sequences):
             value = leaf.embedding[row if len(leaf.embedding) > 1 else 0].detach().requires_grad_()  # [d]
-            mine = [each for each in queries if each.row == row]
+            mine = [query for query in queries if query.row == row]
             with torch.enable_grad():
                 embedded = self.embed(tokens)  # [T, d]
                 place = leaf.places[row]
                 logits = self._logits(tokens, torch.cat([embedded[:place], value[None], embedded[place + 1 :]]))
-                total = value.sum() * 0 + sum(each.weight * _logprob(logits, tokens, each) for each in mine)
+                total = value.sum() * 0 + sum(query.weight * _logprob(logits, tokens, query) for query in mine)
             gradients.append(torch.autograd.grad(total, value)[0].to(logits.dtype))
         if len(leaf.embedding) == len(sequences) > 1:
             return torch.stack(gradients)
-        finite = [each for each in gradients if bool(each.isfinite().all())]
+        finite = [gradient for gradient in gradients if bool(gradient.isfinite().all())]
         return sum(finite, torch.zeros_like(gradients[0]))[None] if finite else gradients[0][None] * torch.nan
 
     @torch.no_grad()

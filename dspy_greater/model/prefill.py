@@ -80,12 +80,12 @@ def prefill(engine: Engine, rows: Sequence[Row], part: Part, prefixes: PrefixCac
     rejected = [len(draft) - count for draft, count in zip(drafts, accepted, strict=True)]
     return Prefilled(
         part.rows,
-        tuple(Places(0, shared, each) for each in pads),
+        tuple(Places(0, shared, few) for few in pads),
         tuple(len(context) + count for context, count in zip(contexts, accepted, strict=True)),
         tuple(rejected),
         shared + max(map(len, own)),
         cache,
-        torch.stack([each[count] for each, count in zip(logits, accepted, strict=True)]),
+        torch.stack([row_logits[count] for row_logits, count in zip(logits, accepted, strict=True)]),
     )
 
 
@@ -94,8 +94,8 @@ def _read(
 ) -> tuple[Sequence[Tensor], list[int]]:
     """One forward pass, left-padded; for each row the logits after its last `ends[j]` tokens, and its pads."""
     model, device, pad, width = engine.model, engine.weights.device, engine.weights.pad_token_id, max(map(len, own))
-    pads = [width - len(each) for each in own]
-    ids = torch.tensor([[pad] * few + list(each) for few, each in zip(pads, own, strict=True)])  # [n, T]
+    pads = [width - len(tokens) for tokens in own]
+    ids = torch.tensor([[pad] * few + list(tokens) for few, tokens in zip(pads, own, strict=True)])  # [n, T]
     steps = torch.arange(width)[None] - torch.tensor(pads)[:, None]
     mask = torch.cat([torch.ones(len(own), shared, dtype=torch.long), (steps >= 0).long()], 1)  # [n, P + T]
     row = torch.arange(len(own)).repeat_interleave(torch.tensor(ends))  # [R]

@@ -176,7 +176,7 @@ def _model_class(place: str, options: Mapping[str, Any]) -> Any:
     if own_code or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForCausalLM
     named = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or ()]
-    return next((each for each in named if hasattr(each, "from_pretrained")), transformers.AutoModelForCausalLM)
+    return next((kind for kind in named if hasattr(kind, "from_pretrained")), transformers.AutoModelForCausalLM)
 
 
 def _best_device() -> torch.device:

@@ -40,7 +40,7 @@ def logprobs(
     """
     shared = len(prefix) if prefix else 0
     token_ids, position_ids = right_padded([sequence[shared:] for sequence in sequences])  # [N, T] each
-    rows, indices = torch.tensor([each[:2] for each in asked], dtype=torch.long).reshape(-1, 2).unbind(dim=1)
+    rows, indices = torch.tensor([query[:2] for query in asked], dtype=torch.long).reshape(-1, 2).unbind(dim=1)
     cache = {"past_key_values": prefix.cache(engine.model, len(sequences))} if prefix else {}
     real = sum(len(sequence) - shared for sequence in sequences)
     logits = logits_at(

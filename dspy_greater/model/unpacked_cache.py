@@ -100,4 +100,4 @@ def keep(model: Any, tokenizer: Any, sha256: str, dtype: torch.dtype) -> None:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    return {each.name: each.stat().st_size for each in sorted(folder.iterdir()) if each.name != _SIZES}
+    return {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name != _SIZES}

@@ -51,7 +51,7 @@ class Weights:
     def pad_token_id(self) -> int:
         """What fills rows up; no real token sees it."""
         choices = (self.tokenizer.pad_token_id, *sorted(self.stop_token_ids))  # of which the model has to know one
-        return next((each for each in choices if each is not None and each < self.embedding_matrix.shape[0]), 0)
+        return next((token for token in choices if token is not None and token < self.embedding_matrix.shape[0]), 0)
 
     @cached_property
     def stop_token_ids(self) -> frozenset[int]:

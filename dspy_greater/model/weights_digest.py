@@ -90,10 +90,10 @@ class WeightsDigest:
         """How often each tensor was written to, and the digest of a sample; None when they cannot be read."""
         try:
             tensors = list(_tensors(self._model))
-            stamp = tuple((name, _address(each), _writes(each)) for name, each in tensors)
+            stamp = tuple((name, _address(tensor), _writes(tensor)) for name, tensor in tensors)
             settings = (len(self._tokenizer), getattr(self._tokenizer, "chat_template", None), *_switches(self._model))
             elsewhere = fetched_later(self._model)
-            samples = (_sample(_fetched(each, elsewhere)) for each in tensors)
+            samples = (_sample(_fetched(named, elsewhere)) for named in tensors)
             return stamp, _digest(*samples, repr(settings).encode())
         except Exception as error:  # an identity is not worth a failed load, whatever kind of tensor comes next
             if not self._warned:
@@ -113,7 +113,7 @@ def quantisation(model: Any) -> str:
     if settings is not None:
         known = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
         return str(getattr(known, "value", known) or "quantized")
-    kinds = {type(each).__name__ for each in model.parameters()} - {"Tensor", "Parameter"}
+    kinds = {type(parameter).__name__ for parameter in model.parameters()} - {"Tensor", "Parameter"}
     return "+".join(sorted(kinds))
 
 
@@ -234,7 +234,7 @@ def _checksums(model: Module) -> Iterator[bytes]:
     """Of every tensor: each word of 8 bytes times an odd number of its own, so that no single change is missed."""
     odd: dict[torch.device, Tensor] = {}
     elsewhere = fetched_later(model)
-    for name, tensor in (_fetched(each, elsewhere) for each in _tensors(model)):
+    for name, tensor in (_fetched(named, elsewhere) for named in _tensors(model)):
         if tensor.is_meta or not tensor.numel():
             continue
         if tensor.device not in odd:

@@ -114,7 +114,7 @@ class Evaluator:
         self._lay_out(CalledAs(objective.predictor))
         self._known: dict[str, Evaluation] = {}
         self._laid_out: dict[tuple[int, str], tuple[ReasonedSequence, ...]] = {}
-        self._engines = list({id(each): each for each in [engine, *engines_behind(objective.program)]}.values())
+        self._engines = list({id(used): used for used in [engine, *engines_behind(objective.program)]}.values())
         self._first: Evaluation | None = None
         self._runs, self._served, self._servers = 0, Spent(), objective.servers
         self._asks_servers = asks_servers(objective.program)
@@ -148,7 +148,7 @@ class Evaluator:
             refuse_dead_lm(rollouts, len(self._rows))
             self._follow(rollouts)
             seed = self.seed()
-            outcomes = [self.examples.outcome(index, each) for index, each in enumerate(rollouts)]
+            outcomes = [self.examples.outcome(index, rollout) for index, rollout in enumerate(rollouts)]
             [self._first] = self._score([seed], [outcomes], session)
         self.recall([self._first])
         return self._first, rollouts
@@ -182,7 +182,7 @@ class Evaluator:
         found = differences(called, self.layout, self.engine, calls, supervised=self._field)
         refuse_differences(name, found, len(calls))
         warn_of_lost_thoughts(name, self.layout, calls)
-        at = next((i for i, each in enumerate(rollouts) if brings_a_signature(each, name)), None)
+        at = next((i for i, rollout in enumerate(rollouts) if brings_a_signature(rollout, name)), None)
         if at is not None:  # does it take the predictor's instruction along?
             copied = searching_copy(self._program, {name: f"{self._predictor.instruction} {_MORE}"})
             [again] = self._settled([(copied, self._rows[at])], partial(run_pairs, metric=self._metric, threads=1))
@@ -195,8 +195,10 @@ class Evaluator:
         Raises:
             MetricError, ProgramError: as `evaluate`.
         """
-        runs = self._run([(each.text, row) for each in instructions for row in rows], model)
-        return self._score(instructions, [[runs[each.text, row] for row in rows] for each in instructions], model)
+        runs = self._run([(instruction.text, row) for instruction in instructions for row in rows], model)
+        return self._score(
+            instructions, [[runs[instruction.text, row] for row in rows] for instruction in instructions], model
+        )
 
     def on_rows(self, evaluated: Evaluation, rows: Sequence[int]) -> Evaluation:
         """What an evaluation says of some of its rows, to be compared with what was tried out on them."""
@@ -216,19 +218,23 @@ class Evaluator:
                 that is a mistake, as where the metric raises.
             ProgramError: the language model could not be called, not even once, nor where it answered before.
         """
-        new = list({each.text: each for each in instructions if each.text not in self._known}.values())
+        new = list(
+            {
+                instruction.text: instruction for instruction in instructions if instruction.text not in self._known
+            }.values()
+        )
         if new:
             with nullcontext(model) if model is not None else self.model.session() as session:
-                pairs = [(each.text, row) for each in new for row in range(len(self._rows))]
-                runs = {(each.instruction, row.row): row for each in tried for row in each.rows}
-                runs |= self._run([each for each in pairs if each not in runs], session)
-                drafts = [[runs[each.text, row] for row in range(len(self._rows))] for each in new]
+                pairs = [(instruction.text, row) for instruction in new for row in range(len(self._rows))]
+                runs = {(evaluated.instruction, row.row): row for evaluated in tried for row in evaluated.rows}
+                runs |= self._run([pair for pair in pairs if pair not in runs], session)
+                drafts = [[runs[instruction.text, row] for row in range(len(self._rows))] for instruction in new]
                 self.recall(self._score(new, drafts, session))
-        return [self._known[each.text] for each in instructions]
+        return [self._known[instruction.text] for instruction in instructions]
 
     def recall(self, evaluations: Sequence[Evaluation]) -> None:
         """Take over evaluations of an interrupted run, so that they are not made again."""
-        self._known.update({each.instruction: each for each in evaluations})
+        self._known.update({evaluated.instruction: evaluated for evaluated in evaluations})
 
     def fits(self, evaluated: Evaluation) -> bool:
         """Whether any row can be laid out under this instruction; otherwise its loss says nothing of the model."""
@@ -256,7 +262,7 @@ class Evaluator:
     def supervised(self, evaluated: Evaluation, *, reasoned: bool = True) -> list[Supervised]:
         """x ⊙ p ⊙ r ⊙ p_extract ⊙ y of every row on which the predictor was called, r empty if not `reasoned`."""
         found = [self.examples.supervised(evaluated.instruction, row, reasoned=reasoned) for row in evaluated.rows]
-        return [each for each in found if each is not None]
+        return [example for example in found if example is not None]
 
     def replay(self, current: Evaluation, generator: Random, limit: int) -> list[Reasoning]:
         """The reasonings at hand, distinct in each row, at most `limit` of them: the current instruction's own."""
@@ -274,18 +280,18 @@ class Evaluator:
         """After which prompts the predictor generated what, up to a gold answer, as far as this evaluation tells."""
         found: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
         for row in (row for row in current.rows if row.inputs):
-            for each in self._under(current, (row.row, written_key(row)), row):
-                stop = self.examples.prompt_length(each, current.instruction, row)
-                found.append((each.token_ids[:stop], each.token_ids[stop:]))
+            for sequence in self._under(current, (row.row, written_key(row)), row):
+                stop = self.examples.prompt_length(sequence, current.instruction, row)
+                found.append((sequence.token_ids[:stop], sequence.token_ids[stop:]))
         return found
 
     def _under(self, current: Evaluation, key: tuple[int, str], row: RowOutcome) -> tuple[ReasonedSequence, ...]:
         """Laid out once for all instructions, whole; where that does not fit, for this one and shortened."""
         if key not in self._laid_out:
             self._laid_out[key] = self.examples.sequences(current.instruction, row, cut=False)
-        moved = tuple(each.under(current.token_ids) for each in self._laid_out[key])
+        moved = tuple(sequence.under(current.token_ids) for sequence in self._laid_out[key])
         limit = self.engine.context_length or math.inf
-        if all(len(each.token_ids) <= limit for each in moved):
+        if all(len(sequence.token_ids) <= limit for sequence in moved):
             return moved
         return self.examples.sequences(current.instruction, row)
 
@@ -301,7 +307,7 @@ class Evaluator:
         done = self._roll_out([(copies[text], self._rows[row]) for text, row in pairs], session)
         # A dead language model fails on a row, too, that was answered under the first instruction.
         refuse_dead_lm(done, len(self._rows), None if self._first is None else partial(self._probe, self._first))
-        return {pair: self.examples.outcome(pair[1], each) for pair, each in zip(pairs, done, strict=True)}
+        return {pair: self.examples.outcome(pair[1], rollout) for pair, rollout in zip(pairs, done, strict=True)}
 
     def _roll_out(self, pairs: Sequence[tuple[Any, Any]], session: Model, *, first: bool = False) -> list[Rollout]:
         """Programs on rows; the session generates where they run on the very model whose instruction is evaluated."""
@@ -354,12 +360,14 @@ class Evaluator:
         laid_out = [
             self._laid_out_rows(instruction.text, rows) for instruction, rows in zip(instructions, drafts, strict=True)
         ]
-        flat = [each for group in laid_out for answers in group for each in answers if each is not None]
+        flat = [sequence for group in laid_out for answers in group for sequence in answers if sequence is not None]
         taken_losses = losses(session, flat, answer_temperature=self._settings.answer_temperature)
         taken = iter(zip(taken_losses.cross_entropy, taken_losses.fluency_nll, strict=True))
         scored: list[Evaluation] = []
         for instruction, rows, group in zip(instructions, drafts, laid_out, strict=True):
-            pairs = [[(math.nan, math.nan) if each is None else next(taken) for each in answers] for answers in group]
+            pairs = [
+                [(math.nan, math.nan) if sequence is None else next(taken) for sequence in answers] for answers in group
+            ]
             best = [likeliest(loss for loss, _ in answers) for answers in pairs]
             counts = [answers[at] for answers, at in zip(pairs, best, strict=True)]
             fluency = [nll for _, nll in counts if math.isfinite(nll)]

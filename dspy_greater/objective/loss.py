@@ -69,14 +69,14 @@ def losses(model: Model, examples: Sequence[Supervised], *, answer_temperature: 
     (True,)
     """
     check_supervised(examples, answer_temperature)
-    queries = [query for row, each in enumerate(examples) for query in span_queries(row, each.instruction, 1.0)]
+    queries = [query for row, example in enumerate(examples) for query in span_queries(row, example.instruction, 1.0)]
     instructions = len(queries)
-    for row, each in enumerate(examples):
-        queries += span_queries(row, each.answer, answer_temperature)
-    logprobs = model.token_logprobs([each.token_ids for each in examples], queries)  # [R]
-    answer = means(logprobs[instructions:], [each.answer for each in examples])
-    fluency = means(logprobs[:instructions], [each.instruction for each in examples])
-    return Losses(tuple(_finite(-each) for each in answer), tuple(_finite(-each) for each in fluency))
+    for row, example in enumerate(examples):
+        queries += span_queries(row, example.answer, answer_temperature)
+    logprobs = model.token_logprobs([example.token_ids for example in examples], queries)  # [R]
+    answer = means(logprobs[instructions:], [example.answer for example in examples])
+    fluency = means(logprobs[:instructions], [example.instruction for example in examples])
+    return Losses(tuple(_finite(-value) for value in answer), tuple(_finite(-value) for value in fluency))
 
 
 def span_queries(row: int, span: Span, temperature: float, weight: float = 1.0) -> list[TokenQuery]:

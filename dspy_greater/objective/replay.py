@@ -58,7 +58,7 @@ class Reasoning:
 
     def under(self, instruction: Sequence[int]) -> Reasoning:
         """The same under another instruction."""
-        return replace(self, sequences=tuple(each.under(instruction) for each in self.sequences))
+        return replace(self, sequences=tuple(sequence.under(instruction) for sequence in self.sequences))
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Replay:
 
     def under(self, instruction: Sequence[int]) -> Replay:
         """The same under another instruction."""
-        return replace(self, reasonings=tuple(each.under(instruction) for each in self.reasonings))
+        return replace(self, reasonings=tuple(reasoning.under(instruction) for reasoning in self.reasonings))
 
 
 def advantages(reasonings: Sequence[Reasoning], *, baseline_scale: float = 1.0) -> list[float]:
@@ -89,9 +89,9 @@ def advantages(reasonings: Sequence[Reasoning], *, baseline_scale: float = 1.0) 
     >>> advantages([wrong, wrong], baseline_scale=0.5)  # all wrong: anything else is worth a try
     [0.5, 0.5]
     """
-    total = math.fsum(each.share for each in reasonings)
-    mean = math.fsum(each.share * each.mistake for each in reasonings) / total if total else 0.0
-    return [each.mistake - baseline_scale * mean for each in reasonings]
+    total = math.fsum(reasoning.share for reasoning in reasonings)
+    mean = math.fsum(reasoning.share * reasoning.mistake for reasoning in reasonings) / total if total else 0.0
+    return [reasoning.mistake - baseline_scale * mean for reasoning in reasonings]
 
 
 def _moved(span: Span, by: int) -> Span:

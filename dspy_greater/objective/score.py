@@ -33,7 +33,7 @@ def likeliest(cross_entropies: Iterable[float]) -> int:
         >>> likeliest([2.0, 0.5, 0.5]), likeliest([math.nan, 3.0]), likeliest([math.nan])
         (1, 1, 0)
     """
-    losses = [each if math.isfinite(each) else math.inf for each in cross_entropies]
+    losses = [loss if math.isfinite(loss) else math.inf for loss in cross_entropies]
     return losses.index(min(losses))
 
 

@@ -59,7 +59,7 @@ class Examples:
     def labels(self, row: RowOutcome) -> dict[str, str]:
         """What the row's example says is right, in words, by name."""
         fields: Any = self._predictor.signature.output_fields
-        annotations = {name: each.annotation for name, each in fields.items()}
+        annotations = {name: info.annotation for name, info in fields.items()}
         return labels_as_text(self._rows[row.row].labels().toDict(), annotations)
 
     def golds(self) -> list[Any]:
@@ -88,7 +88,7 @@ class Examples:
             )  # what did not parse is still what the model reasoned
         inputs = {name: plain(value) for name, value in call.inputs.items()}
         calls = () if self._field else calls_of(rollout.trace, self._predictor.name)
-        told = tuple(self._told(each, answer) for each in calls for answer in each.samples)
+        told = tuple(self._told(traced, answer) for traced in calls for answer in traced.samples)
         demos = own_demos(self._predictor, call) if self._field else None
         return RowOutcome(
             index, rollout.score, inputs, written, math.nan, rollout.error, preamble, told, unparsed, demos
@@ -150,9 +150,9 @@ class Examples:
         ]
         limit = self._limit if cut and self._limit is not None else math.inf
         return tuple(
-            ReasonedSequence(each.token_ids, each.instruction, each.completion)
-            for each in laid_out
-            if len(each.token_ids) <= limit
+            ReasonedSequence(sequence.token_ids, sequence.instruction, sequence.completion)
+            for sequence in laid_out
+            if len(sequence.token_ids) <= limit
         )
 
     def alternatives(self, instruction: str, row: RowOutcome) -> list[Supervised | None]:
@@ -174,9 +174,12 @@ class Examples:
         """A sequence to read the instruction's likelihood from, and the gold answer's where there is one."""
         if self._field is not None:
             return self.supervised(instruction, row)
-        for each in self.sequences(instruction, row)[:1]:
+        for sequence in self.sequences(instruction, row)[:1]:
             return Supervised(
-                each.token_ids, each.instruction, Span(each.generated.start, each.generated.start), each.generated
+                sequence.token_ids,
+                sequence.instruction,
+                Span(sequence.generated.start, sequence.generated.start),
+                sequence.generated,
             )
         return None
 
@@ -219,7 +222,7 @@ def partition(text: str, separators: Sequence[str]) -> tuple[str, str, str]:
     >>> partition("I look. <answer>yes", ["[[ ## answer ## ]]", "<answer>"]), partition("I look.", ["<answer>"])
     (('I look. ', '<answer>', 'yes'), ('I look.', '', ''))
     """
-    found = next((each for each in separators if each in text), None)
+    found = next((separator for separator in separators if separator in text), None)
     return text.partition(found) if found else (text, "", "")
 
 

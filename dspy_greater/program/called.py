@@ -136,7 +136,8 @@ def same_signature(one: Any, other: Any) -> bool:
     if one is other:
         return True
     described = [
-        [(name, info.annotation, info.json_schema_extra) for name, info in each.fields.items()] for each in (one, other)
+        [(name, info.annotation, info.json_schema_extra) for name, info in signature.fields.items()]
+        for signature in (one, other)
     ]
     return described[0] == described[1]
 

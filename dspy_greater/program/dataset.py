@@ -197,7 +197,7 @@ def warn_of_misread_gold(predictor: Predictor, field: str, rows: Sequence[Any]) 
         return
     signature, adapter = _alone(predictor.signature, field), type(predictor.adapter).__name__
     golds = (row_gold(signature, field, example) for example in rows)
-    for answer in {repr(each): each for gold in golds for each in gold.answers}.values():
+    for answer in {repr(value): value for gold in golds for value in gold.answers}.values():
         written, read = _read_again(predictor.adapter, signature, field, answer)
         if read is None:
             continue
@@ -218,7 +218,7 @@ def _read_again(adapter: Any, signature: Any, field: str, answer: object) -> tup
             same = gold_of(signature.output_fields[field].annotation, read).answers == (answer,)
         except Exception:  # an adapter of one's own may raise anything
             return written, "cannot read that again"
-    texts = [" ".join(each.split()) if isinstance(each, str) else each for each in (read, answer)]
+    texts = [" ".join(value.split()) if isinstance(value, str) else value for value in (read, answer)]
     return written, None if same or texts[0] == texts[1] else f"reads that as {shortened(read)}"
 
 

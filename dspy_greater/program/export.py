@@ -56,17 +56,17 @@ def template_of(
         raise ProgramError(f"The adapter {adapter!r} is not known. Use {', '.join(ADAPTERS)}.")
     saved = saved_predictors(path)
     asked = dict(signatures or {})
-    strangers = [name for name in asked if name not in {each.name for each in saved}]
+    strangers = [name for name in asked if name not in {predictor.name for predictor in saved}]
     if strangers:
-        known = ", ".join(f"`{each.name}`" for each in saved)
+        known = ", ".join(f"`{predictor.name}`" for predictor in saved)
         raise ProgramError(f"{path} has no predictor `{strangers[0]}`; it has {known}.")
     found: dict[str, dict[str, Any]] = {}
-    for each in saved:
-        signature = _signature(path, each, asked.get(each.name))
-        demos = tuple(dict(demo) for demo in each.demos)
-        prompt = PredictorPrompt(each.name, signature, demos, ADAPTERS[adapter]())
+    for predictor in saved:
+        signature = _signature(path, predictor, asked.get(predictor.name))
+        demos = tuple(dict(demo) for demo in predictor.demos)
+        prompt = PredictorPrompt(predictor.name, signature, demos, ADAPTERS[adapter]())
         outputs = list(signature.output_fields)
-        found[each.name] = {"inputs": list(prompt.inputs), "outputs": outputs, "messages": prompt.template()}
+        found[predictor.name] = {"inputs": list(prompt.inputs), "outputs": outputs, "messages": prompt.template()}
     return found
 
 
@@ -90,7 +90,7 @@ def saved_predictors(path: str | Path) -> list[SavedPredictor]:
     parts: Mapping[str, Any] = state if isinstance(state, dict) else {}
     if isinstance(parts.get("demos"), list):  # a program that is itself the one predictor
         parts = {"self": parts}
-    found = [_saved(path, name, each) for name, each in parts.items() if isinstance(each, dict) and "signature" in each]
+    found = [_saved(path, name, part) for name, part in parts.items() if isinstance(part, dict) and "signature" in part]
     if not found:
         raise ProgramError(f"{path} holds no predictor. Give a file that program.save('x.json') wrote.")
     return found
@@ -103,14 +103,14 @@ def _saved(path: str | Path, name: str, state: Mapping[str, Any]) -> SavedPredic
         not isinstance(signature, dict)
         or not isinstance(signature.get("instructions"), str)
         or not isinstance(fields, list)
-        or not all(isinstance(each, dict) and {"prefix", "description"} <= set(each) for each in fields)
-        or not (isinstance(demos, list) and all(isinstance(each, dict) for each in demos))
+        or not all(isinstance(entry, dict) and {"prefix", "description"} <= set(entry) for entry in fields)
+        or not (isinstance(demos, list) and all(isinstance(demo, dict) for demo in demos))
     ):
         raise ProgramError(
             f"Predictor `{name}` in {path} has not the form in which DSPy 3.4 saves one: a signature with "
             "`instructions` and `fields`, and a list of demonstrations. Save it again: program.save('x.json')."
         )
-    pairs = tuple((str(each["prefix"]), str(each["description"])) for each in fields)
+    pairs = tuple((str(entry["prefix"]), str(entry["description"])) for entry in fields)
     return SavedPredictor(name, signature["instructions"], pairs, tuple(demos), signature)
 
 
@@ -134,7 +134,7 @@ def _signature(path: str | Path, saved: SavedPredictor, asked: str | None) -> An
 
 
 def _guessed(path: str | Path, saved: SavedPredictor) -> str:
-    names = [_field_name(*each) for each in saved.fields]
+    names = [_field_name(*pair) for pair in saved.fields]
     inputs = _inputs(names, saved.demos)
     if not all(names) or len(set(names)) != len(names) or inputs is None:
         shown = ", ".join(name or prefix for name, (prefix, _) in zip(names, saved.fields, strict=True))

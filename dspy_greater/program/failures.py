@@ -71,7 +71,7 @@ class FailureListener(BaseCallback):
 
     def is_lms(self, error: BaseException | None) -> bool:
         """Whether a language model raised it, or what it was raised from."""
-        return any(isinstance(each, LMError) or self._passed(each, "lm") for each in causes(error))
+        return any(isinstance(cause, LMError) or self._passed(cause, "lm") for cause in causes(error))
 
     def failure_of(self, error: BaseException) -> Failure:
         """What kind of error ended the run.
@@ -90,7 +90,7 @@ class FailureListener(BaseCallback):
     def source_of(self, error: BaseException) -> str:
         """Who raised it, for a message."""
         passed = [
-            (part, name) for each in causes(error) for heard, part, name in self._heard if heard is each
+            (part, name) for cause in causes(error) for heard, part, name in self._heard if heard is cause
         ]  # of the error itself first
         predictor = next((f"predictor `{name}`" for part, name in passed if part == "predictor"), "")
         if self.is_lms(error):

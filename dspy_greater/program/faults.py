@@ -85,16 +85,16 @@ def server_fault(error: BaseException | None) -> ServerFault | None:
     True
     """
     chain = list(causes(error))
-    kinds: list[FaultKind] = [found for each in chain if (found := _kind(each, chain)) is not None]
+    kinds: list[FaultKind] = [found for cause in chain if (found := _kind(cause, chain)) is not None]
     if not kinds:
         return None
-    waits = [each.retry_after for each in chain if isinstance(each, LMError) and each.retry_after is not None]
+    waits = [cause.retry_after for cause in chain if isinstance(cause, LMError) and cause.retry_after is not None]
     return ServerFault(kinds[0], f"{type(error).__name__}: {error}", min(waits, default=None))
 
 
 def usage_of(lm: Any, messages: Any) -> ServerUsage | None:
     """What the call with this very list of messages cost, as the LM's history has it; None where that is not kept."""
-    entry = next((each for each in _history(lm) if each.get("messages") is messages), None)
+    entry = next((record for record in _history(lm) if record.get("messages") is messages), None)
     return None if entry is None or messages is None else _usage(entry)
 
 
@@ -118,7 +118,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
     [KeyError('x'), ValueError('y')]
     """
     seen: list[BaseException] = []
-    while error is not None and not any(error is each for each in seen):
+    while error is not None and not any(error is earlier for earlier in seen):
         seen.append(error)
         yield error
         error = error.__cause__
@@ -126,7 +126,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _kind(error: BaseException, chain: list[BaseException]) -> FaultKind | None:
     if isinstance(error, LMTransportError):
-        late = any(isinstance(each, TimeoutError) for each in chain) or "timed out" in str(error)
+        late = any(isinstance(cause, TimeoutError) for cause in chain) or "timed out" in str(error)
         return "timeout" if late else "unreachable"
     for kinds, found in _BY_CLASS:
         if isinstance(error, kinds):
@@ -148,7 +148,7 @@ def _kind(error: BaseException, chain: list[BaseException]) -> FaultKind | None:
 
 def _of_server_error(error: LMServerError, chain: list[BaseException]) -> FaultKind:
     told = str(error).lower()
-    if any(isinstance(each, JSONDecodeError) for each in chain) or any(text in told for text in _NO_JSON):
+    if any(isinstance(cause, JSONDecodeError) for cause in chain) or any(text in told for text in _NO_JSON):
         return "malformed"
     # LiteLLM makes a status of its own for a connection that failed.
     return "unreachable" if "connection error" in told else by_status(error.status) or "server error"
@@ -175,7 +175,7 @@ def _history(lm: Any) -> list[Mapping[str, Any]]:
 
 def _usage(entry: Mapping[str, Any]) -> ServerUsage:
     answers = entry.get("response")
-    own = [getattr(each, "usage", None) for each in (answers if isinstance(answers, (list, tuple)) else [answers])]
+    own = [getattr(answer, "usage", None) for answer in (answers if isinstance(answers, (list, tuple)) else [answers])]
     told = dict(entry.get("usage") or {})
     read = _count(told.get("prompt_tokens"), own, "input_tokens")
     written = _count(told.get("completion_tokens"), own, "output_tokens")
@@ -191,7 +191,7 @@ def _count(told: object, own: list[Any], name: str) -> int | None:
     """A count of tokens as the entry has it, or as the answers themselves do, which a cache keeps."""
     if isinstance(told, int):
         return told
-    known = [each for usage in own if isinstance(each := getattr(usage, name, None), int)]
+    known = [count for usage in own if isinstance(count := getattr(usage, name, None), int)]
     return sum(known) if known and len(known) == len(own) else None
 
 
@@ -202,7 +202,7 @@ def _text_without_usage(entry: Mapping[str, Any]) -> bool:
 
 def _any_text(outputs: object) -> bool:
     found: list[Any] = outputs if isinstance(outputs, list) else []
-    return any(any(each.values()) if isinstance(each, Mapping) else each for each in found)
+    return any(any(output.values()) if isinstance(output, Mapping) else output for output in found)
 
 
 _BY_CLASS: tuple[tuple[type[LMError] | tuple[type[LMError], ...], FaultKind], ...] = (

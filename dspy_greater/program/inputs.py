@@ -75,7 +75,11 @@ def _takes(program: Any, inputs: Mapping[str, Any]) -> bool:
 def _taken(program: Any) -> list[str]:
     signature = _signature(program)
     _, *parameters = signature.parameters.values() if signature else (None,)
-    names = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+    names = [
+        parameter.name
+        for parameter in parameters
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
     return _fields(program) or names
 
 

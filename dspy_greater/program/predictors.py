@@ -96,7 +96,7 @@ def refuse_unsupported(predictor: Predictor, examples: Sequence[Any] = ()) -> No
     """
     for name, info in predictor.signature.fields.items():
         unusual = _unusual_types(info)
-        if unusual and not (name in predictor.input_fields and _are_texts([each.get(name) for each in examples])):
+        if unusual and not (name in predictor.input_fields and _are_texts([example.get(name) for example in examples])):
             raise ProgramError(
                 f"Predictor `{predictor.name}` has the field `{name}` of type {unusual[0]}, which is not written into "
                 "the prompt as plain text. Use a text field, or leave the predictor out: predictors=[...] names those "

@@ -98,8 +98,8 @@ class ProgramPrompts:
     def under(self, instructions: Mapping[str, str]) -> ProgramPrompts:
         """The same predictors with other instructions."""
         changed = {
-            name: replace(each, signature=each.signature.with_instructions(instructions[name]))
-            for name, each in self.predictors.items()
+            name: replace(prompt, signature=prompt.signature.with_instructions(instructions[name]))
+            for name, prompt in self.predictors.items()
         }
         return ProgramPrompts(changed)
 

@@ -164,7 +164,7 @@ def run_pairs(
         return _run(program, row, metric, deployed, names[id(program)])
 
     done = together(run, pairs, lms=lms, threads=threads, generate=generate)
-    return [each if each.error is None else replace(each, score=failure_score) for each in done]
+    return [rollout if rollout.error is None else replace(rollout, score=failure_score) for rollout in done]
 
 
 def together(
@@ -186,7 +186,7 @@ def together(
     """
     if len(jobs) > _MOST_IN_LOCKSTEP:
         parts = [jobs[start : start + _MOST_IN_LOCKSTEP] for start in range(0, len(jobs), _MOST_IN_LOCKSTEP)]
-        return [each for part in parts for each in together(run, part, lms=lms, threads=threads, generate=generate)]
+        return [result for part in parts for result in together(run, part, lms=lms, threads=threads, generate=generate)]
     with _in_lockstep(lms, len(jobs), generate) as worker:
         size = threads if worker is None else len(jobs)
         enter: Worker = worker or nullcontext
@@ -221,7 +221,7 @@ def spent_on_servers(rollouts: Iterable[Rollout], estimate: Callable[[str], int]
             told = usage or ServerUsage()
             written = told.generated_tokens
             if written is None:
-                written = sum(estimate(text) for each in answers for text in (each.thoughts, each.text) if text)
+                written = sum(estimate(text) for answer in answers for text in (answer.thoughts, answer.text) if text)
             spent += Spent(told.prompt_tokens or 0, written)
     return spent
 
@@ -337,7 +337,7 @@ def refuse_dead_lm(done: Sequence[Rollout], rows: int, probe: Callable[[], Rollo
     Raises:
         ProgramError: the language model could not be called, not even once, nor by the probe.
     """
-    if not done or not all(each.lm_failed for each in done) or (probe is not None and not probe().lm_failed):
+    if not done or not all(rollout.lm_failed for rollout in done) or (probe is not None and not probe().lm_failed):
         return
     first = done[0]
     error = first.error or next(call.error for call in first.trace)

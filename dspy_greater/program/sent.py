@@ -64,7 +64,7 @@ def differences(
         supervised: the output field with gold values, if there is one.
     """
     found = [_difference(called, layout, engine, call, supervised) for call in calls]
-    return [each for each in found if each is not None]
+    return [difference for difference in found if difference is not None]
 
 
 def refuse_differences(name: str, found: Sequence[Difference], calls: int) -> None:

@@ -132,8 +132,8 @@ class Servers:
         """Ask again; which of these are still without an answer."""
         if not indices:
             return []
-        for index, each in zip(indices, again(indices), strict=True):
-            found[index] = each
+        for index, outcome in zip(indices, again(indices), strict=True):
+            found[index] = outcome
         return self._unanswered(found, indices)
 
     def _unanswered(self, found: Sequence[Asked], indices: Iterable[int]) -> list[int]:
@@ -148,7 +148,7 @@ class Servers:
         """Whether no server ever answered, for a reason that waiting does not mend, such as an address."""
         if self._answered or len(waiting) < len(found):
             return False
-        return all(fault.kind not in _PASSING for each in found for fault in each.faults)
+        return all(fault.kind not in _PASSING for outcome in found for fault in outcome.faults)
 
 
 class _Tries:

@@ -233,7 +233,7 @@ class _OpenCall:
             lm_failed=lm_failed,
             thoughts=None if answer is None else answer.thoughts,
             sent=None if first.sent.lm is None else first.sent,
-            exchanges=tuple(each.sent for each in self.exchanges if each.sent.lm is not None),
+            exchanges=tuple(exchange.sent for exchange in self.exchanges if exchange.sent.lm is not None),
             given=self.given,
             context_lm=self.context_lm,
         )
@@ -286,8 +286,8 @@ def _snapshot(messages: Any) -> tuple[Mapping[str, Any], ...] | None:
 def _answers(outputs: Any) -> tuple[Answer, ...]:
     found = outputs if isinstance(outputs, list) else []
     return tuple(
-        Answer(each.get("text"), each.get("reasoning_content"))
-        if isinstance(each, Mapping)
-        else Answer(None if each is None else str(each))
-        for each in found
+        Answer(output.get("text"), output.get("reasoning_content"))
+        if isinstance(output, Mapping)
+        else Answer(None if output is None else str(output))
+        for output in found
     )

@@ -42,10 +42,10 @@ def validation_scores(
     """
     programs = [searching_copy(program, texts) for texts in finalists]
     rollouts = roll_out(programs, rows, metric.late, running, deployed=True)
-    refuse_useless_metric(*([each.error for each in group] for group in rollouts), rows="validation rows")
+    refuse_useless_metric(*([rollout.error for rollout in group] for group in rollouts), rows="validation rows")
     if heard is not None:
         heard(rollouts)
-    failed = [(row, each) for group in rollouts for row, each in enumerate(group) if each.failure == "metric"]
+    failed = [(row, rollout) for group in rollouts for row, rollout in enumerate(group) if rollout.failure == "metric"]
     if failed:
         row, first = failed[0]
         warn_caller(
@@ -53,7 +53,7 @@ def validation_scores(
             f"mistakes. On the row {shortened(dict(rows[row].inputs()))}, {first.error}.",
             RuntimeWarning,
         )
-    return [tuple(each.score for each in group) for group in rollouts]
+    return [tuple(rollout.score for rollout in group) for group in rollouts]
 
 
 def warn_of_one_answer(rows: Sequence[Any], runs: Sequence[Rollout]) -> None:
@@ -63,10 +63,10 @@ def warn_of_one_answer(rows: Sequence[Any], runs: Sequence[Rollout]) -> None:
         rows: the validation rows; fewer than eight may have one answer by chance, and say nothing.
         runs: the program's runs on them.
     """
-    predictions = [each.prediction for each in runs if isinstance(each.prediction, dspy.Prediction)]
+    predictions = [run.prediction for run in runs if isinstance(run.prediction, dspy.Prediction)]
     for name in {str(name): None for row in rows for name in row.labels()}:
         golds = [repr(plain(row.labels()[name])) for row in rows if name in row.labels()]
-        given = [repr(plain(each[name])) for each in predictions if name in each]
+        given = [repr(plain(prediction[name])) for prediction in predictions if name in prediction]
         if len(given) == len(golds) >= _TELLING and len(set(golds)) > 1 and len(set(given)) == 1:
             answer = shortened(plain(predictions[0][name]))
             warn_caller(

@@ -64,10 +64,10 @@ def gold_of(annotation: Any, raw: object, field: str | None = None) -> Gold:
         return Gold((raw,)) if raw.strip() else Gold()
     try:
         several = _several(raw) if is_text(annotation) else None
-        found = [_answer(annotation, each) for each in ([raw] if several is None else several)]
+        found = [_answer(annotation, value) for value in ([raw] if several is None else several)]
     except Exception as error:  # a field's own validators may raise anything
         raise DataError(_does_not_fit(raw, field, annotation, _reason(error))) from error
-    different = {(type(each), repr(each)): each for answers in found for each in answers}
+    different = {(type(answer), repr(answer)): answer for answers in found for answer in answers}
     return Gold(tuple(different.values()))
 
 
@@ -122,7 +122,7 @@ def labels_as_text(labels: Mapping[str, object], annotations: Mapping[str, Any])
         if name in annotations and (several := _several(raw)) is not None and is_text(annotations[name]):
             answers = tuple(several)
         nothing = not allows_none(annotations.get(name, str))
-        texts = [str(each) for each in answers if not (is_missing(each) or (each is None and nothing))]
+        texts = [str(answer) for answer in answers if not (is_missing(answer) or (answer is None and nothing))]
         if texts:
             shown[name] = f"one of: {'; '.join(texts)}" if len(texts) > 1 else texts[0]
     return shown
@@ -305,5 +305,5 @@ def _does_not_fit(raw: object, field: str | None, annotation: Any, reason: str) 
 def _reason(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return str(error).rstrip(".") or type(error).__name__
-    parts = [(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors()[:3]]
+    parts = [(".".join(map(str, detail["loc"])), detail["msg"]) for detail in error.errors()[:3]]
     return "; ".join(f"{place}: {said}" if place else said for place, said in parts)

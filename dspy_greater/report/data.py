@@ -108,10 +108,10 @@ class Report:
 
 def report_of(record: Record) -> Report:
     """The report of a run, as far as its record goes."""
-    names = list(dict.fromkeys(each.predictor for each in record.events if isinstance(each, SearchStarted)))
+    names = list(dict.fromkeys(event.predictor for event in record.events if isinstance(event, SearchStarted)))
     known = as_mapping(record.identity.get("predictors"))
     searches = tuple(_search(name, as_mapping(known.get(name)), record.events) for name in names)
-    not_called = tuple(name for each in record.events if isinstance(each, NotCalled) for name in each.predictors)
+    not_called = tuple(name for event in record.events if isinstance(event, NotCalled) for name in event.predictors)
     targets = [name for name, about in known.items() if "weights" in as_mapping(about)]
     phases = {phase: summed(search.spent[phase] for search in searches) for phase in ("seed", "search", "validation")}
     return Report(
@@ -129,7 +129,7 @@ def report_of(record: Record) -> Report:
 
 def best_of(seed: Evaluation, steps: Sequence[StepTaken]) -> Evaluation:
     """The evaluation with the lowest objective of all that were made, the first of equals."""
-    return min(_evaluations(seed, steps), key=lambda each: each.objective)
+    return min(_evaluations(seed, steps), key=lambda evaluation: evaluation.objective)
 
 
 def estimate(values: Sequence[float], known_mean: float | None = None) -> Estimate:
@@ -146,7 +146,7 @@ def _search(name: str, about: Mapping[str, Any], events: Sequence[Event]) -> Sea
     best = best_of(started.seed, steps)
     instruction = best.instruction if validated is None else validated.winner
     tried = _evaluations(started.seed, steps)
-    found = next((each for each in reversed(list(tried)) if each.instruction == instruction), None)
+    found = next((evaluation for evaluation in reversed(list(tried)) if evaluation.instruction == instruction), None)
     before, after = _scores(started.seed, found, validated)
     phases = {
         "seed": started.spent,
@@ -175,7 +175,7 @@ def _search(name: str, about: Mapping[str, Any], events: Sequence[Event]) -> Sea
 def _evaluations(seed: Evaluation, steps: Iterable[StepTaken]) -> Iterator[Evaluation]:
     yield seed
     for step in steps:
-        yield from (each.evaluation for each in step.candidates if each.evaluation is not None)
+        yield from (candidate.evaluation for candidate in step.candidates if candidate.evaluation is not None)
         yield step.chosen
 
 
@@ -201,17 +201,17 @@ def _validation_rows(seed: str, validated: Validated | None) -> Iterator[Row]:
     if validated is None:
         return
     before, after = validated.subscores.get(seed, ()), validated.subscores.get(validated.winner, ())
-    for each in validated.changed:
-        if each.row < min(len(before), len(after)):
+    for changed in validated.changed:
+        if changed.row < min(len(before), len(after)):
             yield Row(
                 "validation",
-                each.row,
-                tuple(each.inputs.items()),
-                tuple(each.expected.items()),
-                (*each.before, *_error(each.errors[0])),
-                (*each.after, *_error(each.errors[1])),
-                before[each.row],
-                after[each.row],
+                changed.row,
+                tuple(changed.inputs.items()),
+                tuple(changed.expected.items()),
+                (*changed.before, *_error(changed.errors[0])),
+                (*changed.after, *_error(changed.errors[1])),
+                before[changed.row],
+                after[changed.row],
             )
 
 
@@ -253,18 +253,18 @@ def _loop(events: Sequence[Event]) -> Loop | None:
         before=started.prompts,
         after=beams[-1] if beams else started.prompts,
         planned=started.iterations,
-        scores=tuple(max((each.score for each in event.compared), default=()) for event in iterations),
+        scores=tuple(max((scored.score for scored in event.compared), default=()) for event in iterations),
         spent=iterations[-1].spent if iterations else {},
     )
 
 
 def _about(identity: Mapping[str, Any], predictors: Mapping[str, Any]) -> Texts:
-    models = [as_mapping(each) for each in predictors.values()]
-    weights = dict.fromkeys(str(each.get("weights") or each.get("lm")) for each in models if each)
+    models = [as_mapping(predictor) for predictor in predictors.values()]
+    weights = dict.fromkeys(str(model.get("weights") or model.get("lm")) for model in models if model)
     found = {"model": ", ".join(weights), "metric": identity.get("metric")}
     return tuple((name, str(value)) for name, value in found.items() if value)
 
 
 def _flat(value: Mapping[str, Any]) -> Texts:
     """Every value inside nested mappings, under its keys; what is empty or None is left out."""
-    return tuple((" · ".join(path), str(each)) for path, each in leaves(value) if each not in (None, "", {}))
+    return tuple((" · ".join(path), str(leaf)) for path, leaf in leaves(value) if leaf not in (None, "", {}))

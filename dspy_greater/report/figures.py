@@ -58,8 +58,8 @@ def progress(name: str, seed: Evaluation, steps: Sequence[StepTaken]) -> Progres
     changed = zip(path, steps, strict=False)
     return Progress(
         name,
-        tuple(each.score for each in path),
-        tuple(each.cross_entropy for each in path),
+        tuple(evaluation.score for evaluation in path),
+        tuple(evaluation.cross_entropy for evaluation in path),
         tuple(
             place
             for place, (before, step) in enumerate(changed, start=1)
@@ -77,8 +77,8 @@ def fidelity(name: str, steps: Sequence[StepTaken]) -> Fidelity:
     return Fidelity(
         name,
         tuple(found),
-        spearman([each.told for each in found], [(each.came, each.loss) for each in found]),
-        tuple(spearman([told for told, _ in each], [came for _, came in each]) for each in pairs),
+        spearman([forecast.told for forecast in found], [(forecast.came, forecast.loss) for forecast in found]),
+        tuple(spearman([told for told, _ in step_pairs], [came for _, came in step_pairs]) for step_pairs in pairs),
     )
 
 

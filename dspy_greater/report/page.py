@@ -32,7 +32,9 @@ def page(report: Report) -> str:
         element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="referrer", content="no-referrer"),
-        element("title", f"Prompt search: {', '.join(each.name for each in report.searches) or 'no predictor yet'}"),
+        element(
+            "title", f"Prompt search: {', '.join(search.name for search in report.searches) or 'no predictor yet'}"
+        ),
         styled(STYLE),
     )
     several = len(report.searches) > 1
@@ -40,7 +42,7 @@ def page(report: Report) -> str:
         "main",
         _header(report),
         _overall(report) if several else None,
-        [joined(_changed(each, titled=several), search_part(each, titled=several)) for each in report.searches],
+        [joined(_changed(search, titled=several), search_part(search, titled=several)) for search in report.searches],
         None if report.loop is None else loop_part(report.loop),
         cost_table(report),
         settings_list(report),
@@ -61,12 +63,12 @@ def _notes(report: Report) -> list[str]:
         found.append(f"Line {report.damaged_line} of the journal is damaged: shown is what stands before it.")
     if not report.searches and report.loop is None:
         found.append("No predictor's search has begun yet.")
-    for each in report.searches:
-        name = f"{each.name}: " if len(report.searches) > 1 else ""
-        taken = f"{len(each.steps)} of {each.planned} steps"
-        if each.validated is None:
+    for search in report.searches:
+        name = f"{search.name}: " if len(report.searches) > 1 else ""
+        taken = f"{len(search.steps)} of {search.planned} steps"
+        if search.validated is None:
             found.append(f"{name}{taken} taken, not validated yet: under way, or interrupted.")
-        elif len(each.steps) < each.planned:
+        elif len(search.steps) < search.planned:
             found.append(f"{name}ended after {taken}, and validated.")
     if report.waiting:
         found.append(f"Not searched yet: {', '.join(report.waiting)}.")
@@ -77,7 +79,7 @@ def _notes(report: Report) -> list[str]:
 
 def _overall(report: Report) -> Markup | None:
     """The whole program, before the first search and after the last."""
-    done = [each for each in report.searches if each.validated is not None]
+    done = [search for search in report.searches if search.validated is not None]
     if not done:
         return None
     return joined(

@@ -41,7 +41,7 @@ def cost_table(report: Report) -> Markup | None:
         for place, phase in enumerate(report.cost.phases)
     ]
     several = report.searches if len(report.searches) > 1 else ()
-    rows += [[f"of which {each.name}", *_totals(each.cost)] for each in several]
+    rows += [[f"of which {search.name}", *_totals(search.cost)] for search in several]
     rows.append(["in all", *_totals(report.cost)])
     return joined(
         element("h2", "Cost"),
@@ -53,7 +53,7 @@ def cost_table(report: Report) -> Markup | None:
 
 def settings_list(report: Report) -> Markup:
     """What the run depends on, folded away."""
-    parts = [_unfolding(f"Predictor {each.name}", _list(each.about)) for each in report.searches if each.about]
+    parts = [_unfolding(f"Predictor {search.name}", _list(search.about)) for search in report.searches if search.about]
     return joined(
         element("h2", "Settings and versions"),
         parts,
@@ -188,8 +188,10 @@ def _steps(search: Search) -> Markup | None:
 
 
 def _step(step: StepTaken, correlation: float) -> Markup:
-    tried = [each for each in step.candidates if each.evaluation is not None]
-    others = [each for each in step.candidates if each.evaluation is None and each.forecast is not None]
+    tried = [candidate for candidate in step.candidates if candidate.evaluation is not None]
+    others = [
+        candidate for candidate in step.candidates if candidate.evaluation is None and candidate.forecast is not None
+    ]
     shown = [*tried, *others[:_MOST_UNTRIED]]
     hidden = len(step.candidates) - len(shown)
     kept = edit_parts(step) is None
@@ -205,7 +207,8 @@ def _step(step: StepTaken, correlation: float) -> Markup:
         "div",
         element("p", f"{step.reason}. {step.spent.get('generated_tokens', 0):,} tokens written.{rank}", class_="note"),
         _rows_of(
-            [(name, None if name == "edit" else "n") for name in heads], [_candidate(step, each) for each in shown]
+            [(name, None if name == "edit" else "n") for name in heads],
+            [_candidate(step, candidate) for candidate in shown],
         ),
         element("p", f"{hidden} more were proposed and not tried.", class_="note") if hidden else None,
         class_="body",

@@ -17,9 +17,9 @@ def finite(value: Any) -> Any:
     {'loss': None, 'rows': [0.5, 1]}
     """
     if isinstance(value, Mapping):
-        return {str(name): finite(each) for name, each in value.items()}
+        return {str(name): finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(each) for each in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -36,15 +36,15 @@ def step_as_dict(step: StepTaken) -> dict[str, Any]:
         "spent": step.spent,
         "candidates": [
             {
-                "edit": each.edit,
-                "origin": each.origin,
-                "text": each.text,
-                "log_probability": each.log_probability,
-                "gradient": each.gradient,
-                "forecast": each.forecast,
-                "instruction": None if each.evaluation is None else each.evaluation.instruction,
-                "score": None if each.evaluation is None else each.evaluation.score,
+                "edit": candidate.edit,
+                "origin": candidate.origin,
+                "text": candidate.text,
+                "log_probability": candidate.log_probability,
+                "gradient": candidate.gradient,
+                "forecast": candidate.forecast,
+                "instruction": None if candidate.evaluation is None else candidate.evaluation.instruction,
+                "score": None if candidate.evaluation is None else candidate.evaluation.score,
             }
-            for each in step.candidates
+            for candidate in step.candidates
         ],
     }

@@ -36,11 +36,11 @@ class Plotted:
         better.detailed_results.plot_score().savefig("score.png")
         ```
         """
-        found = [progress(each.name, each.seed, each.steps) for each in self.predictors]
+        found = [progress(predictor.name, predictor.seed, predictor.steps) for predictor in self.predictors]
         figure, panels = _panels("plot_score", len(found), 2)
-        for each, (scores, losses) in zip(found, panels, strict=True):
-            _over_steps(scores, each, each.scores, "score")
-            _over_steps(losses, each, each.losses, "loss, nats")
+        for drawn, (scores, losses) in zip(found, panels, strict=True):
+            _over_steps(scores, drawn, drawn.scores, "score")
+            _over_steps(losses, drawn, drawn.losses, "loss, nats")
         return figure
 
     def plot_forecasts(self) -> Figure:
@@ -49,10 +49,10 @@ class Plotted:
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
-        found = [fidelity(each.name, each.steps) for each in self.predictors]
+        found = [fidelity(predictor.name, predictor.steps) for predictor in self.predictors]
         figure, panels = _panels("plot_forecasts", len(found), 1)
-        for each, (panel,) in zip(found, panels, strict=True):
-            _forecasts(panel, each)
+        for drawn, (panel,) in zip(found, panels, strict=True):
+            _forecasts(panel, drawn)
         return figure
 
     def plot_cost(self) -> Figure:
@@ -61,7 +61,7 @@ class Plotted:
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
-        found = [(each.name, cost(each.spent_by_phase)) for each in self.predictors]
+        found = [(predictor.name, cost(predictor.spent_by_phase)) for predictor in self.predictors]
         figure, panels = _panels("plot_cost", len(found), 1)
         for (name, counted), (panel,) in zip(found, panels, strict=True):
             left = [0.0] * len(COSTS)
@@ -87,8 +87,8 @@ def _over_steps(panel: Axes, found: Progress, values: tuple[float, ...], named: 
 
 def _forecasts(panel: Axes, found: Fidelity) -> None:
     for better, colour in ((True, _NEW), (False, _OLD)):
-        points = [each for each in found.forecasts if (each.came < 0) is better]
-        panel.scatter([each.told for each in points], [each.came for each in points], s=18, color=colour)
+        points = [forecast for forecast in found.forecasts if (forecast.came < 0) is better]
+        panel.scatter([point.told for point in points], [point.came for point in points], s=18, color=colour)
     panel.axhline(0, color=_SOFT, linewidth=0.8, linestyle=":")
     panel.axvline(0, color=_SOFT, linewidth=0.8, linestyle=":")
     panel.set_xlabel("forecast change")

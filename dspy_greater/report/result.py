@@ -51,8 +51,12 @@ class PredictorResult:
     @property
     def origin(self) -> str:
         """What proposed the instruction that was kept, as its last edit: a candidate's `origin`, or "seed"."""
-        tried = (each for step in self.steps for each in step.candidates if each.evaluation is not None)
-        found = {each.evaluation.instruction: each.origin for each in tried if each.evaluation is not None}
+        tried = (candidate for step in self.steps for candidate in step.candidates if candidate.evaluation is not None)
+        found = {
+            candidate.evaluation.instruction: candidate.origin
+            for candidate in tried
+            if candidate.evaluation is not None
+        }
         return "seed" if self.instruction == self.seed_instruction else found.get(self.instruction, "token")
 
     @property
@@ -111,12 +115,12 @@ class _Validated(ABC):
     @property
     def val_aggregate_scores(self) -> tuple[float, ...]:
         """The score of each of `candidates`: nan where the validation did not come about."""
-        return tuple(each.score for each in self.candidates)
+        return tuple(program.score for program in self.candidates)
 
     @property
     def val_subscores(self) -> tuple[tuple[float, ...], ...]:
         """For each of `candidates` the score of each validation row."""
-        return tuple(each.subscores for each in self.candidates)
+        return tuple(program.subscores for program in self.candidates)
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,7 @@ class CompileResult(_Validated, Plotted):
         Each holds the counters of `spent`, and `runs`: how often the program was run on a row. Its
         `generated_tokens` of seed and search are what `max_generated_tokens` bounds.
         """
-        phases = [each.spent_by_phase for each in self.predictors]
+        phases = [predictor.spent_by_phase for predictor in self.predictors]
         return {name: summed(phase[name] for phase in phases) for name in ("seed", "search", "validation")}
 
     @property
@@ -202,18 +206,18 @@ class CompileResult(_Validated, Plotted):
     @property
     def candidates(self) -> tuple[ValidatedProgram, ...]:
         """The whole programs that met the validation rows, in that order; the student comes first."""
-        now = {each.name: each.seed_instruction for each in self.predictors}
+        now = {predictor.name: predictor.seed_instruction for predictor in self.predictors}
         found: dict[tuple[str, ...], ValidatedProgram] = {}
         if self.warm_start is not None:
             student = {name: self.warm_start.student.instructions[name] for name in now}
             found[tuple(student.values())] = replace(self.warm_start.student, instructions=student)
-        for each in self.predictors:
-            for text, score in each.validation.items():
-                program = {**now, each.name: text}
+        for predictor in self.predictors:
+            for text, score in predictor.validation.items():
+                program = {**now, predictor.name: text}
                 key = tuple(program.values())
                 if self.warm_start is None or key not in found:
-                    found[key] = ValidatedProgram(program, score, each.subscores.get(text, ()))
-            now[each.name] = each.instruction
+                    found[key] = ValidatedProgram(program, score, predictor.subscores.get(text, ()))
+            now[predictor.name] = predictor.instruction
         return tuple(found.values())
 
     @property
@@ -221,8 +225,8 @@ class CompileResult(_Validated, Plotted):
         """Which of `candidates` was returned."""
         if self.warm_start is not None and self.warm_start.undone:
             return 0
-        returned = {each.name: each.instruction for each in self.predictors}
-        return [each.instructions for each in self.candidates].index(returned)
+        returned = {predictor.name: predictor.instruction for predictor in self.predictors}
+        return [program.instructions for program in self.candidates].index(returned)
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain values for `json.dumps`: without reasoning texts, and None for what is no finite number.
@@ -235,19 +239,19 @@ class CompileResult(_Validated, Plotted):
             {
                 **_outcome(self),
                 "server": None if self.server is None else self.server.to_dict(),
-                "servers": [each.to_dict() for each in self.servers],
-                "candidates": [each.instructions for each in self.candidates],
+                "servers": [server.to_dict() for server in self.servers],
+                "candidates": [program.instructions for program in self.candidates],
                 "spent_by_phase": self.spent_by_phase,
-                "predictors": [_predictor_as_dict(each) for each in self.predictors],
+                "predictors": [_predictor_as_dict(predictor) for predictor in self.predictors],
             }
         )
 
     def __str__(self) -> str:
         lines = [f"score {self.seed_score:.3g} -> {self.score:.3g} on {self.validation_rows} validation rows"]
-        for each in self.predictors:
-            lines.append(f"{each.name}, {len(each.steps)} steps on {self.train_rows} training rows:")
-            lines += [f"  {_new_best(step)}" for step in new_bests(each)]
-            lines.append(f"  {each.seed_instruction!r} -> {each.instruction!r}")
+        for predictor in self.predictors:
+            lines.append(f"{predictor.name}, {len(predictor.steps)} steps on {self.train_rows} training rows:")
+            lines += [f"  {_new_best(step)}" for step in new_bests(predictor)]
+            lines.append(f"  {predictor.seed_instruction!r} -> {predictor.instruction!r}")
         tokens = sum(phase.get("generated_tokens", 0) for phase in self.spent_by_phase.values())
         ended = "" if self.stopped_by is None else f"; stopped by {self.stopped_by}"
         return "\n".join(
@@ -289,7 +293,7 @@ class GradSumResult(_Validated):
         """The finalists, in the order of `finalists`."""
         rows = self.subscores or ((),) * len(self.finalists)
         scored = zip(self.finalists, self.validation, rows, strict=True)
-        return tuple(ValidatedProgram(prompts, score[0], each) for prompts, score, each in scored)
+        return tuple(ValidatedProgram(prompts, score[0], row_scores) for prompts, score, row_scores in scored)
 
     @property
     def best_idx(self) -> int:
@@ -298,16 +302,19 @@ class GradSumResult(_Validated):
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain values for `json.dumps`, with None for what is no finite number."""
-        steps = [{"beam": list(each.beam), "best": max(one.score for one in each.compared)} for each in self.iterations]
-        candidates = [each.instructions for each in self.candidates]
+        steps = [
+            {"beam": list(iteration.beam), "best": max(one.score for one in iteration.compared)}
+            for iteration in self.iterations
+        ]
+        candidates = [program.instructions for program in self.candidates]
         spent = {"spent_by_module": self.spent_by_module}
         return finite({**_outcome(self), **spent, "candidates": candidates, "iterations": steps})
 
     def __str__(self) -> str:
         lines = [f"score {self.seed_score:.3g} -> {self.score:.3g} on {self.validation_rows} validation rows"]
-        for each in self.iterations:
-            best = max(one.score for one in each.compared)
-            lines.append(f"  iteration {each.iteration + 1}: best {', '.join(f'{part:.3g}' for part in best)}")
+        for iteration in self.iterations:
+            best = max(one.score for one in iteration.compared)
+            lines.append(f"  iteration {iteration.iteration + 1}: best {', '.join(f'{part:.3g}' for part in best)}")
         lines += [f"  {name}: {self.seed_prompts[name]!r} -> {text!r}" for name, text in self.prompts.items()]
         ended = "" if self.stopped_by is None else f"; stopped by {self.stopped_by}"
         calls = f"{self.spent.get('calls', 0):,} LM calls{told_faults(self.faults)}"

@@ -49,21 +49,21 @@ def loss_figure(found: Progress) -> Markup | None:
 
 def forecast_figure(found: Fidelity) -> Markup | None:
     """Each tried candidate: what was told of it, against what came; None where nothing was."""
-    points = [each for each in found.forecasts if _drawable(each.told) and _drawable(each.came)]
+    points = [forecast for forecast in found.forecasts if _drawable(forecast.told) and _drawable(forecast.came)]
     if not points:
         return None
-    across = _axis([*(each.told for each in points), 0.0], _LEFT, _WIDTH - _RIGHT)
-    up = _axis([*(each.came for each in points), 0.0], _HEIGHT - _BOTTOM, _TOP)
+    across = _axis([*(point.told for point in points), 0.0], _LEFT, _WIDTH - _RIGHT)
+    up = _axis([*(point.came for point in points), 0.0], _HEIGHT - _BOTTOM, _TOP)
     marks = [
         element(
             "circle",
-            element("title", f"step {each.step}: forecast {each.told:+.3g}, outcome {each.came:+.3g}"),
-            class_="better" if each.came < 0 else "worse" if each.came > 0 else "even",
-            cx=_place(across(each.told)),
-            cy=_place(up(each.came)),
+            element("title", f"step {point.step}: forecast {point.told:+.3g}, outcome {point.came:+.3g}"),
+            class_="better" if point.came < 0 else "worse" if point.came > 0 else "even",
+            cx=_place(across(point.told)),
+            cy=_place(up(point.came)),
             r="3.5",
         )
-        for each in points
+        for point in points
     ]
     zero = (
         _line("zero", across(0), _TOP, across(0), _HEIGHT - _BOTTOM),
@@ -105,7 +105,7 @@ def cost_figure(found: Cost) -> Markup | None:
 
 def _over_steps(found: Progress, values: Sequence[float], named: str, label: str) -> Markup:
     across = _Axis(0, max(1, len(values) - 1), _LEFT, _WIDTH - _RIGHT)
-    up = _axis([each for each in values if _drawable(each)] or [0.0], _HEIGHT - _BOTTOM, _TOP)
+    up = _axis([value for value in values if _drawable(value)] or [0.0], _HEIGHT - _BOTTOM, _TOP)
     path, drawn = "", None
     for step, value in enumerate(values):
         if not _drawable(value):

@@ -63,7 +63,7 @@ class BestFile:
         if isinstance(event, SearchStarted):
             self._better(event.seed, event.predictor, 0)
         elif isinstance(event, StepTaken):
-            best = min(event.evaluated, key=lambda each: each.objective)
+            best = min(event.evaluated, key=lambda evaluation: evaluation.objective)
             if self._best is None or best.objective < self._best.objective:
                 self._better(best, event.predictor, event.step + 1)
         elif isinstance(event, Validated):
@@ -73,7 +73,7 @@ class BestFile:
             self._instructions = dict(event.prompts)
             self._write({"iteration": 0})
         elif isinstance(event, IterationTaken):
-            scores = {tuple(each.prompts.items()): each.score for each in event.compared}
+            scores = {tuple(scored.prompts.items()): scored.score for scored in event.compared}
             self._instructions = dict(event.beam[0])
             best_scores = scores.get(tuple(event.beam[0].items()), ())
             self._write({"iteration": event.iteration + 1, "score": next(iter(best_scores), None)})

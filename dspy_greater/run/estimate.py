@@ -34,10 +34,10 @@ class Cost:
     calls: float = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+        return Cost(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
     def __rmul__(self, times: float) -> Cost:
-        return Cost(*(times * getattr(self, each.name) for each in fields(self)))
+        return Cost(*(times * getattr(self, field.name) for field in fields(self)))
 
     @property
     def tokens(self) -> float:

@@ -45,12 +45,18 @@ class StepTaken:
     @property
     def evaluated(self) -> tuple[Evaluation, ...]:
         """The chosen instruction, and every candidate that was tried."""
-        return (self.chosen, *(each.evaluation for each in self.candidates if each.evaluation is not None))
+        return (
+            self.chosen,
+            *(candidate.evaluation for candidate in self.candidates if candidate.evaluation is not None),
+        )
 
     @property
     def predictions(self) -> tuple[tuple[float, tuple[float, float]], ...]:
         """(predicted, realised) of every tried candidate: the forecast, or else the gradient, and what came."""
-        pairs = [(each.gradient if each.forecast is None else each.forecast, each.realised) for each in self.candidates]
+        pairs = [
+            (candidate.gradient if candidate.forecast is None else candidate.forecast, candidate.realised)
+            for candidate in self.candidates
+        ]
         return tuple((told, came) for told, came in pairs if told is not None and came is not None)
 
 

@@ -206,7 +206,7 @@ def _check_header(path: Path, header: Any, now: dict[str, JSON]) -> dict[str, st
         )
     differences = list(_differences(_flat(known.get("identity")), _flat(now)))
     if not differences:
-        return {name: str(each) for name, each in as_mapping(known.get("versions")).items()}
+        return {name: str(told) for name, told in as_mapping(known.get("versions")).items()}
     shown = differences[:_MOST_DIFFERENCES]
     if len(differences) > len(shown):
         shown.append(f"and {len(differences) - len(shown)} more")
@@ -236,7 +236,7 @@ def _refuse_damage(path: Path, content: bytes, intact: lines.Intact) -> NoReturn
 def _back_up(path: Path, content: bytes) -> Path:
     """A copy beside the file; the same damage is copied once."""
     numbered = (path.with_name(f"{path.name}.damaged-{number}") for number in itertools.count(1))
-    copy = next(each for each in numbered if not os.path.lexists(each) or _holds(each, content))
+    copy = next(backup for backup in numbered if not os.path.lexists(backup) or _holds(backup, content))
     if not copy.exists():
         with open(copy, "xb") as file:
             file.write(content)
@@ -251,7 +251,7 @@ def _holds(path: Path, content: bytes) -> bool:
 
 def _flat(value: Any) -> dict[tuple[str, ...], str]:
     """Every value inside nested mappings as JSON text, by its keys."""
-    return {path: json.dumps(each, sort_keys=True, ensure_ascii=False) for path, each in leaves(value)}
+    return {path: json.dumps(leaf, sort_keys=True, ensure_ascii=False) for path, leaf in leaves(value)}
 
 
 def _differences(then: dict[tuple[str, ...], str], now: dict[tuple[str, ...], str]) -> Iterator[str]:

@@ -62,7 +62,7 @@ class StepLog:
             self._of = f"/{event.iterations}"
             return f"GRAD-SUM: {event.iterations} iterations from {event.prompts!r}"
         if isinstance(event, IterationTaken):
-            best = max((each.score for each in event.compared), default=())
+            best = max((scored.score for scored in event.compared), default=())
             candidates = sum(len(member.candidates) for member in event.members)
             calls = sum(part.get("calls", 0) for part in event.spent.values())
             return (
@@ -79,7 +79,7 @@ class StepLog:
 
     def _best_score(self, step: StepTaken) -> float:
         known = step.evaluated if self._best is None else (self._best, *step.evaluated)
-        self._best = min(known, key=lambda each: each.objective)
+        self._best = min(known, key=lambda evaluation: evaluation.objective)
         return self._best.score
 
 
@@ -104,11 +104,11 @@ def edit_parts(step: StepTaken) -> tuple[str, str] | None:
         >>> edit_parts(StepTaken("predict", 0, 1, 2, (twice,), after, "better", {}, current_text=" hard"))
         (' hard', ' twice')
     """
-    for each in step.candidates:
-        if each.evaluation is not None and each.evaluation.instruction == step.chosen.instruction:
-            if each.edit == "replace" and each.text == step.current_text:
+    for candidate in step.candidates:
+        if candidate.evaluation is not None and candidate.evaluation.instruction == step.chosen.instruction:
+            if candidate.edit == "replace" and candidate.text == step.current_text:
                 return None
-            return candidate_edit(step, each)
+            return candidate_edit(step, candidate)
     return None
 
 

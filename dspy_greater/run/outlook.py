@@ -142,8 +142,8 @@ class Outlook:
             return _mean(self._validations)
         if self._told is not None:
             return self._told.validation
-        each = _RUNS_SHARE * step.seconds / step.runs if step.runs else 0.0
-        return Cost(runs=self._plan.validation_runs, seconds=each * self._plan.validation_runs)
+        run_seconds = _RUNS_SHARE * step.seconds / step.runs if step.runs else 0.0
+        return Cost(runs=self._plan.validation_runs, seconds=run_seconds * self._plan.validation_runs)
 
 
 class EstimateLog:

@@ -122,7 +122,7 @@ class ProgressBar(contextlib.AbstractContextManager["ProgressBar"]):
         if self._bar is not None:
             self._bar.update(max(0, event.iteration + 1 - self._bar.n))
         candidates = sum(len(member.candidates) for member in event.members)
-        best = max((each.score for each in event.compared), default=())
+        best = max((scored.score for scored in event.compared), default=())
         calls = sum(part.get("calls", 0) for part in event.spent.values())
         self._describe({"best": _first(best), "candidates": str(candidates), "LM calls": str(calls)}, *self._speed())
 

@@ -96,4 +96,4 @@ def _header(path: Path, payload: bytes) -> dict[str, Any]:
 
 
 def _texts(value: object) -> dict[str, str]:
-    return {name: str(each) for name, each in as_mapping(value).items()}
+    return {name: str(item) for name, item in as_mapping(value).items()}

@@ -90,8 +90,8 @@ def leaves(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[st
     inner = as_mapping(value)
     if not inner:
         yield path, value
-    for key, each in inner.items():
-        yield from leaves(each, (*path, str(key)))
+    for key, item in inner.items():
+        yield from leaves(item, (*path, str(key)))
 
 
 def _write(value: Any) -> JSON:
@@ -160,9 +160,9 @@ def _instance(name: object, found: dict[str, Any]) -> Any:
 
 def _told(name: str, error: ValidationError) -> str:
     """The first thing that is wrong with an event of this class, and where."""
-    for each in error.errors(include_url=False):
-        where, value = ".".join(map(str, each["loc"])), each["input"]
-        if each["loc"][0] == name:
+    for detail in error.errors(include_url=False):
+        where, value = ".".join(map(str, detail["loc"])), detail["input"]
+        if detail["loc"][0] == name:
             kind = value.kind if isinstance(value, Opaque) else type(value).__name__
-            return f"{where} is of type {kind}. {each['msg']}."
+            return f"{where} is of type {kind}. {detail['msg']}."
     return f"It is of type {name}, which is no event."

@@ -64,7 +64,7 @@ class Tracker(AbstractContextManager["Tracker"]):
         """Hands over the artifacts and closes the run, as failed where an error ends it."""
         if not self._opened:
             return
-        paths = [self._folder / each for each in ARTIFACTS] if self._folder is not None else []
+        paths = [self._folder / name for name in ARTIFACTS] if self._folder is not None else []
         for path in paths:
             if path.is_file():
                 with self._warning(f"given {path.name}"):
@@ -166,14 +166,14 @@ class Numbers:
         elif isinstance(event, StepTaken):
             self.step += 1
             known = event.evaluated if self._best is None else (self._best, *event.evaluated)
-            self._best = min(known, key=lambda each: each.objective)
+            self._best = min(known, key=lambda evaluation: evaluation.objective)
             found = {**self._scores(event.chosen), **_spent(event), "candidates": float(len(event.evaluated) - 1)}
         elif isinstance(event, Validated):
             seed = next(iter(event.scores.values()))
             found = {"validation_score": event.scores[event.winner], "validation_seed_score": seed}
         elif isinstance(event, IterationTaken):
             self.step += 1
-            best = max((each.score for each in event.compared), default=())
+            best = max((scored.score for scored in event.compared), default=())
             calls = sum(part.get("calls", 0) for part in event.spent.values())
             kinds = ("prompt_tokens", "completion_tokens")
             tokens = sum(part.get(kind, 0) for part in event.spent.values() for kind in kinds)
@@ -198,10 +198,10 @@ def flattened(parameters: Mapping[str, Any]) -> dict[str, Any]:
     {'settings.steps': 3, 'predictors.hop_0.mode': 'append'}
     """
     named = (
-        (".".join(re.sub(r"[^\w\-. /]+", "_", part).strip("_") for part in path), each)
-        for path, each in leaves(parameters)
+        (".".join(re.sub(r"[^\w\-. /]+", "_", part).strip("_") for part in path), leaf)
+        for path, leaf in leaves(parameters)
     )
-    return {name: each for name, each in named if each != {}}
+    return {name: value for name, value in named if value != {}}
 
 
 def checked_trackers(*, use_mlflow: object, use_wandb: object) -> tuple[type[Tracker], ...]:

@@ -27,15 +27,15 @@ def answer_forms(golds: Sequence[object], instruction: str, random: Random) -> t
     >>> answer_forms(["(B)", "(A)", "(D)", "(C)", "(E)"], "Answer with a letter, such as (C).", Random(0))
     ()
     """
-    texts = [_text(each) for each in golds]
-    values = sorted({each for each in texts if each is not None})
+    texts = [_text(gold) for gold in golds]
+    values = sorted({text for text in texts if text is not None})
     if None in texts or not values:
         return ()
     if len(values) <= min(_MOST, len(texts) // 2):
         if all(_named(values, instruction)):
             return ()
         named = " or ".join([", ".join(values[:-1]), values[-1]] if len(values) > 1 else values)
-        words = "one word" if all(each.isalnum() for each in values) else "one of these"
+        words = "one word" if all(value.isalnum() for value in values) else "one of these"
         return f"Answer with {words}: {named}.", f"The answer is {named}."
     if any(_named(values, instruction)):
         return ()
@@ -45,7 +45,7 @@ def answer_forms(golds: Sequence[object], instruction: str, random: Random) -> t
 
 def _named(values: Sequence[str], instruction: str) -> Iterable[bool]:
     """Which values stand in the instruction as words of their own."""
-    return (bool(re.search(rf"(?<!\w){re.escape(each)}(?!\w)", instruction, re.IGNORECASE)) for each in values)
+    return (bool(re.search(rf"(?<!\w){re.escape(value)}(?!\w)", instruction, re.IGNORECASE)) for value in values)
 
 
 def _text(gold: object) -> str | None:

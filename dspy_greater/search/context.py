@@ -62,9 +62,9 @@ def refuse_long_answers(
 
     def length(case: Case) -> int:  # of acceptable answers the shortest has to fit
         laid_out = (
-            layout.supervised(predictor.instruction, case.inputs, unreasoned, field, each) for each in case.answers
+            layout.supervised(predictor.instruction, case.inputs, unreasoned, field, answer) for answer in case.answers
         )
-        return min((len(each.token_ids) for each in laid_out), default=0)
+        return min((len(sequence.token_ids) for sequence in laid_out), default=0)
 
     lengths = list(map(length, cases))
     long = [index for index, tokens in enumerate(lengths) if tokens > limit]

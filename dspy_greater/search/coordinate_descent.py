@@ -221,5 +221,5 @@ def _refuse_mismatch(run: SeedRun, target: Target) -> None:
 
 def _let_go(error: Exception) -> None:
     """Give back what the frames of its tracebacks hold: after a lack of memory, the validation needs it."""
-    for each in causes(error):
-        traceback.clear_frames(each.__traceback__)
+    for cause in causes(error):
+        traceback.clear_frames(cause.__traceback__)

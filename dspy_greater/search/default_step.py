@@ -54,7 +54,7 @@ def by_score_gradient(at: StepContext, replay: Replay, edits: Sequence[Edit]) ->
     """Slopes of replacements and of insertions, each at a place of its own; a kind with one edit has none."""
     found: Slopes = {}
     for kind in ("replace", "insert"):
-        alike = [each for each in edits if (each.kind, each.origin) == (kind, "token")]
+        alike = [edit for edit in edits if (edit.kind, edit.origin) == (kind, "token")]
         if len(alike) < 2 or not replay.reasonings:
             continue
         ids, position = at.current.token_ids, at.state.position
@@ -62,13 +62,13 @@ def by_score_gradient(at: StepContext, replay: Replay, edits: Sequence[Edit]) ->
             ids = (*ids[:position], alike[0].token, *ids[position:])
         slopes = score_gradient(
             at.model,
-            Replay([each.under(ids) for each in replay.reasonings], replay.advantages),
+            Replay([reasoning.under(ids) for reasoning in replay.reasonings], replay.advantages),
             position=position,
-            candidates=[each.token for each in alike],
+            candidates=[edit.token for edit in alike],
             answer_weight=at.settings.answer_weight if _gold_has_to_tell(replay.reasonings) else 0.0,
             answer_temperature=at.settings.answer_temperature,
         )
-        found |= {each.instruction.text: slope for each, slope in zip(alike, slopes, strict=True)}
+        found |= {edit.instruction.text: slope for edit, slope in zip(alike, slopes, strict=True)}
     return found
 
 
@@ -80,17 +80,17 @@ def forecast_off_policy(at: StepContext, replay: Replay) -> Forecaster:
 
     def read(ids: tuple[int, ...], count: int) -> list[Likelihood]:
         found = known.setdefault(ids, [])
-        missing = [each.under(ids) for each in replay.reasonings[len(found) : count]]
+        missing = [reasoning.under(ids) for reasoning in replay.reasonings[len(found) : count]]
         if missing:
             found += likelihoods(at.model, missing, answer_temperature=temperature)
         return found[:count]
 
     def of_edits(_at: StepContext, first: Replay, edits: Sequence[Edit]) -> Forecasts:
-        count, shares = len(first.reasonings), [each.share for each in first.reasonings]
+        count, shares = len(first.reasonings), [reasoning.share for reasoning in first.reasonings]
         now = read(at.current.token_ids, count) if edits else []
         weight, against = at.settings.answer_weight, first.advantages
         tell = partial(forecast, now, advantages=against, shares=shares, answer_weight=weight, saturates=saturates)
-        return {each.instruction.text: tell(read(each.instruction.token_ids, count)) for each in edits}
+        return {edit.instruction.text: tell(read(edit.instruction.token_ids, count)) for edit in edits}
 
     return of_edits
 
@@ -101,7 +101,7 @@ def race(
     """Forecasts of those edits that are left after the rounds, (how many go on, from how many reasonings) each."""
     told: Forecasts = {}
     for kept, count in rounds:
-        edits = sorted(edits, key=lambda each: _change(told, each))[:kept]
+        edits = sorted(edits, key=lambda edit: _change(told, edit))[:kept]
         told = forecaster(at, replay.first(count), edits)
     return told
 
@@ -119,11 +119,11 @@ class _Look:
     @property
     def promise(self) -> float:
         """The best forecast at the position."""
-        return min((_finite(each.change) for each in self.forecasts.values()), default=math.inf)
+        return min((_finite(prediction.change) for prediction in self.forecasts.values()), default=math.inf)
 
     def ranked(self) -> list[Edit]:
         """The shortlist by forecast; a stable sort, so without forecasts its own order counts."""
-        return sorted(self.shortlist, key=lambda each: _change(self.forecasts, each))
+        return sorted(self.shortlist, key=lambda edit: _change(self.forecasts, edit))
 
 
 @dataclass(frozen=True)
@@ -157,15 +157,15 @@ class DefaultStep:
         return return_to_best(state, settings, positions)
 
     def _step(self, at: StepContext, random: Random, before: Mapping[str, int]) -> StepTaken:
-        look = min(self._look_ahead(at, self._glance(at), random), key=lambda each: each.promise)
-        evaluated = at.evaluator.evaluate([each.instruction for each in self._tried(look)], at.model)
+        look = min(self._look_ahead(at, self._glance(at), random), key=lambda option: option.promise)
+        evaluated = at.evaluator.evaluate([edit.instruction for edit in self._tried(look)], at.model)
         return self._taken(look, evaluated, select(at.current, evaluated, stays=False), before)
 
     def _rewritten(
         self, at: StepContext, written: tuple[Edit, ...], random: Random, before: Mapping[str, int]
     ) -> StepTaken:
         """The best of whole instructions on a few rows reasons on all; the search moves to it only if it is better."""
-        instructions, every = [each.instruction for each in written], [row.row for row in at.current.rows]
+        instructions, every = [edit.instruction for edit in written], [row.row for row in at.current.rows]
         rows = sorted(random.sample(every, min(TRIAL_ROWS, len(every))))
         tried = at.evaluator.try_out(instructions, rows, at.model)
         best = min(range(len(tried)), key=lambda place: tried[place].objective)
@@ -199,7 +199,7 @@ class DefaultStep:
         """What became of the look's candidates, of which those that were evaluated reasoned on all rows."""
         at, state = look.at, look.at.state
         stands = [] if state.appends() else [at.current.token_ids[state.position]]
-        rewrites = any(each.kind == "rewrite" for each in look.edits)
+        rewrites = any(edit.kind == "rewrite" for edit in look.edits)
         replaced = at.current.instruction if rewrites else at.model.tokenizer.decode(stands)
         return StepTaken(
             predictor=at.predictor,
@@ -239,18 +239,18 @@ class DefaultStep:
         if self.rank is None:
             return tuple(random.sample(list(edits), min(size, len(edits))))
         ranked = [
-            sorted((each for each in edits if _kind(each) == kind), key=lambda each: _slope(slopes, each))
+            sorted((edit for edit in edits if _kind(edit) == kind), key=lambda edit: _slope(slopes, edit))
             for kind in _KINDS
         ]
         longest = max(map(len, ranked), default=0)
-        return tuple(each for turn in range(longest) for alike in ranked for each in alike[turn : turn + 1])[:size]
+        return tuple(edit for turn in range(longest) for alike in ranked for edit in alike[turn : turn + 1])[:size]
 
     def _tried(self, look: _Look) -> list[Edit]:
         """At most μ candidates; only those that promise an improvement, once forecasts have proven themselves."""
         ranked = look.ranked()[: self._most(look.at)]
         if self.rank is None or not forecasts_are_trusted(look.at.state):
             return ranked
-        promising = [each for each in ranked if _change(look.forecasts, each) < 0]
+        promising = [edit for edit in ranked if _change(look.forecasts, edit) < 0]
         return promising or ranked[:1]
 
     def _most(self, at: StepContext) -> int:
@@ -259,9 +259,9 @@ class DefaultStep:
 
 def _gold_has_to_tell(reasonings: Sequence[Reasoning]) -> bool:
     """Whether all reasonings turned out alike, or none was generated, so that only gold answers tell what is better."""
-    mistakes = [each.mistake for each in reasonings]
+    mistakes = [reasoning.mistake for reasoning in reasonings]
     alike = max(mistakes) - min(mistakes) <= _ALIKE
-    generated = any(len(sequence.generated) for each in reasonings for sequence in each.sequences)
+    generated = any(len(sequence.generated) for reasoning in reasonings for sequence in reasoning.sequences)
     return alike or not generated
 
 
@@ -277,7 +277,7 @@ def _reasons(seed: Evaluation) -> bool:
 
 def _told(look: _Look, evaluated: Sequence[Evaluation]) -> tuple[Candidate, ...]:
     """What became of each candidate, for the record."""
-    outcomes = {each.instruction: each for each in evaluated}
+    outcomes = {evaluation.instruction: evaluation for evaluation in evaluated}
     decode = look.at.model.tokenizer.decode
 
     def tell(edit: Edit) -> Candidate:
@@ -296,7 +296,7 @@ def _told(look: _Look, evaluated: Sequence[Evaluation]) -> tuple[Candidate, ...]
             origin=edit.origin,
         )
 
-    return tuple(tell(each) for each in look.edits)
+    return tuple(tell(edit) for edit in look.edits)
 
 
 def _kind(edit: Edit) -> str:

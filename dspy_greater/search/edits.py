@@ -97,7 +97,9 @@ def _legal(at: StepContext, kinds: Collection[Kind], *, new: bool, editable: boo
             found.append(("replace", edits.replace(ids, position, token)))
         if editable and grows and "insert" in kinds:
             found.append(("insert", edits.insert(ids, position, token)))
-        kept: list[tuple[Kind, Instruction]] = [(kind, Instruction(*each)) for kind, each in found if each is not None]
+        kept: list[tuple[Kind, Instruction]] = [
+            (kind, Instruction(*edited)) for kind, edited in found if edited is not None
+        ]
         return tuple(pair for pair in kept if not (new and at.evaluator.knows(pair[1].text))) or None
 
     return legal
@@ -115,5 +117,5 @@ def _deletion(at: StepContext) -> list[Edit]:
 
 def _distinct(edits: list[Edit]) -> tuple[Edit, ...]:
     """Two tokens can be deployed as one text: the likelier counts."""
-    first = {each.instruction.text: each for each in reversed(edits)}
-    return tuple(each for each in edits if first[each.instruction.text] is each)
+    first = {edit.instruction.text: edit for edit in reversed(edits)}
+    return tuple(edit for edit in edits if first[edit.instruction.text] is edit)

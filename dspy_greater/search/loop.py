@@ -54,9 +54,9 @@ def minimise(
         taken = known or _take(search, state)
         now = time.monotonic()
         taken, since = (taken if known else replace(taken, seconds=now - since)), now
-        evaluated = [each.evaluation for each in taken.candidates if each.evaluation is not None]
+        evaluated = [candidate.evaluation for candidate in taken.candidates if candidate.evaluation is not None]
         evaluator.recall([*evaluated, taken.chosen])
-        known_by_text.update({each.instruction: each for each in (*evaluated, taken.chosen)})
+        known_by_text.update({evaluation.instruction: evaluation for evaluation in (*evaluated, taken.chosen)})
         failed = _failed(evaluator, taken, evaluated)
         state = advance(state, taken, evaluated, settings, positions, failed=failed)
         state = search.step.move(state, settings, positions)
@@ -81,9 +81,9 @@ def _failed(evaluator: Evaluator, step: StepTaken, evaluated: list[Evaluation]) 
     if not step.candidates:
         return False
     if evaluated:
-        unmeasured = all(math.isinf(each.objective[0]) for each in evaluated)
+        unmeasured = all(math.isinf(evaluation.objective[0]) for evaluation in evaluated)
         return unmeasured and any(map(evaluator.fits, evaluated))
-    slopes = [each.gradient for each in step.candidates if each.gradient is not None]
+    slopes = [candidate.gradient for candidate in step.candidates if candidate.gradient is not None]
     return math.isinf(step.chosen.objective[0]) or (bool(slopes) and not any(map(math.isfinite, slopes)))
 
 
@@ -97,7 +97,7 @@ def _give_up_if_failing(state: SearchState, settings: Settings, predictor: str) 
 
 
 def _refuse_many_errors(evaluations: Iterable[Evaluation], settings: Settings, predictor: str) -> None:
-    failed = [row for each in evaluations for row in each.rows if row.error is not None]
+    failed = [row for evaluation in evaluations for row in evaluation.rows if row.error is not None]
     if settings.max_errors is not None and len(failed) > settings.max_errors:
         raise ProgramError(
             f"Predictor `{predictor}`: the program or the metric failed on {len(failed)} rows, and "

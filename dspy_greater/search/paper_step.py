@@ -72,7 +72,7 @@ class PaperStep:
         edits = propose_replacements(at)
         current = self._with_placeholder(at, edits)  # p, one token longer if the sentence goes on
         stands = current.token_ids[position] if position < len(current.token_ids) else -1  # p_i
-        others = {each.token: each for each in edits if each.instruction.text != current.instruction}
+        others = {edit.token: edit for edit in edits if edit.instruction.text != current.instruction}
         ranked = self.rank(at, current, stands, list(others))
         selected = ranked.tokens[: at.settings.selections or self.selections]
         tried = [others[token].instruction for token in selected if token in others]
@@ -107,7 +107,7 @@ def _told(
     at: StepContext, edits: Sequence[Edit], ranked: Ranked, current: Evaluation, evaluated: Sequence[Evaluation]
 ) -> tuple[Candidate, ...]:
     """What became of each candidate, for the record."""
-    outcomes = {each.instruction: each for each in [current, *evaluated]}
+    outcomes = {evaluation.instruction: evaluation for evaluation in [current, *evaluated]}
 
     def tell(edit: Edit) -> Candidate:
         outcome = outcomes.get(edit.instruction.text)
@@ -121,4 +121,4 @@ def _told(
             realised=None if outcome is None or outcome is current else realised_change(current, outcome),
         )
 
-    return tuple(tell(each) for each in edits)
+    return tuple(tell(edit) for edit in edits)

@@ -56,8 +56,8 @@ def _continued(at: StepContext, context: Sequence[int], random: Random) -> list[
         GenerationRequest(tuple(context), LONGEST, 1.0, _TOP_P, seed=random.randrange(2**31))
         for _ in range(at.settings.phrases)
     ]
-    cut = [_to_the_end_of_a_sentence(at, each.token_ids) for each in at.model.generate(requests)]
-    return list(dict.fromkeys(each for each in cut if len(each) >= _SHORTEST))
+    cut = [_to_the_end_of_a_sentence(at, generation.token_ids) for generation in at.model.generate(requests)]
+    return list(dict.fromkeys(phrase for phrase in cut if len(phrase) >= _SHORTEST))
 
 
 def _to_the_end_of_a_sentence(at: StepContext, tokens: Sequence[int]) -> tuple[int, ...]:

@@ -61,7 +61,7 @@ class PredictorSearch:
         self._recorded = [event for event in journal.recorded() if getattr(event, "predictor", None) == self._name]
         self._evaluator = Evaluator(
             Objective(
-                program=neutral(program, {each.predictor.name: each.watch for each in problem.targets}),
+                program=neutral(program, {searched.predictor.name: searched.watch for searched in problem.targets}),
                 predictor=target.predictor,
                 field=target.field,
                 rows=problem.train,
@@ -151,7 +151,9 @@ class PredictorSearch:
     def found_something(self) -> bool:
         """Whether any instruction but the seed was tried and could be measured."""
         seed = self._state.seed.instruction
-        return any(each.instruction != seed and math.isfinite(each.objective[0]) for each in self._state.best)
+        return any(
+            evaluation.instruction != seed and math.isfinite(evaluation.objective[0]) for evaluation in self._state.best
+        )
 
     @property
     def steps_taken(self) -> str:
@@ -196,7 +198,7 @@ class PredictorSearch:
         `known_score` is the seed's, if an earlier predictor was validated, or nan.
         """
         texts = self._finalists()
-        known = [each for each in self._recorded if isinstance(each, Validated) and list(each.scores) == texts]
+        known = [event for event in self._recorded if isinstance(event, Validated) and list(event.scores) == texts]
         try:
             validated = known[-1] if known else self._validated(texts)
         except KeyboardInterrupt as interrupt:
@@ -231,8 +233,8 @@ class PredictorSearch:
             running=problem.running,
             heard=runs.extend,
         )
-        self._evaluator.count([each for group in runs for each in group])
-        scores = [mean(each) for each in subscores]
+        self._evaluator.count([rollout for group in runs for rollout in group])
+        scores = [mean(row_scores) for row_scores in subscores]
         best = winner(scores)
         if best > 0:
             warn_of_one_answer(problem.validation, runs[best])
@@ -252,13 +254,13 @@ class PredictorSearch:
         """The seed and the best of what was tried; one that DSPy would not send as it was scored is left out."""
         seed = self._state.seed.instruction
         texts = [seed]
-        for each in self._state.best:
+        for evaluation in self._state.best:
             try:
-                round_trip(self._evaluator.layout, each.instruction, each.token_ids)
+                round_trip(self._evaluator.layout, evaluation.instruction, evaluation.token_ids)
             except LayoutError as error:
                 warn_caller(f"One of the best instructions is left out. {error}", RuntimeWarning)
             else:
-                texts.append(each.instruction)
+                texts.append(evaluation.instruction)
         return list(dict.fromkeys(texts))
 
     def _result(self, validated: Validated) -> PredictorResult:

@@ -87,11 +87,11 @@ def propose(
     distinct = tuple(dict.fromkeys(context for draw in drawn for context in draw))
 
     logprobs = model.next_token_logprobs(distinct)  # [D, V]
-    numbers = [not bool(each.isnan().any()) for each in logprobs]
+    numbers = [not bool(row.isnan().any()) for row in logprobs]
     log_probabilities = {
-        context: each for context, each, usable in zip(distinct, logprobs, numbers, strict=True) if usable
+        context: row for context, row, usable in zip(distinct, logprobs, numbers, strict=True) if usable
     }
-    ranked = {context: _ranking(each, widest) for context, each in log_probabilities.items()}
+    ranked = {context: _ranking(row, widest) for context, row in log_probabilities.items()}
     rankings = [[ranked[context] for context in draw if context in ranked] for draw in drawn]
     k, legal = _widen_until_enough(rankings, sizes.top_k, widest, sizes.minimum, canonical)
 
@@ -146,7 +146,7 @@ def _ranking(log_probabilities: Tensor, length: int) -> list[int]:
 
 
 def _mean_at(token: int, log_probabilities: Iterable[Tensor]) -> float:
-    return mean([float(each[token]) for each in log_probabilities])
+    return mean([float(row[token]) for row in log_probabilities])
 
 
 def _check(contexts: Sequence[Sequence[int]]) -> None:

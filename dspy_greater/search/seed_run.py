@@ -34,11 +34,13 @@ class SeedRun:
     @property
     def called(self) -> frozenset[str]:
         """The predictors that were called on any row."""
-        return frozenset(call.predictor for each in self.rollouts for call in each.trace)
+        return frozenset(call.predictor for rollout in self.rollouts for call in rollout.trace)
 
     def given_to(self, predictor: str) -> dict[int, Mapping[str, Any]]:
         """The inputs of a predictor's last call on each row on which it was called."""
-        calls = {row: each.calls[predictor] for row, each in enumerate(self.rollouts) if predictor in each.calls}
+        calls = {
+            row: rollout.calls[predictor] for row, rollout in enumerate(self.rollouts) if predictor in rollout.calls
+        }
         return {row: call.inputs for row, call in calls.items()}
 
     def place(self, index: int) -> str:
@@ -47,7 +49,7 @@ class SeedRun:
 
     def failed(self, *kinds: str) -> list[int]:
         """The training rows with a failure of these kinds."""
-        return [index for index, each in enumerate(self.rollouts) if each.failure in kinds]
+        return [index for index, rollout in enumerate(self.rollouts) if rollout.failure in kinds]
 
 
 def check_seed_run(run: SeedRun) -> None:
@@ -58,14 +60,14 @@ def check_seed_run(run: SeedRun) -> None:
         ProgramError: the program failed on every row before it called a predictor, or by what this machine lacks.
     """
     _refuse_broken_program(run)
-    refuse_useless_metric([each.error for each in run.rollouts])
+    refuse_useless_metric([rollout.error for rollout in run.rollouts])
     _warn_of_failures(run)
 
 
 def refuse_nameless_inputs(run: SeedRun, predictors: Sequence[Predictor]) -> None:
     """Raises `DataError` when a predictor was called with none of its inputs: the rows name them differently."""
     for predictor in predictors:
-        calls = [call for each in run.rollouts for call in calls_of(each.trace, predictor.name)]
+        calls = [call for rollout in run.rollouts for call in calls_of(rollout.trace, predictor.name)]
         if calls and not any(call.inputs for call in calls):
             raise DataError(
                 f"Predictor `{predictor.name}` takes {named(predictor.input_fields)}, and was called on the training "
@@ -92,7 +94,7 @@ def kept_as_they_are(names: Sequence[str], rows: int) -> str:
 
 def warn_if_all_failed(run: SeedRun) -> None:
     """Where no row gave a score, the search has little to go by."""
-    if any(each.error is None for each in run.rollouts):
+    if any(rollout.error is None for rollout in run.rollouts):
         return
     first = run.rollouts[0]
     warn_caller(
@@ -113,7 +115,7 @@ def _refuse_broken_program(run: SeedRun) -> None:
             f"The program failed on all {count} training rows before it called a predictor; on {run.place(0)}, "
             f"{first.source} raised {first.error}. {try_it}"
         )
-    if len(run.failed("setup")) == count and len({each.error for each in run.rollouts}) == 1:
+    if len(run.failed("setup")) == count and len({rollout.error for rollout in run.rollouts}) == 1:
         raise ProgramError(
             f"The program failed on all {count} training rows, and not by what the language model wrote: on "
             f"{run.place(0)}, after predictor `{first.trace[-1].predictor}` was called, {first.source} raised "

@@ -35,7 +35,7 @@ def realised_change(current: Evaluation, challenger: Evaluation) -> tuple[float,
     pairs = _paired(current, challenger)
     mistakes = [before.score - after.score for before, after in pairs]
     losses = [after.cross_entropy - before.cross_entropy for before, after in pairs]
-    finite = [each for each in losses if math.isfinite(each)]
+    finite = [loss for loss in losses if math.isfinite(loss)]
     return mean(mistakes), mean(finite)
 
 
@@ -52,11 +52,11 @@ def select(current: Evaluation, challengers: Sequence[Evaluation], *, stays: boo
         >>> select(worse, []).chosen is worse
         True
     """
-    usable = [each for each in challengers if each.objective[0] < math.inf]
+    usable = [challenger for challenger in challengers if challenger.objective[0] < math.inf]
     if not usable:
         why = "no candidate had a finite loss" if challengers else "nothing to try at this position"
         return Selection(current, f"kept the token: {why}")
-    best = min(usable, key=lambda each: each.objective)
+    best = min(usable, key=lambda challenger: challenger.objective)
     if not stays:
         return Selection(best, f"the best of {len(usable)} selected: {_change(current, best)}")
     if not best.objective < current.objective:

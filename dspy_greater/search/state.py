@@ -113,7 +113,7 @@ def advance(
     `positions` tells which positions of an instruction may be changed, and `failed` whether no loss was finite.
     """
     state, chosen = replace(state, position=step.position), step.chosen
-    rewritten = any(each.edit == "rewrite" for each in step.candidates)
+    rewritten = any(candidate.edit == "rewrite" for candidate in step.candidates)
     best = _ranked((*state.best, chosen, *evaluated), settings)
     further = best[0].instruction != state.best[0].instruction
     return replace(
@@ -159,7 +159,7 @@ def positions_ahead(state: SearchState, settings: Settings, editable: Sequence[i
     found = [state]
     while len(found) < count:
         position = _next_position(found[-1], state.current, settings, editable)
-        if position in [each.position for each in found]:
+        if position in [earlier.position for earlier in found]:
             break
         found.append(replace(state, position=position))
     return found
@@ -184,7 +184,7 @@ def _next_position(state: SearchState, chosen: Evaluation, settings: Settings, e
     """The next editable index; past the last, a new token if the sentence is open, else back to the first."""
     length = len(chosen.token_ids)
     positions = sorted(editable)
-    later = [each for each in positions if each > state.position]
+    later = [position for position in positions if position > state.position]
     if later:
         return later[0]
     could_not_grow = state.position >= length  # the step was to append a token, and there was none
@@ -204,7 +204,7 @@ def _after_rewriting(
 
 def _ranked(evaluations: Sequence[Evaluation], settings: Settings) -> tuple[Evaluation, ...]:
     """Distinct instructions on all rows, best objective first; of equals the earlier one."""
-    distinct = {each.instruction: each for each in reversed(evaluations)}
-    order = list(dict.fromkeys(each.instruction for each in evaluations))
-    ranked = sorted((distinct[text] for text in order), key=lambda each: each.objective)
+    distinct = {evaluation.instruction: evaluation for evaluation in reversed(evaluations)}
+    order = list(dict.fromkeys(evaluation.instruction for evaluation in evaluations))
+    ranked = sorted((distinct[text] for text in order), key=lambda evaluation: evaluation.objective)
     return tuple(ranked[: settings.finalists])

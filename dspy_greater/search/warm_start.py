@@ -86,7 +86,7 @@ def _floored(student: Any, best: Any, found: dict[str, str], warmed: Any, proble
         rows = [(math.nan,), (math.nan,)]
     except Exception as error:
         raise _unvalidated(best, details, error) from error
-    scores = [mean(each) for each in rows]
+    scores = [mean(row_scores) for row_scores in rows]
     kept = write_back(student, [own, last][winner(scores)])
     student_run = ValidatedProgram(own, scores[0], rows[0])
     warm = WarmStart(found, student_run, scores[1], getattr(warmed, "detailed_results", None))
@@ -94,7 +94,7 @@ def _floored(student: Any, best: Any, found: dict[str, str], warmed: Any, proble
     kept.detailed_results = replace(details, warm_start=warm, rendering=rendering)
     kept.score = kept.detailed_results.score
     programs = [*best.candidate_programs, {"score": scores[0], "program": write_back(student, own)}]
-    kept.candidate_programs = sorted(programs, key=lambda each: -each["score"])
+    kept.candidate_programs = sorted(programs, key=lambda listed: -listed["score"])
     return kept
 
 
@@ -106,13 +106,15 @@ def _unrefined(student: Any, found: dict[str, str], warmed: Any, problem: Proble
         texts.append(_instructions(ended.program))
         details = ended.detailed_results
     try:
-        scores = [mean(each) for each in _compared(problem, texts)]
+        scores = [mean(row_scores) for row_scores in _compared(problem, texts)]
     except Exception as error:
         raise _unvalidated(write_back(student, texts[-1]), details, error) from ended
     kept = write_back(student, texts[winner(scores)])
     kept.detailed_results, kept.score = details, max(scores)
     ranked = sorted(zip(scores, texts, strict=True), key=lambda pair: -pair[0])
-    kept.candidate_programs = [{"score": score, "program": write_back(student, each)} for score, each in ranked]
+    kept.candidate_programs = [
+        {"score": score, "program": write_back(student, instructions)} for score, instructions in ranked
+    ]
     warn_caller(
         f"The search that was to go on from what the first optimizer found ended with {type(ended).__name__}: {ended}\n"
         "The best that was validated is returned.",

@@ -100,9 +100,9 @@ def propose_written(at: StepContext) -> tuple[Edit, ...]:
     forms = _forms(at) if at.state.step == at.state.rewritten else []
     count = at.settings.written - len(forms)
     decode = at.evaluator.layout.encoder.decode
-    texts = [instruction_in(decode(each.token_ids)) for each in at.model.generate(requests(at, count))]
+    texts = [instruction_in(decode(generation.token_ids)) for generation in at.model.generate(requests(at, count))]
     asked = [_edit(at, text, "written") for text in dict.fromkeys(texts) if text]
-    return tuple({each.instruction.text: each for each in (*forms, *asked) if each is not None}.values())
+    return tuple({edit.instruction.text: edit for edit in (*forms, *asked) if edit is not None}.values())
 
 
 def requests(at: StepContext, count: int) -> list[GenerationRequest]:
@@ -124,7 +124,7 @@ def _forms(at: StepContext) -> list[Edit]:
     best = at.state.best[0].instruction[len(at.state.fixed) :].strip()
     stop = "" if not best or ends_sentence(best) else "."
     texts = [f"{best}{stop} {form}".strip() for form in answer_forms(at.evaluator.examples.golds(), best, _random(at))]
-    return [each for each in (_edit(at, text, "form") for text in texts) if each is not None][: at.settings.written]
+    return [edit for edit in (_edit(at, text, "form") for text in texts) if edit is not None][: at.settings.written]
 
 
 def instruction_in(answer: str) -> str:

@@ -106,9 +106,9 @@ class Twin:
         from dspy_greater.model.greedy import greedy_tokens
 
         limit, rows = self.engine.context_length, list[tuple[tuple[int, ...], int]]()
-        for each in answers:
-            prompt = self.encoder.chat_ids(each.messages)
-            sequence = (*prompt, *self._token_ids(each))
+        for answer in answers:
+            prompt = self.encoder.chat_ids(answer.messages)
+            sequence = (*prompt, *self._token_ids(answer))
             if len(sequence) > len(prompt) and (limit is None or len(sequence) <= limit):
                 rows.append((sequence, len(prompt)))
         found = [same for row in greedy_tokens(self.engine, rows) for same in row] if rows else []
@@ -146,19 +146,19 @@ def probe(twin: Twin, prompts: Sequence[Messages], servers: Servers | None = Non
         ServerError: it does not take what a row asks.
     """
     answers = [_asked(twin, messages, servers) for messages in prompts]
-    told = [each for each in answers if each.prompt_ids is not None or each.prompt_tokens is not None]
-    for each in told:
+    told = [answer for answer in answers if answer.prompt_ids is not None or answer.prompt_tokens is not None]
+    for answer in told:
         try:
-            difference = twin.different(each)
+            difference = twin.different(answer)
         except LayoutError as error:
             raise ParityError(
                 f"Predictor `{twin.predictor}`: the server at {twin.server.address.base} answers these messages, and "
                 f"{twin.engine.name!r}, which is loaded here, cannot render them: {error}"
             ) from error
         if difference is not None:
-            raise ParityError(twin.refusal(each, difference))
+            raise ParityError(twin.refusal(answer, difference))
     agreed, written = twin.agreement(answers)
-    return Probed(len(told), sum(each.prompt_ids is not None for each in told), written, agreed)
+    return Probed(len(told), sum(answer.prompt_ids is not None for answer in told), written, agreed)
 
 
 def too_little(twin: Twin, agreed: int, written: int) -> str | None:
@@ -236,7 +236,7 @@ def _tokens(reply: Reply) -> tuple[int, ...] | None:
 
 
 def _ids(value: Any) -> tuple[int, ...] | None:
-    if not isinstance(value, list) or not all(isinstance(each, int) for each in value):
+    if not isinstance(value, list) or not all(isinstance(token, int) for token in value):
         return None
     return tuple(value)
 

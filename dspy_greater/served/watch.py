@@ -66,7 +66,7 @@ class Watch:
                 tokens are not those of the weights.
         """
         twin = self._twin
-        calls = [call.sent for each in rollouts for call in each.trace if call.predictor == twin.predictor]
+        calls = [call.sent for rollout in rollouts for call in rollout.trace if call.predictor == twin.predictor]
         asked = [sent for sent in calls if sent is not None and sent.messages]
         told, by_ids, different = 0, 0, 0
         readable: list[Written] = []
@@ -203,8 +203,8 @@ def _as_mapping(response: Any) -> Mapping[str, Any]:
     if not isinstance(choices, list):
         return found
     lifted = [
-        {**(each.get("provider_specific_fields") or {}), **each} if isinstance(each, Mapping) else each
-        for each in choices
+        {**(choice.get("provider_specific_fields") or {}), **choice} if isinstance(choice, Mapping) else choice
+        for choice in choices
     ]
     return {**(found.get("provider_specific_fields") or {}), **found, "choices": lifted}
 

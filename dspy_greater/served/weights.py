@@ -86,8 +86,8 @@ def _served(server: Server) -> list[tuple[str, bool]]:
     names = [] if server.said is None else [server.said]
     if not server.address.native:
         names.append(server.address.model)
-    usable = (each for each in dict.fromkeys(names) if each != POCKET and (is_here(each) or _HUB_ID.fullmatch(each)))
-    return [(each, True) for each in usable]
+    usable = (name for name in dict.fromkeys(names) if name != POCKET and (is_here(name) or _HUB_ID.fullmatch(name)))
+    return [(name, True) for name in usable]
 
 
 def _no_weights(name: str, predictor: str, tried: list[str], server: Server | None) -> str:

@@ -114,7 +114,7 @@ def _unanswered(where: str, error: BaseException) -> str:
     token = f"set {_TOKEN}=token before Python starts, with its token in ~/.ray/auth_token"
     if os.environ.get(_TOKEN, "").lower() == "token":
         token = "check that ~/.ray/auth_token here is the one of its head"
-    if any(_REFUSED in f"{type(each).__name__}: {each}" for each in _causes(error)):
+    if any(_REFUSED in f"{type(cause).__name__}: {cause}" for cause in _causes(error)):
         return f"{start}: it asks for a token, and this process has none or another one. To join, {token}."
     return (
         f"{start} ({first_line(error).rstrip('.')}), though something listens there. Check the address: 'HOST:6379' "

@@ -116,7 +116,7 @@ class LockstepRunner:
     def _agree(self, _model: Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
         """Before each pass; raises `WorkerLostError` where the processes are about to read unlike tokens."""
         for block in self.blocks:  # what a pass left behind that was given up for lack of memory
-            if not all(_is_part(each) for each in block.parameters()):
+            if not all(_is_part(parameter) for parameter in block.parameters()):
                 getattr(block, "reset_iter_state", block.reshard)()
         read: Any = inputs.get("input_ids", args[0] if args else None)  # [N, T]
         content = b"" if read is None else read.detach().cpu().contiguous().numpy().tobytes()
@@ -124,7 +124,7 @@ class LockstepRunner:
         mine = torch.tensor([self._passes, zlib.crc32(content), *(() if read is None else read.shape)])
         all_of = [torch.empty_like(mine) for _ in range(dist.get_world_size())]  # K
         dist.all_gather(all_of, mine, group=self._control)
-        if not all(torch.equal(each, mine) for each in all_of):
+        if not all(torch.equal(theirs, mine) for theirs in all_of):
             raise WorkerLostError("The processes of a group were about to read unlike tokens.")
 
 
@@ -136,21 +136,25 @@ def repeated_blocks(model: Module) -> list[Module]:
     >>> len(repeated_blocks(model))
     3
     """
-    least = _LEAST_SHARE * sum(each.numel() for each in model.parameters())
+    least = _LEAST_SHARE * sum(parameter.numel() for parameter in model.parameters())
     lists: dict[str, ModuleList] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, ModuleList) or len(module) < 2 or any(name.startswith(f"{each}.") for each in lists):
+        if (
+            not isinstance(module, ModuleList)
+            or len(module) < 2
+            or any(name.startswith(f"{listed}.") for listed in lists)
+        ):
             continue
-        called = not any(isinstance(each, (ModuleList, ModuleDict)) for each in module)
-        if called and sum(each.numel() for each in module.parameters()) >= least:
+        called = not any(isinstance(block, (ModuleList, ModuleDict)) for block in module)
+        if called and sum(parameter.numel() for parameter in module.parameters()) >= least:
             lists[name] = module
-    return list(dict.fromkeys(block for each in lists.values() for block in each))
+    return list(dict.fromkeys(block for blocks in lists.values() for block in blocks))
 
 
 def refuse_indivisible(engine: Engine) -> None:
     """Raises `WeightsError` where a look at the weights says that they cannot be divided."""
     parameters = list(engine.model.parameters())
-    if any(type(each) not in (Tensor, Parameter) or not each.is_floating_point() for each in parameters):
+    if any(type(parameter) not in (Tensor, Parameter) or not parameter.is_floating_point() for parameter in parameters):
         raise _indivisible(engine.name, "They are quantised, or parts of others already.")
     if not repeated_blocks(engine.model):
         raise _indivisible(engine.name, "The model has no list of layers that could be divided.")
@@ -178,9 +182,14 @@ def _divide(engine: Engine, device: torch.device) -> list[Any]:
 def _kept_whole(model: Module, blocks: list[Module]) -> set[Parameter]:
     """Parameters of blocks that something else uses as well, and those without an axis to divide."""
     within = {module for block in blocks for module in block.modules()}
-    outside = {each for module in model.modules() if module not in within for each in module.parameters(recurse=False)}
-    uses = Counter(each for block in blocks for each in block.parameters())
-    return {each for each, count in uses.items() if count > 1 or each in outside or each.ndim == 0}
+    outside = {
+        parameter
+        for module in model.modules()
+        if module not in within
+        for parameter in module.parameters(recurse=False)
+    }
+    uses = Counter(parameter for block in blocks for parameter in block.parameters())
+    return {parameter for parameter, count in uses.items() if count > 1 or parameter in outside or parameter.ndim == 0}
 
 
 def _gather_for_gradients(block: Any) -> None:

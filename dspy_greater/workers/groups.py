@@ -118,7 +118,7 @@ class _Verdict:
             if isinstance(found, WorkerLostError):
                 self._future.set_exception(found)
             elif len(self._said) == self._count:
-                self._settle([self._said[each].exception() for each in range(self._count)])
+                self._settle([self._said[number].exception() for number in range(self._count)])
 
     def _settle(self, errors: Sequence[BaseException | None]) -> None:
         if not any(errors):
@@ -126,7 +126,7 @@ class _Verdict:
         elif errors[0] is not None and all(errors):
             self._future.set_exception(meant(errors[0]))
         else:
-            first = next(each for each in errors if each is not None)
+            first = next(error for error in errors if error is not None)
             self._future.set_exception(
                 WorkerLostError(f"A process of a group failed, and others did not: {meant(first)}")
             )
@@ -199,7 +199,7 @@ def _ready(group: RayGroup, share: Share, engine: Engine) -> RayGroup:
     actors, until = group._actors, time.monotonic() + START_SECONDS * share.shards
     try:
         address = ray.get(actors[0].open.remote(), timeout=START_SECONDS * share.shards)
-        asked = [each.join.remote(*address) for each in actors]
+        asked = [actor.join.remote(*address) for actor in actors]
         waiting = list(asked)
         while waiting:  # whoever fails is heard at once: the others would wait for it
             done, waiting = ray.wait(waiting, timeout=max(0.0, until - time.monotonic()))

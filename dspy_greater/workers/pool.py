@@ -51,7 +51,7 @@ class Pool:
         self, workers: Sequence[Worker], hire: Callable[[], Worker], close: Callable[[], object] = lambda: None
     ) -> None:
         self._workers, self._hire, self._close = list(workers), hire, close
-        _warn_of_unlike([each.device for each in self._workers])
+        _warn_of_unlike([hired.device for hired in self._workers])
 
     def do(self, jobs: Sequence[Job]) -> list[Answer]:
         """The answers, in the order of the jobs.
@@ -100,7 +100,7 @@ class Pool:
             warn_caller(f"A worker died and could not be replaced; {len(self._workers)} go on. {error}", RuntimeWarning)
             return []
         self._workers.append(another)
-        _warn_of_unlike([each.device for each in self._workers])
+        _warn_of_unlike([hired.device for hired in self._workers])
         return [another]
 
 

@@ -60,11 +60,11 @@ def hired(
         share = _share(engine, workers if isinstance(workers, int) else None, shards)
         plan = Plan.of(engine)
         started = [start(plan, share) for _ in range(share.count)]
-        found = [ready(each, share, engine) for each in started]
+        found = [ready(handle, share, engine) for handle in started]
     except BaseException:
         leave()
         raise
-    _LOG.info("%d workers on %s", len(found), ", ".join(sorted({each.device for each in found})))
+    _LOG.info("%d workers on %s", len(found), ", ".join(sorted({worker.device for worker in found})))
     return Pool(found, lambda: ready(start(plan, share), share, engine), leave)
 
 

@@ -90,32 +90,32 @@ class ShardedSession(OverEngine):
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
         """See `interface.Model`."""
-        self._prompts.update(each.prompt for each in requests)
+        self._prompts.update(request.prompt for request in requests)
         return self._here.generate(requests)
 
     def next_token_logprobs(self, contexts: Sequence[Sequence[int]]) -> Tensor:
         """See `interface.Model`."""
-        rows = [tuple(each) for each in contexts]
-        batches = even_batches([len(each) for each in rows], self._engine.max_batch_tokens)
+        rows = [tuple(context) for context in contexts]
+        batches = even_batches([len(tokens) for tokens in rows], self._engine.max_batch_tokens)
         answers = self._done([Job("next", tuple(rows[row] for row in batch)) for batch in batches])
         return _gathered(batches, answers)  # [D, V]
 
     def token_logprobs(self, sequences: Sequence[Tokens], queries: Sequence[TokenQuery]) -> Tensor:
         """See `interface.Model`. What is asked twice is computed once."""
-        here = {row for row in {each.row for each in queries} if self._is_here(sequences[row])}
-        elsewhere = [number for number, each in enumerate(queries) if each.row not in here]
+        here = {row for row in {query.row for query in queries} if self._is_here(sequences[row])}
+        elsewhere = [number for number, query in enumerate(queries) if query.row not in here]
         same = first_asked(sequences, queries, elsewhere)
         found = torch.zeros(len(queries), dtype=self._engine.weights.exact_dtype)
         if here:
-            numbers = [number for number, each in enumerate(queries) if each.row in here]
+            numbers = [number for number, query in enumerate(queries) if query.row in here]
             found[numbers] = self._here.token_logprobs(sequences, [queries[number] for number in numbers]).cpu()
         asked = sorted(set(same.values()))
         readings = self._readings(sequences, queries, asked)
-        opening = opening_of([each.tokens[:-1] for each in readings], _longest(readings))
+        opening = opening_of([reading.tokens[:-1] for reading in readings], _longest(readings))
         batches = [[readings[at] for at in batch] for batch in self._batches(readings, opening)]
         answers = self._done([_job("logprobs", batch, opening) for batch in batches])
         for batch, answer in zip(batches, answers, strict=True):
-            found[[number for each in batch for number, _ in each.queries]] = answer.values
+            found[[number for reading in batch for number, _ in reading.queries]] = answer.values
         found[list(same)] = found[list(same.values())]
         return found
 
@@ -124,10 +124,10 @@ class ShardedSession(OverEngine):
         places, device = leaf.places, leaf.embedding.device
         embedding, exact = leaf.embedding.detach().cpu(), self._engine.weights.exact_dtype
         # A token at the leaf's place or before it is predicted by what the leaf does not reach.
-        reached = [number for number, each in enumerate(queries) if each.at > places[each.row]]
+        reached = [number for number, query in enumerate(queries) if query.at > places[query.row]]
         rows = sorted({queries[number].row for number in reached})
         readings = self._readings(sequences, queries, reached)
-        beginnings = [each.tokens[: places[row]] for row, each in zip(rows, readings, strict=True)]
+        beginnings = [reading.tokens[: places[row]] for row, reading in zip(rows, readings, strict=True)]
         opening = opening_of(beginnings, _longest(readings))
         batches = self._batches(readings, opening)
         jobs: list[Job] = []
@@ -138,7 +138,7 @@ class ShardedSession(OverEngine):
             jobs.append(_job("gradient", [readings[at] for at in batch], opening, own))
         answers = self._done(jobs)
         if len(embedding) == 1:
-            return _sum([each.values for each in answers], embedding.to(exact) * 0).to(device)
+            return _sum([answer.values for answer in answers], embedding.to(exact) * 0).to(device)
         found = torch.zeros(len(sequences), embedding.shape[1], dtype=exact)  # [N, d]
         for batch, answer in zip(batches, answers, strict=True):
             found[[rows[at] for at in batch]] = answer.values
@@ -146,20 +146,21 @@ class ShardedSession(OverEngine):
 
     def _is_here(self, tokens: Tokens) -> bool:
         """Whether the sequence goes on from what was generated here after its prompt."""
-        lengths = {len(each) for each in self._prompts}
-        return any(tokens[:each] in self._prompts and self._here.continues(tokens, each) for each in lengths)
+        lengths = {len(prompt) for prompt in self._prompts}
+        return any(tokens[:length] in self._prompts and self._here.continues(tokens, length) for length in lengths)
 
     def _readings(
         self, sequences: Sequence[Tokens], queries: Sequence[TokenQuery], numbers: Sequence[int]
     ) -> list[Reading]:
         """The sequences that these queries are about, by row, each with its queries under their numbers."""
-        found = by_row(sequences, [queries[each] for each in numbers], self._engine.checks.cache_reach)
+        found = by_row(sequences, [queries[number] for number in numbers], self._engine.checks.cache_reach)
         return [
-            each.part((numbers[place], query) for place, query in each.queries) for _, each in sorted(found.items())
+            reading.part((numbers[place], query) for place, query in reading.queries)
+            for _, reading in sorted(found.items())
         ]
 
     def _batches(self, readings: Sequence[Reading], opening: Opening) -> list[list[int]]:
-        lengths = [len(each.tokens) - len(opening.token_ids) for each in readings]
+        lengths = [len(reading.tokens) - len(opening.token_ids) for reading in readings]
         return even_batches(lengths, self._engine.max_batch_tokens)
 
     def _done(self, jobs: Sequence[Job]) -> list[Answer]:
@@ -174,12 +175,12 @@ class ShardedSession(OverEngine):
 
 
 def _job(kind: Any, batch: Sequence[Reading], opening: Opening, leaf: Leaf | None = None) -> Job:
-    queries = [replace(query, row=row) for row, each in enumerate(batch) for _, query in each.queries]
-    return Job(kind, tuple(each.tokens for each in batch), tuple(queries), leaf, opening)
+    queries = [replace(query, row=row) for row, reading in enumerate(batch) for _, query in reading.queries]
+    return Job(kind, tuple(reading.tokens for reading in batch), tuple(queries), leaf, opening)
 
 
 def _longest(readings: Sequence[Reading]) -> int:
-    return max((len(each.tokens) for each in readings), default=0)
+    return max((len(reading.tokens) for reading in readings), default=0)
 
 
 def _gathered(batches: Sequence[Sequence[int]], answers: Sequence[Answer]) -> Tensor:
@@ -192,5 +193,5 @@ def _gathered(batches: Sequence[Sequence[int]], answers: Sequence[Answer]) -> Te
 
 def _sum(gradients: Sequence[Tensor], zero: Tensor) -> Tensor:
     """The sum of those that are finite, in their order; nan where none is."""
-    finite = [each for each in gradients if bool(each.isfinite().all())]
+    finite = [gradient for gradient in gradients if bool(gradient.isfinite().all())]
     return sum(finite, zero) if finite or not gradients else zero + torch.nan

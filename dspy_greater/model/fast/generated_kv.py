@@ -41,7 +41,7 @@ def slot_mask(places: Sequence[Places], lengths: Sequence[int], slots: int) -> T
     [[0, 1, 1, 0, 1, 1, 0]]
     """
     slot = torch.arange(slots)[None]  # [1, S]
-    first, shared, between = torch.tensor([(each.first, each.shared, each.between) for each in places]).T[..., None]
+    first, shared, between = torch.tensor([(place.first, place.shared, place.between) for place in places]).T[..., None]
     length = torch.tensor(lengths)[:, None]
     before = (slot >= first) & (slot < first + torch.minimum(shared, length))
     own = (slot >= first + shared + between) & (slot < first + between + length)
@@ -64,7 +64,7 @@ class GeneratedRows:
     @property
     def bytes(self) -> int:
         """What the states take."""
-        return sum(each.nbytes for layer in self.layers for each in layer)
+        return sum(state.nbytes for layer in self.layers for state in layer)
 
     def cache(self, model: Any) -> DynamicCache:
         """A new cache that holds the states as they are, without copying them."""
@@ -90,16 +90,16 @@ def continued(model: Any, found: Sequence[Continuation], room: int) -> tuple[Dyn
 
     The rows may have been written in different batches: each ends at the last of S slots.
     """
-    apart = list({id(each.rows): each.rows for each in found}.values())
-    slots = max(each.slots for each in apart)
+    apart = list({id(continuation.rows): continuation.rows for continuation in found}.values())
+    slots = max(rows.slots for rows in apart)
     moves: list[Move] = []
     for part, rows in enumerate(apart):
-        mine = [number for number, each in enumerate(found) if each.rows is rows]
+        mine = [number for number, continuation in enumerate(found) if continuation.rows is rows]
         moves.append((part, [found[number].row for number in mine], mine, 0))
-    cache = join(model, slots + room, [each.cache(model) for each in apart], moves, slots)
-    held = [(each.rows.places[each.row], slots - each.rows.slots) for each in found]
+    cache = join(model, slots + room, [rows.cache(model) for rows in apart], moves, slots)
+    held = [(continuation.rows.places[continuation.row], slots - continuation.rows.slots) for continuation in found]
     places = [replace(place, first=place.first + pads) for place, pads in held]
-    return cache, slot_mask(places, [each.known for each in found], slots)
+    return cache, slot_mask(places, [continuation.known for continuation in found], slots)
 
 
 class GeneratedStates:
@@ -115,7 +115,7 @@ class GeneratedStates:
     @property
     def bytes(self) -> int:
         """What is kept at the moment."""
-        return sum(each.bytes for each in self._rows)
+        return sum(rows.bytes for rows in self._rows)
 
     def drop(self) -> None:
         """Give the memory back; what is needed again is read again."""
@@ -140,14 +140,14 @@ class GeneratedStates:
             return None
         if self._order is None:
             self._order = sorted(
-                (tokens, at, row) for at, each in enumerate(self._rows) for row, tokens in enumerate(each.token_ids)
+                (tokens, at, row) for at, rows in enumerate(self._rows) for row, tokens in enumerate(rows.token_ids)
             )
         wanted = tuple(sequence)
         place = bisect.bisect_left(self._order, (wanted, 0, 0))
         # Whatever has the longest beginning in common with it stands next to it in sorted order.
         near = self._order[max(0, place - 1) : place + 1]
         found = [(min(most, shared_length([wanted, tokens])), at, row) for tokens, at, row in near]
-        known, at, row = max(found, key=lambda each: each[0])
+        known, at, row = max(found, key=lambda candidate: candidate[0])
         return Continuation(self._rows[at], row, known) if known >= least else None
 
 

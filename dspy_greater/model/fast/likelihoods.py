@@ -55,27 +55,29 @@ class Reader:
         early: list[Reading] = []
         kept: list[tuple[Reading, Continuation]] = []
         rest: list[Reading] = []
-        for each in readings:
-            earlier = len(each.queries) - last_run(each.queries)
-            found = self._kept(each, earlier)
+        for reading in readings:
+            earlier = len(reading.queries) - last_run(reading.queries)
+            found = self._kept(reading, earlier)
             if found is None:
-                rest.append(each)
+                rest.append(reading)
                 continue
-            early.append(each.part(each.queries[:earlier]))
-            kept.append((each.part(each.queries[earlier:]), found))
-        shared = shared_length([each.tokens[:-1] for each in rest]) if len(rest) > 1 else 0
-        if shared >= LEAST_SHARED and max(len(each.tokens) for each in rest) <= self._engine.checks.cache_reach:
-            early += [each.part(pair for pair in each.queries if pair[1].at <= shared) for each in rest]
-            rest = [each.part(pair for pair in each.queries if pair[1].at > shared) for each in rest]
-        return [each for each in early if each.queries], kept, [each for each in rest if each.queries]
+            early.append(reading.part(reading.queries[:earlier]))
+            kept.append((reading.part(reading.queries[earlier:]), found))
+        shared = shared_length([reading.tokens[:-1] for reading in rest]) if len(rest) > 1 else 0
+        if shared >= LEAST_SHARED and max(len(reading.tokens) for reading in rest) <= self._engine.checks.cache_reach:
+            early += [reading.part(pair for pair in reading.queries if pair[1].at <= shared) for reading in rest]
+            rest = [reading.part(pair for pair in reading.queries if pair[1].at > shared) for reading in rest]
+        return [reading for reading in early if reading.queries], kept, [reading for reading in rest if reading.queries]
 
-    def _kept(self, each: Reading, earlier: int) -> Continuation | None:
+    def _kept(self, reading: Reading, earlier: int) -> Continuation | None:
         """Where the states of a sequence are, if they reach past the `earlier` queries; the others are read on."""
         if self._generated is None:
             return None
-        least = each.queries[earlier - 1][1].at + 1 if earlier else 1
-        found = self._generated.find(each.tokens, least=max(least, LEAST_SHARED), most=each.queries[earlier][1].at - 1)
-        if found is None or found.rows.slots + len(each.tokens) - found.known > self._engine.checks.cache_reach:
+        least = reading.queries[earlier - 1][1].at + 1 if earlier else 1
+        found = self._generated.find(
+            reading.tokens, least=max(least, LEAST_SHARED), most=reading.queries[earlier][1].at - 1
+        )
+        if found is None or found.rows.slots + len(reading.tokens) - found.known > self._engine.checks.cache_reach:
             return None
         return found
 
@@ -83,53 +85,57 @@ class Reader:
         """Read what the sequences begin with once, and the rest of each."""
         if not readings:
             return
-        longest = max(len(each.tokens) for each in readings)
-        alike = shared_length([each.tokens[: each.first - 1] for each in readings])
+        longest = max(len(reading.tokens) for reading in readings)
+        alike = shared_length([reading.tokens[: reading.first - 1] for reading in readings])
         beginning = Beginning(self._prefixes, readings[0].tokens[:alike], rows=len(readings), longest=longest)
 
         def of_batch(batch: Sequence[Reading]) -> list[None]:
-            asked = [(row, query.at, query.temperature) for row, each in enumerate(batch) for _, query in each.queries]
-            values = logprobs(self._engine, [each.tokens for each in batch], asked, beginning.prefix()).tolist()
-            found.update(zip((number for each in batch for number, _ in each.queries), values, strict=True))
+            asked = [
+                (row, query.at, query.temperature) for row, reading in enumerate(batch) for _, query in reading.queries
+            ]
+            values = logprobs(self._engine, [reading.tokens for reading in batch], asked, beginning.prefix()).tolist()
+            found.update(zip((number for reading in batch for number, _ in reading.queries), values, strict=True))
             return [None] * len(batch)
 
         shared = len(beginning.prefix() or ())
-        lengths = [len(each.tokens) - shared for each in readings]
+        lengths = [len(reading.tokens) - shared for reading in readings]
         in_batches(of_batch, readings, lengths, self._engine.max_batch_tokens, beginning.forget)
 
     def _read_early(self, readings: Sequence[Reading], found: dict[int, float]) -> None:
         """Beginnings, each distinct one once."""
         same: dict[tuple[Any, ...], list[Reading]] = defaultdict(list)
-        for each in readings:
-            stop = each.queries[-1][1].at + 1
-            same[each.tokens[:stop], tuple((query.at, query.temperature) for _, query in each.queries)].append(each)
+        for reading in readings:
+            stop = reading.queries[-1][1].at + 1
+            same[reading.tokens[:stop], tuple((query.at, query.temperature) for _, query in reading.queries)].append(
+                reading
+            )
         distinct = [group[0].part(group[0].queries, len(tokens)) for (tokens, _), group in same.items()]
         self._read(distinct, found)
         for group in same.values():
-            for each in group[1:]:
-                pairs = zip(each.queries, group[0].queries, strict=True)
+            for reading in group[1:]:
+                pairs = zip(reading.queries, group[0].queries, strict=True)
                 found.update((number, found[original]) for (number, _), (original, _) in pairs)
 
     def _read_continued(self, kept: Sequence[tuple[Reading, Continuation]], found: dict[int, float]) -> None:
         """Sequences from where their states end."""
-        for rows in _alike([each.rows.slots for _, each in kept], self._engine.max_batch_rows):
+        for rows in _alike([states.rows.slots for _, states in kept], self._engine.max_batch_rows):
             # Rows that were kept side by side stay side by side, so that they are copied in one piece.
             together = {id(kept[row][1].rows): number for number, row in reversed(list(enumerate(rows)))}
             batch = sorted((kept[row] for row in rows), key=lambda pair: (together[id(pair[1].rows)], pair[1].row))
-            lengths = [len(each.tokens) - states.known for each, states in batch]
+            lengths = [len(reading.tokens) - states.known for reading, states in batch]
             work = partial(self._continued, found)
             in_batches(work, batch, lengths, self._engine.max_batch_tokens, relieve=self._prefixes.drop)
 
     def _continued(self, found: dict[int, float], batch: Sequence[tuple[Reading, Continuation]]) -> list[None]:
         """One forward pass over what follows the kept states."""
         known = torch.tensor([states.known for _, states in batch])
-        rest = [each.tokens[states.known :] for each, states in batch]
+        rest = [reading.tokens[states.known :] for reading, states in batch]
         token_ids, steps = right_padded(rest)  # [N, T]
-        length = torch.tensor([len(each) for each in rest])[:, None]
+        length = torch.tensor([len(unread) for unread in rest])[:, None]
         real = steps < length
         cache, held = continued(self._engine.model, [states for _, states in batch], token_ids.shape[1])
-        asked = [(row, number, query) for row, (each, _) in enumerate(batch) for number, query in each.queries]
-        row = torch.tensor([each for each, _, _ in asked])  # [R]
+        asked = [(row, number, query) for row, (reading, _) in enumerate(batch) for number, query in reading.queries]
+        row = torch.tensor([place for place, _, _ in asked])  # [R]
         at = torch.tensor([query.at for *_, query in asked])
         logits = logits_at(
             self._engine,
@@ -156,7 +162,7 @@ def _alike(slots: Sequence[int], most: int) -> list[list[int]]:
     for row in sorted(range(len(slots)), key=slots.__getitem__):
         group = groups[-1] if groups else []
         if 0 < len(group) < most and slots[row] * (len(group) + 1) <= _MOST_PADS * sum(
-            slots[each] for each in [*group, row]
+            slots[member] for member in [*group, row]
         ):
             group.append(row)
         else:

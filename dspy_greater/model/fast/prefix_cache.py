@@ -41,7 +41,7 @@ class Prefix:
     @property
     def states(self) -> list[Tensor]:
         """Keys and values of all layers, in turn."""
-        return [each for layer in self.layers for each in layer]
+        return [state for layer in self.layers for state in layer]
 
     def holding(self, states: Sequence[Tensor]) -> Prefix:
         """The same tokens with other states."""

@@ -133,7 +133,7 @@ class Session(OverEngine):
             return list(next_logits(self._engine, batch).log_softmax(-1).cpu())  # N times [V]
 
         with self._engine.exclusive():
-            lengths = [len(each) for each in contexts]
+            lengths = [len(context) for context in contexts]
             return torch.stack(in_batches(of_batch, contexts, lengths, self._engine.max_batch_tokens))
 
     @torch.no_grad()

@@ -50,9 +50,9 @@ class Backward:
         """As `interface.Model.logprob_gradient`, for the queries about N = `sequences` sequences."""
         # A token at the leaf's place or before it is predicted by what the leaf does not reach.
         reached = {
-            row: each.part(pair for pair in each.queries if pair[1].at > leaf.places[row])
-            for row, each in readings.items()
-            if each.queries[-1][1].at > leaf.places[row]
+            row: reading.part(pair for pair in reading.queries if pair[1].at > leaf.places[row])
+            for row, reading in readings.items()
+            if reading.queries[-1][1].at > leaf.places[row]
         }
         embedding, exact = leaf.embedding.detach(), self._engine.weights.exact_dtype
         if len(embedding) > 1:
@@ -72,7 +72,7 @@ class Backward:
         if not readings:
             return
         layer = self._engine.model.get_input_embeddings()
-        alike = min(min(places[row], each.first - 1) for row, each in readings.items())
+        alike = min(min(places[row], reading.first - 1) for row, reading in readings.items())
         beginning = self._beginning(readings, alike)
 
         def of_batch(batch: Sequence[int]) -> list[None]:
@@ -96,8 +96,8 @@ class Backward:
         where half precision has no number for what all rows ask together.
         """
         first = min(readings)
-        place, longest = places[first], max(len(each.tokens) for each in readings.values())
-        alike = shared_length([each.tokens[: each.first - 1] for each in readings.values()])
+        place, longest = places[first], max(len(reading.tokens) for reading in readings.values())
+        alike = shared_length([reading.tokens[: reading.first - 1] for reading in readings.values()])
         if place >= alike or any(places[row] != place for row in readings):
             return None
         prefix = self._beginning(readings, min(place, alike)).prefix()
@@ -110,12 +110,12 @@ class Backward:
             segment = _read_segment(self._engine, tokens, prefix, place=place, embedding=value)
             if segment is None:
                 return None
-            leaves = [each.detach().requires_grad_() for each in segment.states]
-            asked = [each.new_zeros(each.shape, dtype=self._engine.weights.exact_dtype) for each in leaves]
+            leaves = [state.detach().requires_grad_() for state in segment.states]
+            asked = [leaf.new_zeros(leaf.shape, dtype=self._engine.weights.exact_dtype) for leaf in leaves]
             in_batches(
                 partial(self._of_segment, segment.holding(leaves), asked),
                 list(readings.values()),
-                [len(each.tokens) - alike for each in readings.values()],
+                [len(reading.tokens) - alike for reading in readings.values()],
                 self._engine.max_batch_tokens,
             )
             total = _through(segment, value, asked)
@@ -129,20 +129,22 @@ class Backward:
     def _of_segment(self, segment: Prefix, asked: Sequence[Tensor], batch: Sequence[Reading]) -> list[None]:
         """Add what the sequences of a batch ask of the segment's states, which are leaves here."""
         found = torch.autograd.grad(self._weighted(batch, segment), segment.states, materialize_grads=True)
-        found = [each.to(total) for each, total in zip(found, asked, strict=True)]  # all, before any counts
-        for each, total in zip(found, asked, strict=True):
-            total += each
-        self._engine.tally.add(backward_tokens=sum(len(each.tokens) - len(segment) for each in batch))
+        found = [gradient.to(total) for gradient, total in zip(found, asked, strict=True)]  # all, before any counts
+        for gradient, total in zip(found, asked, strict=True):
+            total += gradient
+        self._engine.tally.add(backward_tokens=sum(len(reading.tokens) - len(segment) for reading in batch))
         return [None] * len(batch)
 
     def _weighted(self, batch: Sequence[Reading], prefix: Prefix | None) -> Tensor:
         """Σ weight x log-probability over the queries of a batch, a scalar."""
-        asked = [(row, query.at, query.temperature) for row, each in enumerate(batch) for _, query in each.queries]
-        values = logprobs(self._engine, [each.tokens for each in batch], asked, prefix)  # [R]
-        return values @ values.new_tensor([query.weight for each in batch for _, query in each.queries])
+        asked = [
+            (row, query.at, query.temperature) for row, reading in enumerate(batch) for _, query in reading.queries
+        ]
+        values = logprobs(self._engine, [reading.tokens for reading in batch], asked, prefix)  # [R]
+        return values @ values.new_tensor([query.weight for reading in batch for _, query in reading.queries])
 
     def _beginning(self, readings: Mapping[int, Reading], most: int) -> Beginning:
-        sequences = [each.tokens for each in readings.values()]
+        sequences = [reading.tokens for reading in readings.values()]
         alike = min(most, shared_length([tokens[:-1] for tokens in sequences]))
         longest = max(map(len, sequences))
         return Beginning(self._prefixes, sequences[0][:alike], rows=len(sequences), longest=longest)
@@ -163,13 +165,13 @@ def _read_segment(
         logits_at(engine, own, positions + shared, last, real=own.shape[1], past_key_values=cache)
     layers = tuple(held_states(layer) for layer in cache.layers)
     segment = Prefix(tuple(token_ids), layers)
-    whole = all(each.shape[-2] == len(token_ids) and each.requires_grad for each in segment.states)
+    whole = all(state.shape[-2] == len(token_ids) and state.requires_grad for state in segment.states)
     return segment if whole else None
 
 
 def _through(segment: Prefix, embedding: Tensor, asked: Sequence[Tensor]) -> Tensor:
     """What is asked of the segment's states -> the gradient [1, d] of the embedding that they were read with."""
-    of_states = [each.to(state) for each, state in zip(asked, segment.states, strict=True)]
+    of_states = [gradient.to(state) for gradient, state in zip(asked, segment.states, strict=True)]
     return torch.autograd.grad(segment.states, embedding, of_states)[0]
 
 

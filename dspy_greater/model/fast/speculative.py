@@ -43,7 +43,7 @@ class Drafts:
         place = bisect.bisect_left(self._reversed, wanted[::-1])
         # The longest common ending stands next to it in this order.
         near = self._reversed[max(0, place - 1) : place + 1]
-        alike = max(near, key=lambda each: shared_length([each, wanted[::-1]]), default=())[::-1]
+        alike = max(near, key=lambda tokens: shared_length([tokens, wanted[::-1]]), default=())[::-1]
         return self._generated[alike] if alike and changed(alike, wanted) <= MOST_CHANGED else ()
 
 

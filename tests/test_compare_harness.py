@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import sys
@@ -21,6 +22,7 @@ from dspy.utils.exceptions import AdapterParseError
 
 from benchmarks.__main__ import main
 from benchmarks.harness import candidates, config, judging, models, provider, run
+from benchmarks.harness.adapter import SearchAdapter
 from benchmarks.harness.budget import Budget, BudgetSpent, Usage
 from benchmarks.harness.candidates import Candidate, Notebook
 from benchmarks.harness.cells import Accuracy, Cell, CellKey, Cells, read, wilson
@@ -31,6 +33,7 @@ from benchmarks.pocket import grammar
 from benchmarks.tasks import registry as tasks
 from dspy_greater import local_lm
 from dspy_greater.errors import DataError, ProgramError, RunDirectoryError, SettingsError
+from dspy_greater.lm.asynchronous import AsyncEngine
 from dspy_greater.model.counters import Counters
 from dspy_greater.pocket.tasks import TASKS, generate
 
@@ -484,6 +487,38 @@ def test_a_proposer_that_is_the_task_model_needs_one() -> None:
 def test_an_argument_that_means_nothing_to_the_model_is_refused() -> None:
     with pytest.raises(SettingsError, match="--model-args has colour, which an in-process model does not take"):
         models.task_model("pocket", {"colour": "red"})
+
+
+class InJson:
+    """A model that cannot write fields in DSPy's own form, only in JSON."""
+
+    supports_function_calling = supports_reasoning = False
+    supports_response_schema = True
+    supported_params = frozenset({"temperature", "max_tokens", "response_format"})
+
+    def complete(self, request: lm15.Request) -> lm15.Response:
+        text = '{"answer": "yes", "tip": "Look twice."}'
+        return lm15.Response(
+            id=None,
+            model=request.model,
+            message=lm15.Message.assistant(text),
+            finish_reason="stop",
+            usage=lm15.Usage(input_tokens=3, output_tokens=9),
+        )
+
+
+def test_the_program_is_asked_once_and_a_proposer_again_in_json() -> None:
+    program, proposer = dspy.Predict("question -> answer"), dspy.Predict("program -> tip")
+    engine = InJson()
+    lm = dspy.LM("local/json", engine=engine, async_engine=AsyncEngine(engine), cache=False)
+    with dspy.context(lm=lm, adapter=SearchAdapter(program)):
+        assert proposer(program="p").tip == "Look twice."
+        for rewritten in (program, dspy.Predict(program.signature.with_instructions("Decide."))):
+            with pytest.raises(AdapterParseError):
+                rewritten(question="q")
+        assert asyncio.run(proposer.acall(program="p")).tip == "Look twice."
+        with pytest.raises(AdapterParseError):
+            asyncio.run(program.acall(question="q"))
 
 
 # --- judging ---

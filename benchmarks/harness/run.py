@@ -20,6 +20,7 @@ from typing import Any
 import dspy
 
 from benchmarks.harness import machine
+from benchmarks.harness.adapter import SearchAdapter
 from benchmarks.harness.budget import Budget, BudgetSpent, Spent
 from benchmarks.harness.candidates import EvaluationWatch, instructions_of
 from benchmarks.harness.cells import Accuracy, Cell, CellKey, Cells
@@ -154,7 +155,7 @@ class Bench:
         with (
             served("task", lm) as task_name,
             served("proposer", proposer) as prompt_name,
-            dspy.context(lm=lm, callbacks=[watch]),
+            dspy.context(lm=lm, callbacks=[watch], adapter=SearchAdapter(student)),
             seeded(key.seed),
             alarm(budget, self._config.time_limit),
         ):

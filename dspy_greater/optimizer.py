@@ -35,7 +35,7 @@ from dspy_greater.run.stop import BY_FILE, StopFile, terminable
 from dspy_greater.run.trackers import checked_trackers, tracked
 from dspy_greater.search.asked import Modes
 from dspy_greater.search.coordinate_descent import CoordinateDescent, Found
-from dspy_greater.search.problem import Options, Problem, pose
+from dspy_greater.search.problem import Options, Problem, prepare
 from dspy_greater.search.step import Step
 from dspy_greater.search.variants import Variant, step_of
 from dspy_greater.search.warm_start import compile_warm
@@ -191,7 +191,7 @@ class GReaTer(Teleprompter):
             Exception: what ended the search before any other instruction was tried.
         """
         trainset, valset = as_list(trainset, name="trainset"), as_list(valset, name="valset")
-        problem = pose(
+        problem = prepare(
             student,
             trainset,
             self.metric if metric is None else metric,

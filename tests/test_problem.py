@@ -40,7 +40,7 @@ from dspy_greater.errors import (
 )
 from dspy_greater.program.dataset import split
 from dspy_greater.search.default_step import DefaultStep, by_score_gradient
-from dspy_greater.search.problem import Options, Problem, pose
+from dspy_greater.search.problem import Options, Problem, prepare
 from dspy_greater.search.variants import described_step, step_of
 from dspy_greater.settings import Settings
 
@@ -620,7 +620,7 @@ def test_a_predictor_that_is_used_twice_is_one_target(engine: Any) -> None:
 def posed(program: Any, rows: Any = ROWS, valset: Any = None, **options: Any) -> Problem:
     settings = Settings.of(None, train_rows=4, validation_rows=4)
     options = {"settings": settings, "step": step_of("default"), "seed": 0, **options}
-    return pose(program, rows, exact_match, valset, Options(**options))
+    return prepare(program, rows, exact_match, valset, Options(**options))
 
 
 def keys(rows: Any) -> list[str]:

@@ -34,8 +34,7 @@ from dspy_greater import GReaTerTeleprompter, local_lm, reference
 from dspy_greater.model.engine import Engine
 from dspy_greater.pocket.tasks import generate, work_out
 from dspy_greater.program.copies import with_instructions
-from dspy_greater.search.problem import Options, Problem, pose
-from dspy_greater.stats import spearman
+from dspy_greater.search.problem import Options, Problem, prepare
 
 DOCUMENTATION = Path(__file__).resolve().parent.parent / "docs" / "algorithm.md"
 ROWS = planted_rows(24)
@@ -63,7 +62,7 @@ def searched(program: Any, rows: Sequence[Any], *, metric: Any = exact_match, se
     knobs = {"train_rows": len(rows) - 1, "validation_rows": 1, **plain, **options}
     optimizer = GReaTerTeleprompter(metric=metric, auto=None, seed=seed, progress=False, **posing, **knobs)
     details = optimizer.compile(program, rows[:-1], valset=rows[-1:]).detailed_results
-    problem = pose(
+    problem = prepare(
         program,
         rows[:-1],
         metric,
@@ -305,14 +304,6 @@ def test_at_the_seeds_score_the_references_baseline_is_exactly_as_optimistic_as_
     task: Any = SimpleNamespace(settings=SimpleNamespace(baseline_scale=scale))
     state: Any = SimpleNamespace(seed=SimpleNamespace(score=score), current=SimpleNamespace(score=score))
     assert reference.baseline_scale(task, state) == scale
-
-
-def test_the_references_rank_correlation_is_the_packages() -> None:
-    draw = random.Random(0)
-    for count in (3, 6, 12):
-        pairs = [(float(draw.randrange(4)), (float(draw.randrange(2)), draw.random())) for _ in range(count)]
-        assert reference.rank_correlation(pairs) == pytest.approx(spearman(*zip(*pairs, strict=True)))
-    assert math.isnan(reference.rank_correlation([(0.0, (0.0, 1.0)), (0.0, (1.0, 0.0)), (0.0, (0.5, 0.5))]))
 
 
 # --- the way to it; `python tests/test_reference.py` writes the lines anew

@@ -39,7 +39,7 @@ from dspy_greater.program.traced_run import trace_calls
 from dspy_greater.run.events import SearchStarted, StepTaken
 from dspy_greater.run.serialise import to_json
 from dspy_greater.search.default_step import DefaultStep
-from dspy_greater.search.problem import Options, pose
+from dspy_greater.search.problem import Options, prepare
 from dspy_greater.settings import Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:dspy", "ignore:.*validation rows are also")
@@ -89,7 +89,7 @@ def objectives(program: Any, engine: Any, rows: Sequence[Any] = ROWS, **options:
     """One for each predictor of the program that can be optimised; its LM is the engine."""
     if all(predictor.lm is None for predictor in program.predictors()):
         program.set_lm(local_lm(engine, cache=False, max_tokens=64))
-    problem = pose(
+    problem = prepare(
         program, rows, exact_match, rows, Options(settings=Settings.of(None), step=DefaultStep(), seed=0, **options)
     )
     for target in problem.targets:

@@ -20,7 +20,7 @@ from dspy_greater.model.interface import GenerationRequest
 from dspy_greater.model.registry import shared_engine
 from dspy_greater.model.weights_digest import WeightsDigest
 from dspy_greater.search.default_step import DefaultStep
-from dspy_greater.search.problem import Options, pose
+from dspy_greater.search.problem import Options, prepare
 from dspy_greater.settings import Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:dspy")
@@ -382,7 +382,7 @@ def posed(program: Any, rows: Any) -> Any:
     def metric(example: Any, prediction: Any, trace: object = None) -> bool:
         return True
 
-    return pose(
+    return prepare(
         program,
         rows,
         metric,

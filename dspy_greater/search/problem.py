@@ -169,7 +169,7 @@ class Options:
     strict: bool = False
 
 
-def pose(
+def prepare(
     student: Any, trainset: Iterable[Any], metric: Metric | None, valset: Iterable[Any] | None, options: Options
 ) -> Problem:
     """Check everything and gather it.

@@ -89,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     task = load(f"bbh:{given.task}", data_dir=given.data_dir, seed=DRAW, limit=ROWS)
     program = task.make_program()
     for predictor in program.predictors():
-        predictor.signature = predictor.signature.with_instructions(given.instruction)
+        signature: Any = predictor.signature
+        predictor.signature = signature.with_instructions(given.instruction)
     knobs: dict[str, Any] = {"auto": None, "finalists": 1, "max_instruction_tokens": 40, "written": 0}
     steps = 1 if known else len(POSITIONS)
     lm = local_lm(given.model, max_tokens=160)

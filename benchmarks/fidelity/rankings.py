@@ -118,10 +118,10 @@ def by_answers(at: Position) -> list[float]:
 
 
 # Named as in the committed tables: re-weighted scoring is the off-policy forecast, optimism the scale of the baseline.
+# The first is the default's; in the others the score term counts whole, as it did in the default until 2026-11-30.
 RANKINGS: Mapping[str, Ranking] = {
-    "re-weighted scoring": off_policy(),
-    "re-weighted scoring, shrunk": off_policy(shrinks=True),
-    "re-weighted scoring, shrunk, optimism 1": off_policy(1.0, shrinks=True),
+    "re-weighted scoring": off_policy(shrinks=True),
+    "re-weighted scoring, score term whole": off_policy(),
     "re-weighted scoring, answers alone": by_answers,
     "re-weighted scoring, optimism 1": off_policy(1.0),
     "re-weighted scoring, optimism 0.5": off_policy(0.5),

@@ -1,13 +1,14 @@
 """GReaTer (arXiv 2412.09722) from end to end: one example at a time, one pass through the model for each question.
 
-Read this file first: Algorithm 1 (`variant="paper"`) and the default variant, in the order of the paper's lines:
+Read this file first. It is Algorithm 1 (`variant="paper"`) and the default variant, in the order of the paper's lines:
 
     search (3 to 5); propose (7; equations 3, 4); evaluate (10; equation 5), losses (equation 6), paper_slopes (8, 12;
     equation 7), paper_step (14, 15); default_step (in the place of 7 to 15); move_on (16 to 18); next_position (19)
 
-The search computes the same, faster; a test holds it to this file, number for number. Text becomes tokens in `Layout`
-and `Examples`, and the program runs as deployed; all else is here but phrases, written instructions, budgets, steps
-without a finite loss, journal, validation. Shapes: T tokens, V vocabulary, d embedding, C candidates, M reasonings.
+The search computes the same, faster; a test holds it to this file, candidate for candidate and number for number. Text
+becomes tokens in `Layout` and `Examples`, and the program runs as it will be deployed; every probability, gradient and
+decision is made here. Left out: phrases, written instructions, prices and other budgets, what follows steps without a
+finite loss, journal, validation. Shapes: T tokens, V vocabulary, d embedding, C candidates, M reasonings.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product, zip_longest
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -29,11 +30,8 @@ from dspy_greater.objective.types import Evaluation, RowOutcome
 from dspy_greater.program.rollout import run_pairs, searching_copy
 from dspy_greater.prompt.layout import Span, Supervised
 from dspy_greater.search.problem import Problem, Target
-from dspy_greater.search.select import realised_change
-from dspy_greater.stats import spearman, standard_error
 
 Prediction = tuple[float, tuple[float, float]]  # predicted change; realised change of mistakes and of cross-entropy
-Forecast = tuple[float, float]  # change of the expected loss, effective sample size
 Weighed = Sequence[tuple[float, Reasoning]]  # r_m, and how much worse it turned out than others would: ℓ_m - b
 
 
@@ -77,7 +75,7 @@ class Step:
     position: int
     candidates: Sequence[Candidate]
     slopes: Mapping[str, float]
-    forecasts: Mapping[str, Forecast]
+    forecasts: Mapping[str, tuple[float, float]]  # change of the expected loss, effective sample size
     outcomes: Mapping[str, Evaluation]  # of those that were tried
     chosen: Evaluation
 
@@ -103,7 +101,8 @@ def search(task: Task) -> Iterator[tuple[Step, State]]:
     """Every step, and the state after it; `best[0]` of the last is p*.
 
     ```python
-    steps = list(search(Task(problem, problem.targets[0])))  # the problem is made by `prepare`
+    problem = prepare(program, trainset, metric, valset, Options(Settings(), PaperStep()))
+    steps = list(search(Task(problem, problem.targets[0])))
     ```
     """
     seed = evaluate(task, task.layout.edits.instruction_ids(task.predictor.instruction), task.predictor.instruction)
@@ -277,34 +276,20 @@ def likelihood(task: Task, reasoning: Reasoning) -> tuple[float, float]:
     return log_f, L_CE
 
 
-def off_policy(task: Task, state: State, weighed: Weighed, asked: Sequence[Candidate]) -> dict[str, Forecast]:
-    """Of each c: 1/M Σ_m [β (ℓ_m - b) κ tanh(Δ log f(r_m) / κ) + α ΔD]; and its effective sample size."""
+def off_policy(task: Task, state: State, weighed: Weighed, c: Sequence[int]) -> tuple[float, float]:
+    """The forecast of c: 1/M Σ_m [(ℓ_m - b) κ tanh(Δ log f(r_m) / κ) + α ΔD]; and its effective sample size."""
     rows = [row for row in state.seed.rows if not row.unparsed]
     reasons = any(row.written for row in rows) or 2 * sum(bool(row.preamble.strip()) for row in rows) > len(rows)
     lack = answer_uncertainty if reasons else float  # D; L_CE where nothing is reasoned before the answer
-    told: dict[str, list[tuple[float, float, float]]] = {c.text: [] for c in asked}  # ℓ_m - b, the log-ratio, ΔD
-    for c, (advantage, reasoning) in product(asked, weighed):
+    κ, changes, weights = 3.0, list[float](), list[float]()
+    for advantage, reasoning in weighed:
         before, y_before = likelihood(task, reasoning)
-        after, y_after = likelihood(task, reasoning.under(c.token_ids))
+        after, y_after = likelihood(task, reasoning.under(c))
         if all(map(math.isfinite, (before, y_before, after, y_after))):
-            told[c.text].append((advantage, 3 * math.tanh((after - before) / 3), lack(y_after) - lack(y_before)))
-    β, α = reliability(told.values()) if task.field else 1.0, task.settings.answer_weight
-    forecasts = dict[str, Forecast]()
-    for text, rows in told.items():
-        weights = [math.exp(ratio) for _, ratio, _ in rows]
-        change = mean(β * advantage * ratio + α * lacks for advantage, ratio, lacks in rows) if rows else math.inf
-        forecasts[text] = (change, sum(weights) ** 2 / sum(weight**2 for weight in weights) if rows else 0.0)
-    return forecasts
-
-
-def reliability(told: Iterable[Sequence[tuple[float, float, float]]]) -> float:
-    """β = 1 - Σ_c s²(c) / Σ_c C(c)², not below 0: C is how mistakes and log-ratios covary, s² its variance over m."""
-    signal = noise = 0.0
-    for rows in told:
-        mistakes, ratios = mean(advantage for advantage, _, _ in rows), mean(ratio for _, ratio, _ in rows)
-        products = [(advantage - mistakes) * (ratio - ratios) for advantage, ratio, _ in rows]
-        signal, noise = signal + sum(products) ** 2 / max(1, len(rows)) ** 2, noise + standard_error(products) ** 2
-    return max(0.0, 1.0 - noise / signal) if signal else 0.0
+            ratio = κ * math.tanh((after - before) / κ)
+            changes.append(advantage * ratio + task.settings.answer_weight * (lack(y_after) - lack(y_before)))
+            weights.append(math.exp(ratio))
+    return (mean(changes), sum(weights) ** 2 / sum(weight**2 for weight in weights)) if weights else (math.inf, 0.0)
 
 
 def look_at(task: Task, state: State, weighed: Weighed, i: int, alone: bool) -> tuple[Step, list[Candidate]]:
@@ -318,33 +303,37 @@ def look_at(task: Task, state: State, weighed: Weighed, i: int, alone: bool) -> 
             under = [(advantage, reasoning.under(ids)) for advantage, reasoning in weighed]
             slopes |= dict(zip([edit.text for edit in alike], score_slopes(task, under, i, tokens), strict=True))
     best_first = [sorted(alike, key=lambda edit: slopes.get(edit.text, math.inf)) for alike in kinds]
-    size = max(task.settings.forecasts, task.mu)
-    shortlist = [edit for turn in zip_longest(*best_first) for edit in turn if edit is not None][:size]
+    in_turn = [edit for turn in zip_longest(*best_first) for edit in turn if edit is not None]
+    shortlist = in_turn[: max(task.settings.forecasts, task.mu)]
     asked = shortlist if weighed and task.settings.forecasts and len(shortlist) > alone else []
-    return Step(i, candidates, slopes, off_policy(task, state, weighed, asked), {}, p), shortlist
+    forecasts = {edit.text: off_policy(task, state, weighed, edit.token_ids) for edit in asked}
+    return Step(i, candidates, slopes, forecasts, {}, p), shortlist
 
 
 def default_step(task: Task, state: State) -> Step:
     """Instead of lines 7 to 15: slopes at a few positions, forecasts for the best, and runs of what promises most."""
     settings, p, chance = task.settings, state.current, task.random(state.step)
     known = [pair for pair in state.predictions if all(map(math.isfinite, (pair[0], *pair[1])))]
-    doubted = len(known) >= 6 and not spearman(*zip(*known[-12:], strict=True)) >= 0.3  # nor is it where nothing varied
+    doubted = len(known) >= 6 and not rank_correlation(known[-12:]) >= 0.3  # nor is it where nothing varied
     blind = settings.explore_every > 0 and doubted and chance.random() * settings.explore_every < 1
     rows = [row for row in p.rows if row.inputs]
-    rows = chance.sample(rows, min(settings.replayed, len(rows)))
-    laid_out = [(row, task.examples.sequences(p.instruction, row)) for row in rows]
+    drawn = chance.sample(rows, min(settings.replayed, len(rows)))
+    laid_out = [(row, task.examples.sequences(p.instruction, row)) for row in drawn]
     reasonings = [Reasoning(row.row, 1.0 - row.score, 1.0, calls) for row, calls in laid_out if calls]
     b = baseline_scale(task, state) * mean(reasoning.mistake for reasoning in reasonings)
     weighed = [] if blind else [(reasoning.mistake - b, reasoning) for reasoning in reasonings]
-    positions, i = [state.position], next_position(task, p, state.position)
-    while settings.forecasts and weighed and len(positions) < settings.positions_ahead and i not in positions:
-        positions, i = [*positions, i], next_position(task, p, i)
+
+    positions, following = [state.position], next_position(task, p, state.position)
+    while settings.forecasts and weighed and len(positions) < settings.positions_ahead and following not in positions:
+        positions.append(following)
+        following = next_position(task, p, following)
     looks = [look_at(task, state, weighed, i, alone=len(positions) == 1) for i in positions]
-    step, shortlist = min(looks, key=lambda at: min([at[0].promise(edit.text) for edit in at[1]], default=math.inf))
+    leads = [min([step.promise(edit.text) for edit in short], default=math.inf) for step, short in looks]
+    step, shortlist = looks[leads.index(min(leads))]
     tried = sorted(shortlist, key=lambda edit: step.promise(edit.text))[: task.mu]
     if blind:
         tried = chance.sample(step.candidates, min(task.mu, len(step.candidates)))
-    elif len(known) >= 9 and spearman(*zip(*known, strict=True)) >= 0.3:
+    elif len(known) >= 9 and rank_correlation(known) >= 0.3:
         tried = [edit for edit in tried if step.promise(edit.text) < 0] or tried[:1]
     outcomes = {edit.text: evaluate(task, edit.token_ids, edit.text) for edit in step.candidates if edit in tried}
     return replace(step, outcomes=outcomes, chosen=best_of([outcomes[edit.text] for edit in tried], p))
@@ -383,8 +372,20 @@ def next_position(task: Task, p: Evaluation, i: int) -> int:
 def predictions_of(step: Step, p: Evaluation) -> list[Prediction]:
     """For each candidate that was tried: its forecast, or else its slope, and what came of it on the same rows."""
     predicted = {**step.slopes, **{text: change for text, (change, _) in step.forecasts.items()}}
-    tried = [edit.text for edit in step.candidates if edit.text in predicted and edit.text in step.outcomes]
-    return [(predicted[text], realised_change(p, step.outcomes[text])) for text in tried]
+    found = list[Prediction]()
+    for text in (edit.text for edit in step.candidates if edit.text in predicted and edit.text in step.outcomes):
+        pairs = list(zip(p.rows, step.outcomes[text].rows, strict=True))
+        mistakes = mean(before.score - after.score for before, after in pairs)
+        L_CE = mean(after.cross_entropy - before.cross_entropy for before, after in pairs)
+        found.append((predicted[text], (mistakes, L_CE)))
+    return found
+
+
+def rank_correlation(pairs: Sequence[Prediction]) -> float:
+    """Spearman's ρ of what was predicted and what was realised; nan where one of them does not vary."""
+    sides: list[list[Any]] = [[predicted for predicted, _ in pairs], [realised for _, realised in pairs]]
+    ranks = [[sorted(side).index(item) + side.count(item) / 2 for item in side] for side in sides]  # ties share theirs
+    return float(torch.corrcoef(torch.tensor(ranks, dtype=torch.float64))[0, 1])
 
 
 def total(slopes: Sequence[Tensor], count: int) -> list[float]:

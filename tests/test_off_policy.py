@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +10,7 @@ import pytest
 import torch
 
 from dspy_greater.errors import LayoutError, SettingsError
-from dspy_greater.estimators.off_policy import Forecast, Likelihood, forecast, likelihoods, reliability
+from dspy_greater.estimators.off_policy import Forecast, Likelihood, forecast, likelihoods
 from dspy_greater.estimators.score_gradient import score_gradient
 from dspy_greater.model.engine import Engine
 from dspy_greater.objective.replay import ReasonedSequence, Reasoning, Replay, advantages
@@ -175,58 +173,3 @@ def test_what_cannot_work_is_refused_with_a_remedy() -> None:
     with pytest.raises(SettingsError, match="answer_temperature is 0; give a number above 0"):
         likelihoods(engine, run(sequence), answer_temperature=0)
     assert likelihoods(engine, []) == []
-
-
-# --- how far the score term is believed ---
-
-
-def compared(ratios: Sequence[float]) -> list[Likelihood]:
-    """Reasonings that are by so many nats likelier than under `BEFORE`."""
-    return [Likelihood(-5.0 + ratio, 0.5) for ratio in ratios]
-
-
-BEFORE = [Likelihood(-5.0, 0.5)] * 8
-WRONG = [0.5, 0.5, 0.5, 0.5, -0.5, -0.5, -0.5, -0.5]  # ℓ_m - b: four mistakes, four right
-ALIKE = [1.0] * 8
-
-
-def test_reliability_is_one_less_the_share_of_noise_in_the_covariances() -> None:
-    draw = random.Random(0)
-    candidates = [[draw.gauss(0.3 * (each < 0), 0.2) for each in WRONG] for _ in range(5)]
-    signal = noise = 0.0
-    for ratios in candidates:
-        both = torch.tensor([WRONG, [3 * math.tanh(ratio / 3) for ratio in ratios]], dtype=torch.float64)
-        products = (both - both.mean(1, keepdim=True)).prod(0)  # [M]
-        signal += float(torch.cov(both, correction=0)[0, 1]) ** 2
-        noise += float(products.var()) / len(products)
-    found = reliability(BEFORE, [compared(each) for each in candidates], WRONG, ALIKE)
-    assert found == pytest.approx(1.0 - noise / signal) and 0.5 < found < 1.0
-
-
-def test_a_candidate_that_moves_all_rows_alike_or_by_chance_is_not_believed() -> None:
-    assert reliability(BEFORE, [compared([-2.0] * 8)], WRONG, ALIKE) == 0.0  # rarer, whether right or wrong
-    assert reliability(BEFORE, [compared([-2.0, 0.0] * 4)], WRONG, ALIKE) == 0.0
-    assert reliability(BEFORE, [compared([-2.0] * 4 + [0.0] * 4)], WRONG, ALIKE) == 1.0  # mistakes alone
-    assert reliability(BEFORE, [compared([-2.0] * 4 + [0.0] * 4)], [0.5] * 8, ALIKE) == 0.0  # all were wrong
-    assert reliability(BEFORE, [], WRONG, ALIKE) == 0.0
-
-
-def test_without_gold_answers_the_score_term_is_all_there_is_and_believed() -> None:
-    before = [Likelihood(-5.0, None)] * 8
-    assert reliability(before, [[Likelihood(-7.0, None)] * 8], WRONG, ALIKE) == 1.0
-
-
-def test_reasonings_of_one_row_count_as_much_as_their_shares() -> None:
-    ratios = [-1.0, -0.5, -2.0, -1.0, 0.5, 0.0, 0.25, 1.0]
-    whole = reliability(BEFORE, [compared(ratios)], WRONG, [2.0] * 8)
-    assert whole == pytest.approx(reliability(BEFORE, [compared(ratios)], WRONG, ALIKE))
-    without = reliability(BEFORE[:7], [compared(ratios[:7])], WRONG[:7], ALIKE[:7])
-    faint = reliability(BEFORE, [compared(ratios)], WRONG, [*ALIKE[:7], 1e-9])
-    assert faint == pytest.approx(without, abs=0.02)
-
-
-def test_a_forecast_takes_the_score_term_times_its_reliability() -> None:
-    then = [Likelihood(-4.0, 0.25)] * 8
-    whole, half, none = (forecast(BEFORE, then, [0.5] * 8, ALIKE, reliability=each).change for each in (1.0, 0.5, 0.0))
-    assert none == pytest.approx(math.exp(-0.5) - math.exp(-0.25))
-    assert half == pytest.approx((whole + none) / 2)

@@ -35,6 +35,7 @@ from dspy_greater.model.engine import Engine
 from dspy_greater.pocket.tasks import generate, work_out
 from dspy_greater.program.copies import with_instructions
 from dspy_greater.search.problem import Options, Problem, prepare
+from dspy_greater.stats import spearman
 
 DOCUMENTATION = Path(__file__).resolve().parent.parent / "docs" / "algorithm.md"
 ROWS = planted_rows(24)
@@ -304,6 +305,14 @@ def test_at_the_seeds_score_the_references_baseline_is_exactly_as_optimistic_as_
     task: Any = SimpleNamespace(settings=SimpleNamespace(baseline_scale=scale))
     state: Any = SimpleNamespace(seed=SimpleNamespace(score=score), current=SimpleNamespace(score=score))
     assert reference.baseline_scale(task, state) == scale
+
+
+def test_the_references_rank_correlation_is_the_packages() -> None:
+    draw = random.Random(0)
+    for count in (3, 6, 12):
+        pairs = [(float(draw.randrange(4)), (float(draw.randrange(2)), draw.random())) for _ in range(count)]
+        assert reference.rank_correlation(pairs) == pytest.approx(spearman(*zip(*pairs, strict=True)))
+    assert math.isnan(reference.rank_correlation([(0.0, (0.0, 1.0)), (0.0, (1.0, 0.0)), (0.0, (0.5, 0.5))]))
 
 
 # --- the way to it; `python tests/test_reference.py` writes the lines anew

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from dspy_greater.estimators.off_policy import Likelihood, forecast, likelihoods, reliability
+from dspy_greater.estimators.off_policy import Likelihood, forecast, likelihoods
 from dspy_greater.estimators.paper_gradient import paper_gradient
 from dspy_greater.estimators.score_gradient import score_gradient
 from dspy_greater.objective.replay import ReasonedSequence, Reasoning, Replay, advantages
@@ -89,13 +89,8 @@ def slope(term: Term, point: Point, scale: float | None = None) -> Ranking:
     return rank
 
 
-def off_policy(
-    scale: float | None = None, *, elsewhere: bool = False, saturates: bool = True, shrinks: bool = False
-) -> Ranking:
-    """Off-policy forecasts over the instruction's own reasonings, or those from `elsewhere`, too.
-
-    Where the score term `shrinks`, it counts as far as it tells candidates apart by more than noise.
-    """
+def off_policy(scale: float | None = None, *, elsewhere: bool = False, saturates: bool = True) -> Ranking:
+    """Off-policy forecasts over the instruction's own reasonings, or those from `elsewhere`, too."""
 
     def rank(at: Position) -> list[float]:
         runs = at.replayed if elsewhere else at.own
@@ -103,26 +98,14 @@ def off_policy(
         weight = at.here.settings.answer_weight
         ids = [edit.instruction.token_ids for edit in at.edits]
         then = [_read(at, [run.under(each) for run in runs]) for each in ids]
-        trust = reliability(now, then, against, shares) if shrinks else 1.0
-        knobs = {"answer_weight": weight, "saturates": saturates, "reliability": trust}
-        return [forecast(now, each, against, shares, **knobs).change for each in then]
+        return [forecast(now, each, against, shares, answer_weight=weight, saturates=saturates).change for each in then]
 
     return rank
 
 
-def by_answers(at: Position) -> list[float]:
-    """The answers' part of the off-policy forecast alone."""
-    now, shares = _read(at, at.own), [each.share for each in at.own]
-    then = [_read(at, [run.under(edit.instruction.token_ids) for run in at.own]) for edit in at.edits]
-    return [forecast(now, each, [0.0] * len(now), shares).change for each in then]
-
-
 # Named as in the committed tables: re-weighted scoring is the off-policy forecast, optimism the scale of the baseline.
-# The first is the default's; in the others the score term counts whole, as it did in the default until 2026-11-30.
 RANKINGS: Mapping[str, Ranking] = {
-    "re-weighted scoring": off_policy(shrinks=True),
-    "re-weighted scoring, score term whole": off_policy(),
-    "re-weighted scoring, answers alone": by_answers,
+    "re-weighted scoring": off_policy(),
     "re-weighted scoring, optimism 1": off_policy(1.0),
     "re-weighted scoring, optimism 0.5": off_policy(0.5),
     "re-weighted scoring, answers in nats": off_policy(saturates=False),

@@ -3,16 +3,16 @@
 Nothing is generated. The change of the expected loss J(p) = E_r [ℓ(r) + α D(r)] from the instruction p to another c is
 estimated by the terms of the score gradient, with exact differences in the place of first-order ones:
 
-    Ĵ(c) - Ĵ(p) = 1/V Σ_m v_m [ β (ℓ_m - b) κ tanh(log[f(r_m|x,c) / f(r_m|x,p)] / κ) + α (D(r_m; c) - D(r_m; p)) ]
+    Ĵ(c) - Ĵ(p) = 1/V Σ_m v_m [ (ℓ_m - b) κ tanh(log[f(r_m|x,c) / f(r_m|x,p)] / κ) + α (D(r_m; c) - D(r_m; p)) ]
 
 over M reasonings r_m, with ℓ_m the mistake that the metric saw (1 - score), D = 1 - e^(-L_CE) the uncertainty of the
 gold answer after the reasoning, between 0 and 1 (left out where there is no gold answer), α its weight beside mistakes,
-v_m the reasoning's share in its example, V = Σ v_m, b the baseline: what is assumed of reasonings that were not seen,
-and β the reliability of the first term (1 where it is not asked for). The first term asks whether c makes the model
-*reason* as it did when it was right, the second how sure the answer is once it has. In the gradient L_CE stands in the
-place of D, which is flat where it matters; in exact differences D is right: after a wrong reasoning the gold answer is
-nearly impossible, and one that makes it a thousand times likelier, since the model trusts its reasoning less,
-saves no mistake. Any edit can be asked about, for one forward pass over M sequences.
+v_m the reasoning's share in its example, V = Σ v_m, and b the baseline: what is assumed of reasonings that were not
+seen. The first term asks whether c makes the model *reason* as it did when it was right, the second how sure the answer
+is once it has. In the gradient L_CE stands in the place of D, which is flat where it matters; in exact differences D is
+right: after a wrong reasoning the gold answer is nearly impossible, and an instruction that makes it a thousand times
+likelier, since the model trusts its reasoning less, saves no mistake. Any edit can be asked about, for one forward pass
+over M sequences.
 
 The log-ratios are bounded softly: a reasoning that has become e^κ times less likely is gone, however much further it
 goes. How much the reasonings say about c is the effective sample size (Σ w)² / Σ w² of the importance weights
@@ -24,15 +24,13 @@ Shapes: M reasonings, R queries.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dspy_greater.errors import LayoutError, SettingsError
 from dspy_greater.model.interface import Model, TokenQuery
 from dspy_greater.model.tensors import floats
 from dspy_greater.objective.replay import ReasonedSequence, Reasoning
-
-_BOUND = 3.0  # κ, in nats
 
 
 @dataclass(frozen=True)
@@ -100,98 +98,34 @@ def forecast(
     shares: Sequence[float],
     *,
     answer_weight: float = 1.0,
+    bound: float = 3.0,
     saturates: bool = True,
-    reliability: float = 1.0,
 ) -> Forecast:
     """Ĵ(c) - Ĵ(p) from the likelihoods of M reasonings under p, `now`, and under c, `then`.
 
-    `advantages` are ℓ_m - b, `shares` v_m, `answer_weight` α and `reliability` β. Unless the answer's part `saturates`,
-    L_CE takes the place of D: where nothing is reasoned it is all there is to tell a better instruction by, and D is
-    flat where the gold answers are far from likely. A reasoning with a number that is not finite takes no part.
+    `advantages` are ℓ_m - b, `shares` v_m and `answer_weight` α; `bound` is κ, in nats. Unless the answer's part
+    `saturates`, L_CE takes the place of D: where nothing is reasoned it is all there is to tell a better instruction
+    by, and D is flat where the gold answers are far from likely. A reasoning with a number that is not finite takes
+    no part.
 
     >>> now = [Likelihood(-3.0, None), Likelihood(-1.0, None)]
     >>> then = [Likelihood(-1.0, None), Likelihood(-1.5, None)]  # likelier when it was right, less when wrong
     >>> forecast(now, then, advantages=[-0.5, 0.5], shares=[1.0, 1.0]).change
     -0.5609...
     """
-    rows = _compared(now, then, advantages, shares, _uncertainty if saturates else _cross_entropy)
-    if not rows:
-        return Forecast(math.nan, 0.0)
-    change = math.fsum(row.share * (reliability * row.advantage * row.ratio + answer_weight * row.lack) for row in rows)
-    weights = [row.share * math.exp(row.ratio) for row in rows]
-    effective = math.fsum(weights) ** 2 / math.fsum(weight**2 for weight in weights)
-    return Forecast(change / math.fsum(row.share for row in rows), effective)
-
-
-def reliability(
-    now: Sequence[Likelihood],
-    candidates: Sequence[Sequence[Likelihood]],
-    advantages: Sequence[float],
-    shares: Sequence[float],
-) -> float:
-    """β: how far the first term tells candidates apart by more than the rows' own noise, from 0 to 1.
-
-    Mistakes and log-ratios are compared between rows, and rows differ whatever the instruction is. What the first term
-    says of a candidate c is the covariance C(c) of both, with the variance s²(c) over M reasonings; over all candidates
-
-        β = max(0, 1 - Σ_c s²(c) / Σ_c C(c)²),
-
-    the factor of James and Stein. It is 1 without gold answers, where the first term is all there is.
-
-    >>> now = [Likelihood(-2.0, 1.0)] * 4
-    >>> makes_mistakes_rarer = [Likelihood(value, 1.0) for value in (-4.0, -4.1, -1.0, -1.1)]
-    >>> hits_any_row = [Likelihood(value, 1.0) for value in (-4.0, -1.0, -4.0, -1.0)]
-    >>> mistakes, shares = [0.5, 0.5, -0.5, -0.5], [1.0] * 4
-    >>> [round(reliability(now, [each], mistakes, shares), 2) for each in (makes_mistakes_rarer, hits_any_row)]
-    [1.0, 0.0]
-    """
-    if all(before.answer is None for before in now):
-        return 1.0
-    found = [_covariance(now, then, advantages, shares) for then in candidates]
-    signal = math.fsum(covariance**2 for covariance, _ in found)
-    return max(0.0, 1.0 - math.fsum(variance for _, variance in found) / signal) if signal else 0.0
-
-
-def _covariance(
-    now: Sequence[Likelihood], then: Sequence[Likelihood], advantages: Sequence[float], shares: Sequence[float]
-) -> tuple[float, float]:
-    """Of mistakes and bounded log-ratios, by shares, and the variance of that estimate."""
-    rows = _compared(now, then, advantages, shares, _uncertainty)
-    if len(rows) < 2:
-        return 0.0, 0.0
-    total = math.fsum(row.share for row in rows)
-    mistake = math.fsum(row.share * row.advantage for row in rows) / total
-    ratio = math.fsum(row.share * row.ratio for row in rows) / total
-    products = [(row.share / total, (row.advantage - mistake) * (row.ratio - ratio)) for row in rows]
-    covariance = math.fsum(share * product for share, product in products)
-    variance = math.fsum((share * (product - covariance)) ** 2 for share, product in products)
-    return covariance, variance * len(rows) / (len(rows) - 1)
-
-
-@dataclass(frozen=True)
-class _Compared:
-    """A reasoning under two instructions."""
-
-    share: float
-    advantage: float
-    ratio: float  # bounded, nats
-    lack: float  # by how much more the answer is lacking
-
-
-def _compared(
-    now: Sequence[Likelihood],
-    then: Sequence[Likelihood],
-    advantages: Sequence[float],
-    shares: Sequence[float],
-    lack: Callable[[Likelihood], float],
-) -> list[_Compared]:
-    """Those whose numbers are finite."""
+    lack = _uncertainty if saturates else _cross_entropy
     rows = [
-        _Compared(share, advantage, after.generated - before.generated, lack(after) - lack(before))
+        (share, advantage, after.generated - before.generated, lack(after) - lack(before))
         for before, after, advantage, share in zip(now, then, advantages, shares, strict=True)
     ]
-    finite = [row for row in rows if all(map(math.isfinite, (row.advantage, row.ratio, row.lack)))]
-    return [replace(row, ratio=_BOUND * math.tanh(row.ratio / _BOUND)) for row in finite]
+    rows = [row for row in rows if all(map(math.isfinite, row))]
+    if not rows:
+        return Forecast(math.nan, 0.0)
+    total = math.fsum(share for share, *_ in rows)
+    rows = [(share, advantage, bound * math.tanh(ratio / bound), lacks) for share, advantage, ratio, lacks in rows]
+    change = math.fsum(share * (advantage * ratio + answer_weight * lacks) for share, advantage, ratio, lacks in rows)
+    weights = [share * math.exp(ratio) for share, _, ratio, _ in rows]
+    return Forecast(change / total, math.fsum(weights) ** 2 / math.fsum(weight**2 for weight in weights))
 
 
 def _asked(sequence: ReasonedSequence) -> int:

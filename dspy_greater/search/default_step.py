@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 
-from dspy_greater.estimators.off_policy import Forecast, Likelihood, forecast, likelihoods, reliability
+from dspy_greater.estimators.off_policy import Forecast, Likelihood, forecast, likelihoods
 from dspy_greater.estimators.score_gradient import score_gradient
 from dspy_greater.objective.replay import Reasoning, Replay, advantages
 from dspy_greater.objective.score import DEFAULT_CRITERION, Criterion
@@ -88,17 +88,9 @@ def forecast_off_policy(at: StepContext, replay: Replay) -> Forecaster:
     def of_edits(_at: StepContext, first: Replay, edits: Sequence[Edit]) -> Forecasts:
         count, shares = len(first.reasonings), [reasoning.share for reasoning in first.reasonings]
         now = read(at.current.token_ids, count) if edits else []
-        then = {edit.instruction.text: read(edit.instruction.token_ids, count) for edit in edits}
-        tell = partial(
-            forecast,
-            now,
-            advantages=first.advantages,
-            shares=shares,
-            answer_weight=at.settings.answer_weight,
-            saturates=saturates,
-            reliability=reliability(now, list(then.values()), first.advantages, shares),
-        )
-        return {text: tell(found) for text, found in then.items()}
+        weight, against = at.settings.answer_weight, first.advantages
+        tell = partial(forecast, now, advantages=against, shares=shares, answer_weight=weight, saturates=saturates)
+        return {edit.instruction.text: tell(read(edit.instruction.token_ids, count)) for edit in edits}
 
     return of_edits
 

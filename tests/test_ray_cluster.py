@@ -160,6 +160,32 @@ def test_where_nothing_listens_for_clients_the_error_says_what_a_head_needs(addr
         clusters._refuse_silence(address)
 
 
+@pytest.mark.parametrize("late", [1, 2])
+def test_a_head_that_is_late_once_is_asked_again_and_then_its_reason_is_said(
+    late: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    asked: list[str] = []
+
+    def start(where: str, **_: Any) -> None:
+        asked.append(where)
+        if len(asked) <= late:
+            raise ConnectionError("Initialization failure from server:\nTraceback\nRuntimeError: No server in 30 s.")
+
+    monkeypatch.setattr(ray, "init", start)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(clusters, "_refuse_silence", lambda where: None)
+    if late == 1:
+        clusters.joined("ray://head:10001", 2)
+    else:
+        with pytest.raises(
+            WorkerError, match=r"\(Initialization failure from server: RuntimeError: No server in 30 s\)"
+        ):
+            clusters.joined("ray://head:10001", 2)
+    assert asked == ["ray://head:10001"] * 2
+
+
 def test_a_connection_to_a_cluster_that_broke_is_said_and_closing_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 

@@ -5,10 +5,11 @@ Stand-ins are there in every environment; where the real packages are installed,
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -227,12 +228,14 @@ HINTS = "ignore:.*Any type hint is inferred as AnyType:UserWarning:mlflow.types.
 
 
 @pytest.fixture
-def real_mlflow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def real_mlflow(tmp_path: Path) -> Iterator[Any]:
     mlflow = pytest.importorskip("mlflow")
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'runs.db'}")
     mlflow.create_experiment("searches", artifact_location=(tmp_path / "artifacts").as_uri())
     mlflow.set_experiment("searches")
-    return mlflow
+    yield mlflow
+    safety = importlib.import_module("mlflow.utils.autologging_utils.safety")
+    safety.revert_patches("dspy")  # switched off, they still take other tests' warnings
 
 
 @pytest.mark.slow

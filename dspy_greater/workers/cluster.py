@@ -18,6 +18,7 @@ from dspy_greater.errors import MissingExtraError, WorkerError
 _ANSWER_SECONDS = 10.0  # for the head of a cluster
 _CLIENT, _CLIENT_PORT = "ray://", "10001"  # for programs outside the cluster
 _NOISE = "Ray Client connection timed out"  # Ray warns, and then raises
+_LATE = "Initialization failure from server"  # a heading, above what went wrong there
 _TOKEN = "RAY_AUTH_MODE"
 _REFUSED = "AuthenticationError"  # somewhere in what Ray says of a token; old versions know none
 _DETAILS = re.compile(r'details = "(.+?)"')  # in what gRPC says, between figures for its makers
@@ -55,17 +56,7 @@ def joined(address: str | None, count: int) -> Callable[[], object]:
     cpus = None if where else max(count, os.cpu_count() or 1)
     before = signal.getsignal(signal.SIGTERM)  # which Ray would replace
     try:
-        # Ray would run workers behind everything else on the machine, this process included.
-        own: dict[str, Any] = {"include_dashboard": False, "_system_config": {"worker_niceness": 0}}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", _NOISE, UserWarning)
-            ray.init(
-                where or "local",
-                num_cpus=cpus,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                **({} if where else own),
-            )
+        _connect(where, cpus)
     except Exception as error:  # Ray raises what it likes, `Exception` itself where starting takes too long
         if where:
             raise WorkerError(_unanswered(where, error)) from error
@@ -77,6 +68,23 @@ def joined(address: str | None, count: int) -> Callable[[], object]:
         if threading.current_thread() is threading.main_thread() and before is not None:
             signal.signal(signal.SIGTERM, before)
     return ray.shutdown
+
+
+def _connect(where: str | None, cpus: int | None) -> None:
+    """Once more where the process that a busy head starts for a client was not there in time."""
+    import ray
+
+    # Ray would run workers behind everything else on the machine, this process included.
+    own: dict[str, Any] = {"include_dashboard": False, "_system_config": {"worker_niceness": 0}}
+    options: dict[str, Any] = {"num_cpus": cpus, "log_to_driver": False, "logging_level": logging.ERROR}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", _NOISE, UserWarning)
+        try:
+            ray.init(where or "local", **options, **({} if where else own))
+        except Exception as error:
+            if _LATE not in str(error):
+                raise
+            ray.init(where, **options)
 
 
 def cut_off(error: BaseException) -> WorkerError:
@@ -131,5 +139,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the rest of a long text of Ray's."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an error says, without the rest of a long text of Ray's; below a heading, the end of it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") else lines[0]

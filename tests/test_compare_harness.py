@@ -479,6 +479,16 @@ def test_a_served_proposer_that_is_the_task_model_is_charged_by_its_usage() -> N
     assert budget.spent.charged == budget.proposer.prompt_tokens + budget.proposer.completion_tokens == 34
 
 
+def test_a_proposer_takes_what_the_model_behind_it_takes(pocket: models.TaskModel) -> None:
+    lm = models.prompt_model("self", 0, Budget(10_000, counters=pocket.counters), pocket, {"max_tokens": 8})
+    assert "response_format" not in lm.supported_params and not lm.supports_response_schema
+    with dspy.context(lm=lm, adapter=SearchAdapter(dspy.Predict("question -> answer"))):
+        with pytest.raises(AdapterParseError, match="JSONAdapter"):  # asked again in JSON, in words alone
+            dspy.Predict("program -> tip")(program="p")
+    served = models.prompt_model("openai/any", 0, Budget(1))
+    assert "response_format" in served.supported_params
+
+
 def test_a_proposer_that_is_the_task_model_needs_one() -> None:
     with pytest.raises(SettingsError, match="'self' is the task model, and there is none here"):
         models.prompt_model("self", 0, Budget(1))

@@ -40,7 +40,7 @@ class MeteredLocalEngine(LocalEngine):
 
 
 class CountedEngine:
-    """Any `dspy.LM` as an engine whose usage is added up, and whose calls may be refused before they are made."""
+    """A `dspy.LM` or engine as an engine whose usage is added up, and whose calls may be refused."""
 
     supports_function_calling = False
     supports_reasoning = True
@@ -49,6 +49,9 @@ class CountedEngine:
 
     def __init__(self, inner: Any, add: Callable[[Usage], None], check: Callable[[], None] | None = None) -> None:
         self._inner, self._add, self._check = inner, add, check
+        if hasattr(inner, "complete"):  # an engine says what it takes, a `dspy.LM` passes on what its server may know
+            self.supported_params = inner.supported_params
+            self.supports_response_schema = inner.supports_response_schema
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CountedEngine:
         return self  # one account, however often the program is copied
@@ -73,8 +76,11 @@ class CountedAsyncEngine(AsyncEngine):
     kind = CountedEngine
     supports_function_calling = False
     supports_reasoning = True
-    supports_response_schema = True
-    supported_params = CountedEngine.supported_params
+
+    def __init__(self, engine: CountedEngine) -> None:
+        super().__init__(engine)
+        self.supported_params = engine.supported_params
+        self.supports_response_schema = engine.supports_response_schema
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,10 @@ def test_a_large_matrix_is_sampled_in_every_row() -> None:
 # ---- every kind of tensor
 
 
+class RefusedByTensor(NotImplementedError):
+    """What tensors of torchao and packed weights raise, by this very type, at a function that they do not know."""
+
+
 class Sealed(Tensor):
     """A tensor that is none, with two plain ones behind it, few operations, and nothing that tells of its inside."""
 
@@ -189,9 +193,7 @@ class Sealed(Tensor):
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten.detach.default:
             return cls(args[0].codes, args[0].scale, args[0].mode)
-        raise NotImplementedError(
-            f"{function}: on purpose, as torchao's tensors refuse what they do not know; this class stands in for one"
-        )
+        raise RefusedByTensor(function)
 
 
 class Wrapped(Sealed):
@@ -220,9 +222,7 @@ class Packed(Tensor):
         name = getattr(function, "__name__", "")
         if name in ("__get__", "__set__", "detach", "untyped_storage", "requires_grad_", "__repr__", "numel", "size"):
             return super().__torch_function__(function, types, args, kwargs or {})
-        raise NotImplementedError(
-            f"{name}: on purpose, as packed weights refuse nearly everything; this class stands in for them"
-        )
+        raise RefusedByTensor(name)
 
 
 def linear_with(weight: Tensor) -> torch.nn.Linear:

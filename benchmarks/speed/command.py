@@ -90,19 +90,13 @@ def gate(
     else:
         small = build(options.shape, device=options.device, dtype=torch.float64, small=True)
         on = f"a small float64 version of {options.shape}, because greedy text in {dtype} depends on the batch"
-        found = run_gate(small, _small_work(small, options), arms)
+        prompt = None if options.shape == POCKET else _GATE_PROMPT
+        sizes = {"rows": _GATE_ROWS, "reasoning_tokens": _GATE_REASONING, "prompt_tokens": prompt}
+        work_of_small = work_for(small, argparse.Namespace(**{**vars(options), **sizes}))
+        found = run_gate(small, work_of_small.with_current_reasoning(small), arms)
     for arm in arms.values():  # the first pass of a dtype is slower than the next ones
         arm(engine, work.shortened(_WARM_UP_TOKENS), Clock(engine))
     return found, on
-
-
-def _small_work(small: Engine, options: argparse.Namespace) -> Work:
-    settings = {"rows": _GATE_ROWS, "reasoning_tokens": _GATE_REASONING, "selections": options.mu}
-    if options.shape == POCKET:
-        work = pocket_work(small, **settings)
-    else:
-        work = random_work(small, prompt_tokens=_GATE_PROMPT, **settings)
-    return work.with_current_reasoning(small)
 
 
 def _time(

@@ -71,7 +71,7 @@ def joined(address: str | None, count: int) -> Callable[[], object]:
 
 
 def _connect(where: str | None, cpus: int | None) -> None:
-    """Once more where the process that a busy head starts for a client was not there in time."""
+    """Join or start; again, once, where the process that a busy head starts for a client was not there in time."""
     import ray
 
     # Ray would run workers behind everything else on the machine, this process included.

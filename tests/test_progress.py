@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from dspy_greater.objective.types import Candidate, Evaluation
+from dspy_greater.run.best import BestFile
 from dspy_greater.run.events import (
     BeamStarted,
     BeamValidated,
@@ -205,6 +209,44 @@ def test_a_listener_that_is_an_object_is_named_by_its_class() -> None:
 
     with pytest.warns(RuntimeWarning, match="The callback .*Dashboard raised ValueError"):
         Listeners([Dashboard()]).emit(STARTED)
+
+
+def test_ctrl_c_in_a_listener_waits_until_all_have_heard_and_a_second_one_does_not() -> None:
+    heard: list[Event] = []
+
+    def interrupted(event: Event) -> None:
+        raise KeyboardInterrupt("SIGTERM")
+
+    with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+        Listeners([interrupted, heard.append]).emit(STARTED)
+    assert heard == [STARTED]
+    with pytest.raises(KeyboardInterrupt):
+        Listeners([interrupted, interrupted, heard.append]).emit(STARTED)
+    assert heard == [STARTED]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_between_the_files_of_the_best_leaves_them_of_one_state(tmp_path: Path, times: int) -> None:
+    left = [0]
+
+    def program(instructions: Mapping[str, str]) -> str:
+        if left[0]:
+            left[0] -= 1
+            raise KeyboardInterrupt
+        return json.dumps(dict(instructions))
+
+    def on_disk() -> list[Any]:
+        told = json.loads((tmp_path / "best.json").read_text())["instructions"]
+        return [told, json.loads((tmp_path / "best_program.json").read_text())]
+
+    best = BestFile(tmp_path, program)
+    best(STARTED)
+    assert on_disk() == [{STARTED.predictor: STARTED.seed.instruction}] * 2
+    left[0] = times
+    with pytest.raises(KeyboardInterrupt):
+        best(Validated(STARTED.predictor, {"Look twice.": 1.0}, "Look twice."))
+    assert on_disk()[0] == {STARTED.predictor: "Look twice."}
+    assert (on_disk()[0] == on_disk()[1]) == (times == 1)  # a second one is obeyed at once
 
 
 def test_ctrl_c_passes_through_a_listener() -> None:

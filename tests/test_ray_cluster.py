@@ -175,6 +175,7 @@ def test_a_head_that_is_late_once_is_asked_again_and_then_its_reason_is_said(
 
     monkeypatch.setattr(ray, "init", start)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(clusters, "refuse_without_ray", lambda where: None)  # whether or not its client is here
     monkeypatch.setattr(clusters, "_refuse_silence", lambda where: None)
     if late == 1:
         clusters.joined("ray://head:10001", 2)

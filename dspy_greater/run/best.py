@@ -97,11 +97,18 @@ class BestFile:
     def _write(self, where: dict[str, Any]) -> None:
         if self._folder is None:
             return
+        try:
+            self._replace(self._folder, where)
+        except KeyboardInterrupt:  # between the two files; they have to tell of one state
+            self._replace(self._folder, where)
+            raise
+
+    def _replace(self, folder: Path, where: dict[str, Any]) -> None:
         text = json.dumps({"instructions": self._instructions, **where}, indent=2, ensure_ascii=False)
-        replace_text(self._folder / NAME, text + "\n")
+        replace_text(folder / NAME, text + "\n")
         program = self._saved()
         if program is not None:
-            replace_text(self._folder / PROGRAM_NAME, program)
+            replace_text(folder / PROGRAM_NAME, program)
 
     def _saved(self) -> str | None:
         if self._program is None:

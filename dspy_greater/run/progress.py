@@ -191,7 +191,7 @@ class Listeners:
     """Several listeners as one.
 
     A listener that raises is reported in a warning and not called again: no fault of a callback ends a search.
-    Ctrl-C passes. One that returns exactly `False` asks for the end of the search, and so does a `StopFile`;
+    Ctrl-C passes once all have been told of what has happened, a second one at once. One that returns exactly `False` asks for the end of the search, and so does a `StopFile`;
     `stopped_by` tells which of them did.
 
     Example:
@@ -217,13 +217,20 @@ class Listeners:
 
     def emit(self, event: Event, *, replayed: bool = False) -> None:
         """Tell every listener; one that is replayed from a journal has stopped what it could when it was new."""
+        interrupted: KeyboardInterrupt | None = None
         for listener in tuple(self._listeners):
             try:
                 if listener(event) is False and not replayed:
                     self.stopped_by = self.stopped_by or "callback"
+            except KeyboardInterrupt as interrupt:
+                if interrupted is not None:
+                    raise
+                interrupted = interrupt
             except Exception as error:  # a user's callback may raise anything
                 self._listeners = [other for other in self._listeners if other is not listener]
                 _report(listener, event, error)
+        if interrupted is not None:
+            raise interrupted
 
     __call__ = emit
 

@@ -191,8 +191,8 @@ class Listeners:
     """Several listeners as one.
 
     A listener that raises is reported in a warning and not called again: no fault of a callback ends a search.
-    Ctrl-C passes once all have been told of what has happened, a second one at once. One that returns exactly `False` asks for the end of the search, and so does a `StopFile`;
-    `stopped_by` tells which of them did.
+    Ctrl-C passes once all have been told of what has happened, a second one at once. One that returns exactly `False`
+    asks for the end of the search, and so does a `StopFile`; `stopped_by` tells which of them did.
 
     Example:
         >>> from dspy_greater.run.events import Warned

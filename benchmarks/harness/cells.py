@@ -121,6 +121,7 @@ class Cell:
         model_identity: which weights, exactly.
         versions: libraries and machine.
         finished: when, in UTC.
+        together: how many cells were under way at a time, which `seconds` depends on.
     """
 
     key: CellKey
@@ -141,6 +142,7 @@ class Cell:
     model_identity: str = ""
     versions: Mapping[str, Any] = field(default_factory=dict)
     finished: str = ""
+    together: int = 1
 
     def as_json(self) -> dict[str, Any]:
         """The line, with the key's fields beside the others."""

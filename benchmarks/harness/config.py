@@ -38,6 +38,7 @@ class RunConfig:
         out: the run directory.
         data_dir: files in place of the hub.
         threads: rows under way at a time.
+        together: cells under way at a time, of optimizers that only ask the model; they share its batches.
         time_limit: seconds for an optimizer in a cell, as a last resort.
         retry_errors: run cells again that failed.
         dry_run: only say what would be run, and what it takes.
@@ -56,6 +57,7 @@ class RunConfig:
     out: Path = Path("runs/comparison")
     data_dir: Path | None = None
     threads: int = 32
+    together: int = 1
     time_limit: float = 3600.0
     retry_errors: bool = False
     dry_run: bool = False
@@ -100,6 +102,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="run directory (default runs/comparison); run again to go on")
     parser.add_argument("--data-dir", type=Path, help="directory with bbh/, gsm8k/ and folio/; the hub without it")
     parser.add_argument("--threads", type=int, help="rows under way at a time (default 32)")
+    parser.add_argument(
+        "--together",
+        type=int,
+        help="cells under way at a time (default 1), of optimizers that only ask the model; each has a process of its "
+        "own, and all share the model's batches",
+    )
     parser.add_argument("--time-limit", type=float, help="seconds an optimizer may take in a cell (default 3600)")
     parser.add_argument("--retry-errors", action="store_true", default=None, help="run cells again that failed")
     parser.add_argument("--dry-run", action="store_true", default=None, help="say what would be run, and what it takes")
@@ -124,7 +132,7 @@ def from_flags(flags: argparse.Namespace) -> RunConfig:
     for name in ("out", "data_dir"):
         if given.get(name) is not None:
             values[name] = Path(given[name]).expanduser()
-    for name in ("limit", "threads", "time_limit"):
+    for name in ("limit", "threads", "together", "time_limit"):
         if given.get(name) is not None and not given[name] > 0:
             raise SettingsError(f"{name}={given[name]}: give a positive number.")
     return RunConfig(**values)

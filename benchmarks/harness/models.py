@@ -11,6 +11,7 @@ from dspy import lm15
 
 from benchmarks.harness.budget import Budget, Usage, no_counters
 from benchmarks.harness.phrasebook import PHRASEBOOK, PhrasebookEngine
+from benchmarks.harness.shared_model import RemoteEngine
 from dspy_greater import local_lm
 from dspy_greater.errors import SettingsError
 from dspy_greater.lm.asynchronous import AsyncEngine
@@ -91,7 +92,7 @@ class TaskModel:
         name: as on the command line.
         identity: which weights, exactly; the model string where a server holds them.
         judge: the model outside of any budget.
-        engine: the in-process engine; None for a served model.
+        engine: the in-process engine, or the way to that of another process; None for a served model.
         sampling: generation settings that every use of it shares.
     """
 
@@ -110,19 +111,17 @@ class TaskModel:
     def metered(self, budget: Budget) -> dspy.LM:
         """The same model as an optimizer gets it."""
         if self.engine is None:
-            inner = self.judge.copy(cache=False)
-            counted = CountedEngine(inner, budget.add_served, budget.check)
-            return dspy.LM(
-                self.judge.model, engine=counted, async_engine=CountedAsyncEngine(counted), cache=False, **self.sampling
-            )
+            counted = CountedEngine(self.judge.copy(cache=False), budget.add_served, budget.check)
+            return self._asking(counted, CountedAsyncEngine(counted), self.sampling)
+        greedy = {"temperature": 0.0, **self.sampling}
+        if isinstance(self.engine, RemoteEngine):  # the other process counts
+            counted = CountedEngine(self.engine, lambda usage: None, budget.check)
+            return self._asking(counted, CountedAsyncEngine(counted), greedy)
         local = MeteredLocalEngine(self.engine, budget)
-        return dspy.LM(
-            self.judge.model,
-            engine=local,
-            async_engine=AsyncLocalEngine(local),
-            cache=False,
-            **{"temperature": 0.0, **self.sampling},
-        )
+        return self._asking(local, AsyncLocalEngine(local), greedy)
+
+    def _asking(self, engine: Any, asynchronous: Any, sampling: Mapping[str, Any]) -> dspy.LM:
+        return dspy.LM(self.judge.model, engine=engine, async_engine=asynchronous, cache=False, **sampling)
 
 
 def task_model(name: str, arguments: Mapping[str, Any]) -> TaskModel:
@@ -198,8 +197,28 @@ def _itself(model: TaskModel, budget: Budget) -> tuple[Any, Callable[[Usage], No
         if model.engine is None:
             budget.add_served(usage)
 
+    if isinstance(model.engine, RemoteEngine):
+        return model.engine, add, budget.check
     inner: Any = model.judge.copy(cache=False) if model.engine is None else LocalEngine(model.engine)
     return inner, add, budget.check
+
+
+def remote_task_model(
+    name: str, identity: str, string: str, engine: RemoteEngine, sampling: Mapping[str, Any]
+) -> TaskModel:
+    """The task model of another process, which only answers.
+
+    Args:
+        name: as on the command line.
+        identity: which weights, exactly.
+        string: the model string of its LMs.
+        engine: the way to it.
+        sampling: as in `TaskModel`.
+    """
+    counted = CountedEngine(engine, lambda usage: None)
+    settings = {"temperature": 0.0, **sampling}
+    judge = dspy.LM(string, engine=counted, async_engine=CountedAsyncEngine(counted), cache=False, **settings)
+    return TaskModel(name, identity, judge, engine, sampling)
 
 
 def _own_account(name: str) -> LocalEngine:

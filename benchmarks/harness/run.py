@@ -29,6 +29,7 @@ from benchmarks.harness.judging import Verdict, accuracy, decide
 from benchmarks.harness.models import TaskModel, prompt_model, task_model
 from benchmarks.harness.provider import served
 from benchmarks.optimizers import Context, DescribeTask, make
+from benchmarks.optimizers.optimizer import ON_WEIGHTS
 from benchmarks.tasks.registry import load
 from benchmarks.tasks.task import Task
 from dspy_greater.errors import ProgramError
@@ -49,7 +50,9 @@ class Searched:
 
 
 def run_all(config: RunConfig, say: Callable[[str], None]) -> int:
-    """Run every cell that is not finished, in order; returns how many failed.
+    """Run every cell that is not finished; returns how many failed.
+
+    They run one after another, those that only ask `config.together` at a time after the others.
 
     Args:
         config: which cells.
@@ -58,19 +61,39 @@ def run_all(config: RunConfig, say: Callable[[str], None]) -> int:
     Raises:
         GreaterError: the run directory cannot be used, or the model cannot be loaded.
     """
-    cells, bench, failed = Cells(config.out), Bench(config), 0
-    keys = config.keys()
-    for number, key in enumerate(keys, start=1):
+    cells, keys, failed = Cells(config.out), config.keys(), 0
+    place = {key: f"[{number}/{len(keys)}] {key.text}" for number, key in enumerate(keys, start=1)}
+    left: list[CellKey] = []
+    for key in keys:
         known = cells.finished(key)
-        if known is not None and not (known.error and config.retry_errors):
-            say(f"[{number}/{len(keys)}] {key.text}: {summary(known)}, finished before")
-            continue
-        say(f"[{number}/{len(keys)}] {key.text} ...")
-        cell = bench.run(key, known_seed=_known_seed(cells, keys, key))
+        if known is None or (known.error and config.retry_errors):
+            left.append(key)
+        else:
+            say(f"{place[key]}: {summary(known)}, finished before")
+    for cell in _run(config, left, lambda key: _known_seed(cells, keys, key), lambda key: say(f"{place[key]} ...")):
         cells.append(cell)
         failed += cell.error is not None
-        say(f"[{number}/{len(keys)}] {key.text}: {summary(cell)}")
+        say(f"{place[cell.key]}: {summary(cell)}")
     return failed
+
+
+def _run(
+    config: RunConfig,
+    keys: Sequence[CellKey],
+    known_seed: Callable[[CellKey], Accuracy | None],
+    begun: Callable[[CellKey], None],
+) -> Iterator[Cell]:
+    """The cells of these keys, as they finish."""
+    together = [key for key in keys if config.together > 1 and key.optimizer not in ON_WEIGHTS]
+    bench = Bench(config)
+    for key in keys:
+        if key not in together:
+            begun(key)
+            yield bench.run(key, known_seed=known_seed(key))
+    if together:
+        from benchmarks.harness.together import run_together
+
+        yield from run_together(config, together, known_seed, begun)
 
 
 def summary(cell: Cell) -> str:
@@ -94,11 +117,11 @@ def _known_seed(cells: Cells, keys: Sequence[CellKey], key: CellKey) -> Accuracy
 
 
 class Bench:
-    """Runs cells on one task model, which is loaded when the first cell needs it."""
+    """Runs cells on one task model, which is loaded when the first cell needs it unless it is given."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, model: TaskModel | None = None) -> None:
         self._config = config
-        self._model: TaskModel | None = None
+        self._model = model
 
     def run(self, key: CellKey, *, known_seed: Accuracy | None = None) -> Cell:
         """One cell from beginning to end; what fails in it is its `error`.

@@ -106,6 +106,9 @@ OPTIMIZERS: dict[str, str] = {
     "evoprompt": "benchmarks.optimizers.evoprompt:EvoPrompt",
 }
 
+# Those that read likelihoods or gradients, and so need the weights in their own process; the others only ask.
+ON_WEIGHTS = frozenset({"greater", "greater-paper", "greater-no-reasoning", "random-search"})
+
 
 def names() -> tuple[str, ...]:
     """Every optimizer of the comparison, as on the command line.

@@ -1,0 +1,229 @@
+"""One in-process model for cells in processes of their own, whose requests meet in the same batches.
+
+A model on a CPU writes one row hardly faster than sixteen. An optimizer that writes one proposal after another leaves
+its machine idle thus, and several of them at once fill it. What a cell is charged is counted as if it had been alone: a
+beginning that its own rows share in a batch counts once, and one that it shares with another cell counts for both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import secrets
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Listener
+from typing import Any
+
+from dspy import lm15
+
+from dspy_greater.lm.batcher import Batcher
+from dspy_greater.lm.local import LocalEngine
+from dspy_greater.lm.request import SUPPORTED_PARAMETERS
+from dspy_greater.model.counters import Counters, Tally
+from dspy_greater.model.engine import Engine
+from dspy_greater.model.fast.prefix_cache import LEAST_SHARED
+from dspy_greater.model.interface import Generation, GenerationRequest, Tokens
+from dspy_greater.model.kv_cache import shared_length
+from dspy_greater.model.prefill import parts_of
+
+SILENCE = 0.2  # seconds after which a batch starts: who comes late waits until all of it is written
+_HUNG_UP = (OSError, EOFError, AuthenticationError)
+_AGAIN = None  # in the place of a request that is the one before it
+
+
+@dataclass(frozen=True)
+class Door:
+    """Where the process that holds the weights is asked, and the key that shows who may ask."""
+
+    address: Any
+    authkey: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What comes back for a request.
+
+    Attributes:
+        response: of the model; None where there is an error.
+        error: name of an `lm15` error and its text.
+        counters: what the asking cell has cost so far.
+    """
+
+    response: lm15.Response | None
+    error: tuple[str, str] | None
+    counters: Counters
+
+
+class SharedModel:
+    """The weights, asked by other processes.
+
+    Example:
+        >>> with SharedModel(engine).opened() as door:  # doctest: +SKIP
+        ...     RemoteEngine(door, "a").complete(request)  # in any process of this machine
+    """
+
+    def __init__(self, engine: Engine, silence: float = SILENCE) -> None:
+        self._engine = engine
+        self._batcher = Batcher(self._generate, window=silence, most_rows=engine.max_batch_rows)
+        self._lanes: dict[str, _Lane] = {}
+        self._lock = threading.Lock()
+        self._open = False
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """How many requests each of the latest batches had, oldest first."""
+        return self._batcher.batch_sizes
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Door]:
+        """Answers requests for as long as the block lasts."""
+        key = secrets.token_bytes(32)
+        with Listener(authkey=key) as listener:
+            door = Door(listener.address, key)
+            self._open = True
+            threading.Thread(target=self._receive, args=(listener,), name="shared-model", daemon=True).start()
+            try:
+                yield door
+            finally:
+                self._open = False
+                with contextlib.suppress(*_HUNG_UP):  # a caller of ours, so that `accept` comes back
+                    Client(door.address, authkey=key).close()
+
+    def _receive(self, listener: Listener) -> None:
+        while self._open:
+            try:
+                connection = listener.accept()
+            except _HUNG_UP:  # who asked was killed meanwhile, or has not the key
+                continue
+            threading.Thread(target=self._serve, args=(connection,), name="shared-model", daemon=True).start()
+
+    def _serve(self, connection: Connection) -> None:
+        """One thread of a cell: a request, an answer, and so on until it hangs up."""
+        with connection, contextlib.suppress(*_HUNG_UP):
+            lane = self._lane(connection.recv())
+            request: Any = None
+            while True:
+                asked = connection.recv()
+                request = request if asked is _AGAIN else asked
+                connection.send(lane.answer(request))
+
+    def _lane(self, name: str) -> _Lane:
+        with self._lock:
+            if name not in self._lanes:
+                self._lanes[name] = _Lane(self._engine, self._batcher)
+            return self._lanes[name]
+
+    def _generate(self, asked: Sequence[tuple[_Lane, GenerationRequest]]) -> Sequence[Generation]:
+        generations = self._engine.generate([request for _, request in asked])
+        for lane in {id(lane): lane for lane, _ in asked}.values():
+            mine = [place for place, (asking, _) in enumerate(asked) if asking is lane]
+            lane.tally.add(
+                prefilled_tokens=tokens_to_read([asked[place][1].prompt for place in mine]),
+                generated_tokens=sum(len(generations[place].token_ids) for place in mine),
+            )
+        return generations
+
+
+class _Lane(Batcher):
+    """A cell's way into the batches of all, and what it has cost."""
+
+    def __init__(self, engine: Engine, shared: Batcher) -> None:
+        super().__init__(engine.generate)
+        self._shared, self.tally = shared, Tally()
+        self._local = LocalEngine(engine)
+        self._local.batcher = self
+
+    def submit(self, request: GenerationRequest) -> Generation:
+        """Wait for the request's result in a batch with those of other cells."""
+        return self._shared.submit((self, request))
+
+    def answer(self, request: lm15.Request) -> Answer:
+        """The response or the error, which must not end the connection."""
+        try:
+            return Answer(self._local.complete(request), None, self.tally.total)
+        except lm15.LM15Error as error:
+            return Answer(None, (type(error).__name__, str(error)), self.tally.total)
+        except Exception as error:  # raised again where it was asked
+            return Answer(None, ("ServerError", f"{type(error).__name__}: {error}"), self.tally.total)
+
+
+class RemoteEngine:
+    """DSPy's engine contract over a `SharedModel` of another process; many threads may ask.
+
+    Args:
+        door: of the shared model.
+        lane: a name for what is counted together.
+    """
+
+    supports_function_calling = False
+    supports_reasoning = False
+    supports_response_schema = False
+    supported_params = SUPPORTED_PARAMETERS
+
+    def __init__(self, door: Door, lane: str) -> None:
+        self._door, self._lane = door, lane
+        self._mine = threading.local()  # a connection for each thread, and its last request
+        self._lock = threading.Lock()
+        self._counters = Counters()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteEngine:
+        return self
+
+    @property
+    def counters(self) -> Counters:
+        """What this lane has cost, as of the last answer."""
+        return self._counters
+
+    def complete(self, request: lm15.Request) -> lm15.Response:
+        """Answer one request; it shares a batch with those of other threads and processes.
+
+        Raises:
+            lm15.LM15Error: as a `LocalEngine` does; `ServerError` where the other process is gone.
+        """
+        try:
+            answer = self._asked(request)
+        except _HUNG_UP as error:
+            raise lm15.ServerError(f"The process that holds the weights does not answer ({error}).") from error
+        with self._lock:  # answers may overtake each other, and counters only grow
+            self._counters = max(self._counters, answer.counters, key=_size)
+        if answer.response is None:
+            name, text = answer.error or ("ServerError", "")
+            raise getattr(lm15, name)(text)
+        return answer.response
+
+    def close(self) -> None:
+        """Nothing to close: a connection ends with its thread."""
+
+    def _asked(self, request: lm15.Request) -> Answer:
+        if not hasattr(self._mine, "connection"):
+            self._mine.connection = Client(self._door.address, authkey=self._door.authkey)
+            self._mine.connection.send(self._lane)
+            self._mine.request = None
+        # The same object again is another sample, and has to be the same object there as well.
+        self._mine.connection.send(_AGAIN if request is self._mine.request else request)
+        self._mine.request = request
+        return self._mine.connection.recv()
+
+
+def tokens_to_read(prompts: Sequence[Tokens]) -> int:
+    """Tokens to read of these prompts in a batch of their own: what the rows of a part begin with is read once."""
+    parts = [(part, part.shared if part.shared >= LEAST_SHARED else 0) for part in parts_of(prompts)]
+    beginnings = [prompts[part.rows[0]][:shared] for part, shared in parts]
+    return distinct_tokens(beginnings) + sum(len(prompts[row]) - shared for part, shared in parts for row in part.rows)
+
+
+def distinct_tokens(sequences: Sequence[Tokens]) -> int:
+    """Tokens of these sequences, where what several of them begin with counts once.
+
+    >>> distinct_tokens([(1, 2, 3), (1, 2, 4), (5,)])
+    5
+    """
+    ordered = sorted(sequences)
+    return sum(map(len, ordered)) - sum(shared_length(pair) for pair in itertools.pairwise(ordered))
+
+
+def _size(counters: Counters) -> int:
+    return counters.prefilled_tokens + counters.generated_tokens

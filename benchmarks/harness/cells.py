@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -190,6 +190,10 @@ class Cells:
     def finished(self, key: CellKey) -> Cell | None:
         """The latest line of this cell, if there is one."""
         return self._cells.get(key)
+
+    def __iter__(self) -> Iterator[Cell]:
+        """The latest line of every cell, oldest first."""
+        return iter(self._cells.values())
 
     def append(self, cell: Cell) -> None:
         """Write one line and wait until it is on disk.

@@ -70,7 +70,7 @@ def run_all(config: RunConfig, say: Callable[[str], None]) -> int:
             left.append(key)
         else:
             say(f"{place[key]}: {summary(known)}, finished before")
-    for cell in _run(config, left, lambda key: _known_seed(cells, keys, key), lambda key: say(f"{place[key]} ...")):
+    for cell in _run(config, left, lambda key: _known_seed(cells, key), lambda key: say(f"{place[key]} ...")):
         cells.append(cell)
         failed += cell.error is not None
         say(f"{place[cell.key]}: {summary(cell)}")
@@ -106,14 +106,14 @@ def summary(cell: Cell) -> str:
     return f"{before} -> {after}, {cell.tokens['charged']:,} tokens, {cell.seconds:.0f} s{stopped}"
 
 
-def _known_seed(cells: Cells, keys: Sequence[CellKey], key: CellKey) -> Accuracy | None:
-    """The seed's accuracy on the same test rows, if a cell of this run has measured it."""
-    for other in keys:
-        if (other.task, other.seed) == (key.task, key.seed):
-            cell = cells.finished(other)
-            if cell is not None and cell.seed_test is not None:
-                return cell.seed_test
-    return None
+def _known_seed(cells: Cells, key: CellKey) -> Accuracy | None:
+    """The seed's accuracy on the same test rows, if a cell of this directory has measured it."""
+
+    def rows(key: CellKey) -> tuple[object, ...]:
+        return key.task, key.seed, key.model, key.model_args, key.limit
+
+    measured = (cell.seed_test for cell in cells if rows(cell.key) == rows(key))
+    return next((accuracy for accuracy in measured if accuracy is not None), None)
 
 
 class Bench:

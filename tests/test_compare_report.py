@@ -27,6 +27,7 @@ from benchmarks.report.statistics import Spread, average_ranks, holm, mcnemar_ex
 from benchmarks.report.tables import (
     Table,
     accuracy_table,
+    cost_table,
     environment_table,
     instruction_tables,
     paired_table,
@@ -210,6 +211,12 @@ def test_every_table_of_results_names_the_proposer() -> None:
     for section in report.sections[:-1]:
         for part in section.parts:
             assert "proposer phrasebook" in part.caption or "proposer openai/gpt" in part.caption, part.title
+
+
+def test_seconds_of_cells_that_ran_together_are_said_to_be_that() -> None:
+    alone, together = cell("greater", (1,) * 8), cell("apo", (1,) * 8, together=6)
+    assert "at a time" not in cost_table(comparisons([alone])[0]).caption
+    assert "Up to 6 cells ran at a time" in cost_table(comparisons([alone, together])[0]).caption
 
 
 def test_a_task_that_is_lost_has_a_minus() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -76,12 +77,19 @@ def test_cells_that_share_a_model_get_the_answers_and_the_charge_that_each_would
         assert lane.counters.prefilled_tokens == pytest.approx(cost.prefilled_tokens, rel=0.03)
 
 
-def test_rows_of_several_cells_are_computed_in_one_batch(engine: Engine) -> None:
-    shared = SharedModel(engine, silence=2.0)
-    asked = requests()
-    with shared.opened() as door, ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda name: answers(RemoteEngine(door, name), asked), ("a", "b")))
-    assert shared.batch_sizes == (2 * ROWS,)
+def test_a_request_joins_those_under_way_and_is_answered_before_they_end(engine: Engine, door: Door) -> None:
+    slow = engine.model.register_forward_pre_hook(lambda *_: time.sleep(0.03))
+    long = [request(f"Tell me of number {number}.", max_tokens=120, temperature=2.0) for number in range(ROWS)]
+    ended: list[str] = []
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(lambda: (answers(RemoteEngine(door, "a"), long), ended.append("long")))
+        time.sleep(0.6)
+        short = request("Where is the cup?", max_tokens=3)
+        joined = pool.submit(lambda: (RemoteEngine(door, "b").complete(short), ended.append("short"))).result()[0]
+        first.result()
+    slow.remove()
+    assert ended == ["short", "long"]
+    assert str(joined.message) == str(LocalEngine(engine).complete(short).message)
 
 
 def test_a_request_that_is_made_again_draws_anew_as_it_does_in_one_process(engine: Engine, door: Door) -> None:
@@ -119,7 +127,7 @@ def test_a_caller_without_the_key_is_not_answered_and_keeps_nobody_else_out(door
 def test_a_budget_ends_the_calls_of_task_model_and_proposer_alike(engine: Engine, door: Door) -> None:
     remote = RemoteEngine(door, "a")
     model = remote_task_model("pocket", engine.identity, "local/pocket", remote, {"max_tokens": 24})
-    budget = Budget(10, counters=model.counters)
+    budget = Budget(5, counters=model.counters)
     lm, proposer = model.metered(budget), prompt_model("self", 0, budget, model, {"max_tokens": 9})
     proposer("Write an instruction.")
     assert budget.proposer.completion_tokens <= 9

@@ -11,25 +11,29 @@ import contextlib
 import itertools
 import secrets
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
 
 from dspy import lm15
 
+from dspy_greater.errors import GreaterError
 from dspy_greater.lm.batcher import Batcher
 from dspy_greater.lm.local import LocalEngine
 from dspy_greater.lm.request import SUPPORTED_PARAMETERS
 from dspy_greater.model.counters import Counters, Tally
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.fast.prefix_cache import LEAST_SHARED
+from dspy_greater.model.fast.session import Session
 from dspy_greater.model.interface import Generation, GenerationRequest, Tokens
 from dspy_greater.model.kv_cache import shared_length
 from dspy_greater.model.prefill import parts_of
+from dspy_greater.model.requests import row_of
 
-SILENCE = 0.2  # seconds after which a batch starts: who comes late waits until all of it is written
+SILENCE = 0.2  # seconds in which the rows of an evaluation come
 _HUNG_UP = (OSError, EOFError, AuthenticationError)
 _AGAIN = None  # in the place of a request that is the one before it
 
@@ -57,25 +61,42 @@ class Answer:
     counters: Counters
 
 
+@dataclass(eq=False)
+class _Asked:
+    """A request of a cell and, later, its result or what went wrong."""
+
+    lane: _Lane
+    request: GenerationRequest
+    done: threading.Event = field(default_factory=threading.Event)
+    result: Generation | None = None
+    error: BaseException | None = None
+
+    def end(self, result: Generation) -> None:
+        self.result = result
+        self.lane.tally.add(generated_tokens=len(result.token_ids))
+        self.done.set()
+
+    def outcome(self) -> Generation:
+        self.done.wait()
+        if self.result is None:
+            raise self.error or GreaterError("The model that cells share was closed; run the same command again.")
+        return self.result
+
+
 class SharedModel:
-    """The weights, asked by other processes.
+    """The weights, asked by other processes. Requests that come while others are answered join those.
 
     Example:
         >>> with SharedModel(engine).opened() as door:  # doctest: +SKIP
         ...     RemoteEngine(door, "a").complete(request)  # in any process of this machine
     """
 
-    def __init__(self, engine: Engine, silence: float = SILENCE) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._batcher = Batcher(self._generate, window=silence, most_rows=engine.max_batch_rows)
+        self._changed = threading.Condition()
+        self._waiting: list[_Asked] = []
         self._lanes: dict[str, _Lane] = {}
-        self._lock = threading.Lock()
         self._open = False
-
-    @property
-    def batch_sizes(self) -> tuple[int, ...]:
-        """How many requests each of the latest batches had, oldest first."""
-        return self._batcher.batch_sizes
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Door]:
@@ -84,13 +105,28 @@ class SharedModel:
         with Listener(authkey=key) as listener:
             door = Door(listener.address, key)
             self._open = True
-            threading.Thread(target=self._receive, args=(listener,), name="shared-model", daemon=True).start()
+            threading.Thread(target=self._receive, args=(listener,), name="shared-model-door", daemon=True).start()
+            computing = threading.Thread(target=self._compute, name="shared-model", daemon=True)
+            computing.start()
             try:
                 yield door
             finally:
-                self._open = False
+                with self._changed:
+                    self._open = False
+                    self._changed.notify_all()
                 with contextlib.suppress(*_HUNG_UP):  # a caller of ours, so that `accept` comes back
                     Client(door.address, authkey=key).close()
+                computing.join()
+
+    def submit(self, lane: _Lane, request: GenerationRequest) -> Generation:
+        """Wait for the request's result; raises what `Engine.generate` does."""
+        row_of(self._engine, request)  # one that cannot be answered is refused here, where it harms no other
+        asked = _Asked(lane, request)
+        asked.request = replace(request, on_end=asked.end)
+        with self._changed:
+            self._waiting.append(asked)
+            self._changed.notify_all()
+        return asked.outcome()
 
     def _receive(self, listener: Listener) -> None:
         while self._open:
@@ -98,7 +134,7 @@ class SharedModel:
                 connection = listener.accept()
             except _HUNG_UP:  # who asked was killed meanwhile, or has not the key
                 continue
-            threading.Thread(target=self._serve, args=(connection,), name="shared-model", daemon=True).start()
+            threading.Thread(target=self._serve, args=(connection,), name="shared-model-cell", daemon=True).start()
 
     def _serve(self, connection: Connection) -> None:
         """One thread of a cell: a request, an answer, and so on until it hangs up."""
@@ -111,26 +147,55 @@ class SharedModel:
                 connection.send(lane.answer(request))
 
     def _lane(self, name: str) -> _Lane:
-        with self._lock:
+        with self._changed:
             if name not in self._lanes:
-                self._lanes[name] = _Lane(self._engine, self._batcher)
+                self._lanes[name] = _Lane(self._engine, self)
             return self._lanes[name]
 
-    def _generate(self, asked: Sequence[tuple[_Lane, GenerationRequest]]) -> Sequence[Generation]:
-        generations = self._engine.generate([request for _, request in asked])
-        for lane in {id(lane): lane for lane, _ in asked}.values():
-            mine = [place for place, (asking, _) in enumerate(asked) if asking is lane]
-            lane.tally.add(
-                prefilled_tokens=tokens_to_read([asked[place][1].prompt for place in mine]),
-                generated_tokens=sum(len(generations[place].token_ids) for place in mine),
-            )
-        return generations
+    def _compute(self) -> None:
+        """Answer what waits, until the door is closed; what waits then is told so."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or not self._open)
+                if not self._open:
+                    break
+            time.sleep(SILENCE)
+            self._answer()
+        for asked in self._take(len(self._waiting)):
+            asked.done.set()
+
+    def _answer(self) -> None:
+        """A batch and all that joins it. What its end leaves without a result has its error."""
+        under_way: list[_Asked] = []
+
+        def arrivals(most: int) -> list[GenerationRequest]:
+            new = self._take(most)
+            under_way.extend(new)
+            return [asked.request for asked in new]
+
+        error: BaseException | None = None
+        try:
+            Session(self._engine, keeps=False).generate(arrivals(self._engine.max_batch_rows), arrivals)
+        except Exception as failure:  # raised again where it was asked
+            error = failure
+        for asked in under_way:
+            asked.error = error
+            asked.done.set()
+
+    def _take(self, most: int) -> list[_Asked]:
+        """The next requests, whose prompts are charged to their cells."""
+        with self._changed:
+            taken, self._waiting = self._waiting[:most], self._waiting[most:]
+        for lane in {id(asked.lane): asked.lane for asked in taken}.values():
+            prompts = [asked.request.prompt for asked in taken if asked.lane is lane]
+            lane.tally.add(prefilled_tokens=tokens_to_read(prompts))
+        return taken
 
 
 class _Lane(Batcher):
     """A cell's way into the batches of all, and what it has cost."""
 
-    def __init__(self, engine: Engine, shared: Batcher) -> None:
+    def __init__(self, engine: Engine, shared: SharedModel) -> None:
         super().__init__(engine.generate)
         self._shared, self.tally = shared, Tally()
         self._local = LocalEngine(engine)
@@ -138,7 +203,7 @@ class _Lane(Batcher):
 
     def submit(self, request: GenerationRequest) -> Generation:
         """Wait for the request's result in a batch with those of other cells."""
-        return self._shared.submit((self, request))
+        return self._shared.submit(self, request)
 
     def answer(self, request: lm15.Request) -> Answer:
         """The response or the error, which must not end the connection."""

@@ -158,11 +158,13 @@ def cost_table(comparison: Comparison) -> Table:
                 f"{sum(cell.chosen == 'seed' for cell in cells)} of {len(cells)}",
             )
         )
+    together = max((cell.together for cell in comparison.cells), default=1)
+    shared = f" Up to {together} cells ran at a time, which their seconds are of." if together > 1 else ""
     return Table(
         title="Cost",
         caption=(
             f"{comparison.text}. Mean over finished cells. Charged tokens are generated + prefilled + 2 x backward of "
-            "the task model while the optimizer ran; the proposer's tokens are not charged, nor is judging."
+            f"the task model while the optimizer ran; the proposer's tokens are not charged, nor is judging.{shared}"
         ),
         columns=(
             "optimizer",

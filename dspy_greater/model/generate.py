@@ -9,7 +9,7 @@ Shapes: V vocabulary.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,25 +20,33 @@ from transformers import DynamicCache
 from dspy_greater.model.fast.generated_kv import GeneratedRows, GeneratedStates, Places, slot_mask
 from dspy_greater.model.fast.prefix_cache import PrefixCache
 from dspy_greater.model.kv_cache import InPlaceLayer, Move, join
-from dspy_greater.model.prefill import Prefilled, parts_of, prefill
+from dspy_greater.model.prefill import Part, Prefilled, parts_of, prefill
 from dspy_greater.model.sampling import Row, choose
 
 if TYPE_CHECKING:
     from dspy_greater.model.engine import Engine
 
 _COMPACT_BELOW = 0.9  # finished rows leave once they are a tenth of the batch
+_JOIN_EVERY = 8  # steps: each time the states of all rows are copied
+
+Arrivals = Callable[[int], Sequence[Row]]
 
 
 @torch.no_grad()
 def decode(
-    engine: Engine, rows: Sequence[Row], prefixes: PrefixCache, generated: GeneratedStates | None = None
+    engine: Engine,
+    rows: Sequence[Row],
+    prefixes: PrefixCache,
+    generated: GeneratedStates | None = None,
+    arrivals: Arrivals | None = None,
 ) -> None:
     """Generate every row to its end, greedily where its temperature is 0, by its own random numbers otherwise.
 
     Rows are changed in place, so what was generated before an out-of-memory error is not lost. What all of them
-    begin with comes from `prefixes`; the states of finished rows go to `generated`, where that is given.
+    begin with comes from `prefixes`; the states of finished rows go to `generated`, where that is given. Rows that
+    `arrivals` has (at most as many as it is asked for) join those under way.
     """
-    batch = _Batch(engine, rows, generated)
+    batch, steps = _Batch(engine, rows, generated), 0
     logits = batch.read(prefixes)  # [rows, V]
     while batch.rows:
         before = sum(len(row.generated) for row in batch.rows)
@@ -48,7 +56,9 @@ def decode(
         engine.tally.add(generated_tokens=sum(len(row.generated) for row in batch.rows) - before)
         if not batch.drop_finished():
             return
-        logits = batch.step()
+        logits, steps = batch.step(), steps + 1
+        if arrivals is not None and steps % _JOIN_EVERY == 0:
+            logits = batch.joined_by(arrivals(engine.max_batch_rows - len(batch.rows)), logits, prefixes)
 
 
 class _Batch:
@@ -78,6 +88,28 @@ class _Batch:
             self._hand_over(prefilled.cache, prefilled.length, mine, prefilled.places, prefilled.known, finished)
         return self._begin(read)
 
+    def joined_by(self, rows: Sequence[Row], logits: Tensor, prefixes: PrefixCache) -> Tensor:
+        """Read the prompts of more rows and put them beside those under way; `logits` [rows, V] are of the latter."""
+        if not rows:
+            return logits
+        live = [index for index, row in enumerate(self.rows) if row.finish_reason is None]
+        if len(live) < len(self.rows):
+            self._keep(live)
+        known = tuple(len(row.context) for row in self.rows)  # every token is in the cache after a step
+        count = len(known)
+        under_way = Prefilled(
+            tuple(range(count)), tuple(self._places), known, (0,) * count, self._length, self.cache, logits[live]
+        )
+        self.rows += rows
+        self._capacity = max(len(row.prompt) + row.max_new_tokens for row in self.rows)
+        parts = [
+            Part(tuple(count + row for row in part.rows), part.shared)
+            for part in parts_of([row.context for row in rows])
+        ]
+        return self._begin(
+            [under_way, *(prefill(self.engine, self.rows, part, prefixes, self._capacity) for part in parts)]
+        )
+
     def _begin(self, read: Sequence[Prefilled]) -> Tensor:
         """Put together what goes on: cache, mask, positions and logits."""
         going = [
@@ -90,7 +122,7 @@ class _Batch:
         going.sort(key=lambda entry: (entry[0], read[entry[0]].rejected[entry[1]], entry[1]))
         slots = max((read[part].length - read[part].rejected[j] for part, j, _ in going), default=0)
         places = [(read[part].places[j], read[part].length - read[part].rejected[j]) for part, j, _ in going]
-        self._places = [Places(slots - filled, place.shared, place.between) for place, filled in places]
+        self._places = [Places(slots - filled + place.first, place.shared, place.between) for place, filled in places]
         self._known = [read[part].known[j] for part, j, _ in going]
         self.rows = [self.rows[row] for *_, row in going]
         self.cache, self._length = self._joined(read, [(part, j) for part, j, _ in going], slots), slots

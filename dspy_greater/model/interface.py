@@ -59,7 +59,8 @@ class GenerationRequest:
 
     `temperature` 0 is greedy. Otherwise a token is drawn from the smallest set of likeliest ones that together reach
     `top_p`, by random numbers that follow from `seed` and the token's place alone. `stop_token_ids` replace the
-    model's own end tokens. `on_token` is called with every token; a true answer ends the row after it.
+    model's own end tokens. `on_token` is called with every token; a true answer ends the row after it. `on_end` is
+    called with the result as soon as it is there, which may be long before that of the batch.
     """
 
     prompt: Tokens
@@ -69,6 +70,7 @@ class GenerationRequest:
     seed: int = 0
     stop_token_ids: Tokens | None = None
     on_token: Callable[[int], bool | None] | None = None
+    on_end: Callable[[Generation], None] | None = None
 
 
 class Model(Protocol):

@@ -51,4 +51,5 @@ def row_of(engine: Engine, request: GenerationRequest) -> Row:
     most = request.max_new_tokens if room is None else min(room, request.max_new_tokens)
     own = request.stop_token_ids
     stop = engine.weights.stop_token_ids if own is None else frozenset(own)
-    return Row(request.prompt, most, stop, request.temperature, request.top_p, request.seed, request.on_token)
+    sampling = request.temperature, request.top_p, request.seed
+    return Row(request.prompt, most, stop, *sampling, request.on_token, request.on_end)

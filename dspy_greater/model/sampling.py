@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dspy_greater.model.interface import Generation
+
 _NOISE_BLOCK = 64
 
 
@@ -27,6 +29,7 @@ class Row:
     top_p: float = 1.0
     seed: int = 0
     on_token: Callable[[int], bool | None] | None = None
+    on_end: Callable[[Generation], None] | None = None
     draft: tuple[int, ...] = ()  # what it will probably generate
     generated: list[int] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
@@ -57,12 +60,14 @@ class Row:
         """Take the next token: a stop token ends the row ungenerated, a full row ends by length."""
         if token in self.stop_token_ids:
             self.finish_reason = "stop"
-            return
-        self.generated.append(token)
-        if self.on_token is not None and self.on_token(token):
-            self.finish_reason = "stop"
-        elif len(self.generated) >= self.max_new_tokens:
-            self.finish_reason = "length"
+        else:
+            self.generated.append(token)
+            if self.on_token is not None and self.on_token(token):
+                self.finish_reason = "stop"
+            elif len(self.generated) >= self.max_new_tokens:
+                self.finish_reason = "length"
+        if self.finish_reason is not None and self.on_end is not None:
+            self.on_end(Generation(tuple(self.generated), self.finish_reason))
 
 
 def row_seed(seed: int, row: int) -> int:

@@ -9,7 +9,8 @@ Shapes: N sequences, R queries, V vocabulary, d embedding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -71,10 +72,19 @@ class Session(OverEngine):
 
     # ---------------------------------------------------------------- generation
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
+    def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        arrivals: Callable[[int], Sequence[GenerationRequest]] | None = None,
+    ) -> list[Generation]:
         """See `interface.Model`; rows of similar length are decoded together.
 
         A row that does not fit into memory does not keep the others from being generated: the error has them.
+
+        Args:
+            requests: what to generate.
+            arrivals: has more requests, at most as many as it is asked for. They join the batch that is under way,
+                where the model's states allow it, and their results go to their `on_end` alone.
         """
         rows = [row_of(self._engine, request) for request in requests]
         for row in rows if len(self._drafts) else []:
@@ -89,7 +99,7 @@ class Session(OverEngine):
                 size = -(-len(waiting) // batches)  # even batches, no small rest
                 batch, waiting = waiting[:size], waiting[size:]
                 try:
-                    decoded = self._decoded(batch)
+                    decoded = self._decoded(batch, arrivals)
                 except EngineMemoryError as error:  # it is this row, and not the size of the batches
                     failed[id(batch[0])], self._engine.max_batch_rows = error, most
                     continue
@@ -104,11 +114,18 @@ class Session(OverEngine):
             raise EngineMemoryError(str(error), finished=finished) from error
         return [finished[place] for place in range(len(rows))]
 
-    def _decoded(self, batch: Sequence[Row]) -> bool:
-        """Decode the batch; False when memory ran out and something was given up for another try."""
+    def _decoded(self, batch: list[Row], arrivals: Callable[[int], Sequence[GenerationRequest]] | None = None) -> bool:
+        """Decode the batch, and what joins it; False when memory ran out and something was given up for another try."""
+
+        def joining(most: int) -> Sequence[Row]:
+            new = [row_of(self._engine, request) for request in (arrivals(most) if arrivals else ())]
+            batch.extend(new)
+            return new
+
+        joins = arrivals is not None and self._engine.checks.cache_reach == math.inf
         try:
             if self._engine.checks.handshake.keys_and_values:
-                decode(self._engine, batch, self._prefixes, self._generated)
+                decode(self._engine, batch, self._prefixes, self._generated, joining if joins else None)
             else:
                 decode_by(self._engine, batch)
         except RuntimeError as error:  # torch.OutOfMemoryError is one

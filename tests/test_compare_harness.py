@@ -21,7 +21,7 @@ from dspy import lm15
 from dspy.utils.exceptions import AdapterParseError
 
 from benchmarks.__main__ import main
-from benchmarks.harness import candidates, config, judging, models, provider, run
+from benchmarks.harness import bench, candidates, config, judging, models, provider, run
 from benchmarks.harness.adapter import SearchAdapter
 from benchmarks.harness.budget import Budget, BudgetSpent, Usage
 from benchmarks.harness.candidates import Candidate, Notebook
@@ -71,7 +71,7 @@ def enter(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[..., Any]]
         made[name] = Stub(name, act)
         monkeypatch.setitem(OPTIMIZERS, name, "unused:Unused")
 
-    monkeypatch.setattr(run, "make", lambda name: made[name] if name in made else make(name))
+    monkeypatch.setattr(bench, "make", lambda name: made[name] if name in made else make(name))
     return enter
 
 
@@ -630,7 +630,7 @@ def test_an_optimizer_that_makes_an_error_of_being_stopped_has_not_failed(tmp_pa
 def test_an_optimizer_that_never_comes_back_is_interrupted(
     tmp_path: Path, enter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "ALARM_GRACE", 0.1)
+    monkeypatch.setattr(bench, "ALARM_GRACE", 0.1)
 
     def asleep(*_: object) -> None:
         while True:

@@ -21,9 +21,9 @@ from pathlib import Path
 import dspy
 
 from benchmarks.harness import config
+from benchmarks.harness.bench import quiet, seeded
 from benchmarks.harness.judging import accuracy
 from benchmarks.harness.models import TaskModel, task_model
-from benchmarks.harness.run import quiet, seeded
 from benchmarks.tasks.registry import load, names
 from benchmarks.tasks.task import Task
 from dspy_greater.errors import GreaterError

@@ -15,10 +15,10 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from typing import Any
 
+from benchmarks.harness.bench import Bench
 from benchmarks.harness.cells import Accuracy, Cell, CellKey
 from benchmarks.harness.config import RunConfig
 from benchmarks.harness.models import TaskModel, remote_task_model, task_model
-from benchmarks.harness.run import Bench
 from benchmarks.harness.shared_model import Door, RemoteEngine, SharedModel
 from dspy_greater.errors import GreaterError
 

@@ -25,11 +25,11 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 import dspy
 
 from benchmarks.harness import config
+from benchmarks.harness.bench import seeded
 from benchmarks.harness.candidates import Candidate
 from benchmarks.harness.cells import Accuracy, Cell, CellKey, read
 from benchmarks.harness.judging import accuracy
 from benchmarks.harness.models import TaskModel, task_model
-from benchmarks.harness.run import seeded
 from benchmarks.report.tables import percent
 from benchmarks.report.transfer import TRANSFER_FILE, Transferred, append_transfer, read_transfer
 from benchmarks.tasks.registry import load

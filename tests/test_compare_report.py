@@ -214,9 +214,11 @@ def test_every_table_of_results_names_the_proposer() -> None:
 
 
 def test_seconds_of_cells_that_ran_together_are_said_to_be_that() -> None:
-    alone, together = cell("greater", (1,) * 8), cell("apo", (1,) * 8, together=6)
+    alone, together = cell("greater", (1,) * 8), cell("apo", (1,) * 8, together=6, peak_memory_bytes=0)
     assert "at a time" not in cost_table(comparisons([alone])[0]).caption
-    assert "Up to 6 cells ran at a time" in cost_table(comparisons([alone, together])[0]).caption
+    table = cost_table(comparisons([alone, together])[0])
+    assert "Up to 6 cells of apo ran at a time" in table.caption
+    assert [dict(zip(table.columns, row, strict=True))["peak MiB"] for row in table.rows] == ["1,024", "not known"]
 
 
 def test_a_task_that_is_lost_has_a_minus() -> None:

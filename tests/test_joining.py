@@ -13,7 +13,7 @@ import torch
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.fast.session import Session
 from dspy_greater.model.interface import Generation, GenerationRequest
-from tests.model_calls import Full
+from tests.model_calls import Full, memory_runs_out
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 VOCABULARY = 512
@@ -45,11 +45,15 @@ def with_joining(
     engine: Engine, requests: Sequence[GenerationRequest], first: int, seed: int
 ) -> tuple[list[Generation | None], int]:
     """What ends where the first few are asked for and the others join by and by; how many joined."""
-    rng, found = random.Random(seed), [None] * len(requests)
-    results: list[Generation | None] = list(found)
+    rng = random.Random(seed)
+    results: list[Generation | None] = [None] * len(requests)
 
     def noting(place: int) -> GenerationRequest:
-        return replace(requests[place], on_end=lambda generation: results.__setitem__(place, generation))
+        def ended(generation: Generation) -> None:
+            assert results[place] is None, "told twice"
+            results[place] = generation
+
+        return replace(requests[place], on_end=ended)
 
     waiting = [noting(place) for place in range(first, len(requests))]
     joined = 0
@@ -102,3 +106,20 @@ def test_a_lack_of_memory_costs_no_row_that_has_joined() -> None:
     assert found == alone
     assert joined > 2
     assert engine.max_batch_rows < 24
+
+
+def test_a_lack_of_memory_after_many_rows_lowers_the_size_of_batches_and_never_raises_it() -> None:
+    engine, requests = build("llama"), asked(60, 2)
+    engine.max_batch_rows = 12
+    alone = [engine.generate([request])[0] for request in requests]
+    start = engine.counters.forwards
+    limits: set[int] = set()
+
+    def starved(ids: torch.Tensor) -> bool:
+        limits.add(engine.max_batch_rows)
+        return engine.counters.forwards > start + 120 and len(ids) > 2
+
+    with memory_runs_out(engine, starved) as failed:
+        found, joined = with_joining(engine, requests, first=9, seed=1)
+    assert (found, joined > 20, len(failed) > 0) == (alone, True, True)
+    assert max(limits) == 12 > engine.max_batch_rows

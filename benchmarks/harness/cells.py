@@ -1,4 +1,4 @@
-"""`cells.jsonl`: one line for each finished cell of a comparison, appended and on disk before the next begins."""
+"""`cells.jsonl`: one line for each finished cell of a comparison, on disk before its end is told."""
 
 from __future__ import annotations
 
@@ -113,7 +113,8 @@ class Cell:
         proposer_tokens: `calls`, `prompt_tokens`, `completion_tokens`; not charged.
         seconds: what the optimizer took, without judging.
         judging_seconds: dev and test.
-        peak_memory_bytes: of the process, or of the accelerator where there is one, while the optimizer ran.
+        peak_memory_bytes: of the process, or of the accelerator where there is one, while the optimizer ran; 0 where
+            cells ran together, since the weights are in another process then.
         stopped: `tokens` or `seconds` where the optimizer was stopped; None where it came to its end.
         scored_candidates: how many different candidates were recorded.
         error: `Type: message` where the cell failed.
@@ -121,7 +122,7 @@ class Cell:
         model_identity: which weights, exactly.
         versions: libraries and machine.
         finished: when, in UTC.
-        together: how many cells were under way at a time, which `seconds` depends on.
+        together: how many cells were under way at a time, at most; `seconds` depends on it.
     """
 
     key: CellKey
@@ -192,7 +193,7 @@ class Cells:
         return self._cells.get(key)
 
     def __iter__(self) -> Iterator[Cell]:
-        """The latest line of every cell, oldest first."""
+        """The latest line of every cell."""
         return iter(self._cells.values())
 
     def append(self, cell: Cell) -> None:

@@ -53,6 +53,7 @@ class CountedEngine:
         if hasattr(inner, "complete"):  # an engine says what it takes, a `dspy.LM` passes on what its server may know
             self.supported_params = inner.supported_params
             self.supports_response_schema = inner.supports_response_schema
+            self.supports_reasoning = inner.supports_reasoning
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CountedEngine:
         return self  # one account, however often the program is copied
@@ -82,6 +83,7 @@ class CountedAsyncEngine(AsyncEngine):
         super().__init__(engine)
         self.supported_params = engine.supported_params
         self.supports_response_schema = engine.supports_response_schema
+        self.supports_reasoning = engine.supports_reasoning
 
 
 @dataclass(frozen=True)
@@ -204,20 +206,20 @@ def _itself(model: TaskModel, budget: Budget) -> tuple[Any, Callable[[Usage], No
 
 
 def remote_task_model(
-    name: str, identity: str, string: str, engine: RemoteEngine, sampling: Mapping[str, Any]
+    name: str, identity: str, model_string: str, engine: RemoteEngine, sampling: Mapping[str, Any]
 ) -> TaskModel:
     """The task model of another process, which only answers.
 
     Args:
         name: as on the command line.
         identity: which weights, exactly.
-        string: the model string of its LMs.
+        model_string: of its LMs.
         engine: the way to it.
         sampling: as in `TaskModel`.
     """
     counted = CountedEngine(engine, lambda usage: None)
     settings = {"temperature": 0.0, **sampling}
-    judge = dspy.LM(string, engine=counted, async_engine=CountedAsyncEngine(counted), cache=False, **settings)
+    judge = dspy.LM(model_string, engine=counted, async_engine=CountedAsyncEngine(counted), cache=False, **settings)
     return TaskModel(name, identity, judge, engine, sampling)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Sequence
 
 from benchmarks.harness.bench import Bench
 from benchmarks.harness.cells import Accuracy, Cell, CellKey, Cells
 from benchmarks.harness.config import RunConfig
 from benchmarks.harness.together import run_together
-from benchmarks.optimizers.optimizer import ON_WEIGHTS
+from benchmarks.optimizers.optimizer import needs_weights
 
 
 def run_all(config: RunConfig, say: Callable[[str], None]) -> int:
@@ -32,10 +33,12 @@ def run_all(config: RunConfig, say: Callable[[str], None]) -> int:
             left.append(key)
         else:
             say(f"{place[key]}: {summary(known)}, finished before")
-    for cell in _run(config, left, lambda key: _known_seed(cells, key), lambda key: say(f"{place[key]} ...")):
-        cells.append(cell)
-        failed += cell.error is not None
-        say(f"{place[cell.key]}: {summary(cell)}")
+    running = _run(config, left, lambda key: _known_seed(cells, key), lambda key: say(f"{place[key]} ..."))
+    with contextlib.closing(running):
+        for cell in running:
+            cells.append(cell)
+            failed += cell.error is not None
+            say(f"{place[cell.key]}: {summary(cell)}")
     return failed
 
 
@@ -44,9 +47,9 @@ def _run(
     keys: Sequence[CellKey],
     known_seed: Callable[[CellKey], Accuracy | None],
     begun: Callable[[CellKey], None],
-) -> Iterator[Cell]:
+) -> Generator[Cell]:
     """The cells of these keys, as they finish."""
-    together = [key for key in keys if config.together > 1 and key.optimizer not in ON_WEIGHTS]
+    together = [key for key in keys if config.together > 1 and not needs_weights(key.optimizer)]
     bench = Bench(config)
     for key in keys:
         if key not in together:

@@ -1,8 +1,8 @@
 """One in-process model for cells in processes of their own, whose requests meet in the same batches.
 
 A model on a CPU writes one row hardly faster than sixteen. An optimizer that writes one proposal after another leaves
-its machine idle thus, and several of them at once fill it. What a cell is charged is counted as if it had been alone: a
-beginning that its own rows share in a batch counts once, and one that it shares with another cell counts for both.
+its machine idle thus, and several of them at once fill it. What a cell is charged is counted by its own requests alone:
+a beginning that those under way share counts once, and one that another cell has as well counts for both.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from dspy_greater.model.fast.prefix_cache import LEAST_SHARED
 from dspy_greater.model.fast.session import Session
 from dspy_greater.model.interface import Generation, GenerationRequest, Tokens
 from dspy_greater.model.kv_cache import shared_length
+from dspy_greater.model.memory import release
 from dspy_greater.model.prefill import parts_of
 from dspy_greater.model.requests import row_of
 
 SILENCE = 0.2  # seconds in which the rows of an evaluation come
+LONGEST = 600.0  # seconds in which others may join a batch
 _HUNG_UP = (OSError, EOFError, AuthenticationError)
-_AGAIN = None  # in the place of a request that is the one before it
+_AGAIN = "again"  # in the place of a request that is the one before it
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Answer:
     Attributes:
         response: of the model; None where there is an error.
         error: name of an `lm15` error and its text.
-        counters: what the asking cell has cost so far.
+        counters: what has been computed for the asking lane so far.
     """
 
     response: lm15.Response | None
@@ -62,7 +64,7 @@ class Answer:
 
 
 @dataclass(eq=False)
-class _Asked:
+class _Waiting:
     """A request of a cell and, later, its result or what went wrong."""
 
     lane: _Lane
@@ -79,7 +81,7 @@ class _Asked:
     def outcome(self) -> Generation:
         self.done.wait()
         if self.result is None:
-            raise self.error or GreaterError("The model that cells share was closed; run the same command again.")
+            raise self.error or _closed()
         return self.result
 
 
@@ -93,16 +95,17 @@ class SharedModel:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._changed = threading.Condition()
-        self._waiting: list[_Asked] = []
+        self._changed = threading.Condition()  # of all that follows
+        self._waiting: list[_Waiting] = []
+        self._under_way: list[_Waiting] = []
         self._lanes: dict[str, _Lane] = {}
         self._open = False
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Door]:
-        """Answers requests for as long as the block lasts."""
+        """Answers requests for as long as the block lasts; those that are under way at its end are told so."""
         key = secrets.token_bytes(32)
-        with Listener(authkey=key) as listener:
+        with Listener(backlog=1024, authkey=key) as listener:
             door = Door(listener.address, key)
             self._open = True
             threading.Thread(target=self._receive, args=(listener,), name="shared-model-door", daemon=True).start()
@@ -119,20 +122,32 @@ class SharedModel:
                 computing.join()
 
     def submit(self, lane: _Lane, request: GenerationRequest) -> Generation:
-        """Wait for the request's result; raises what `Engine.generate` does."""
+        """Wait for the request's result.
+
+        Raises:
+            GreaterError: what `Engine.generate` raises; or the door is closed.
+        """
         row_of(self._engine, request)  # one that cannot be answered is refused here, where it harms no other
-        asked = _Asked(lane, request)
-        asked.request = replace(request, on_end=asked.end)
+        waiting = _Waiting(lane, request)
+        own = request.on_token
+
+        def on_token(token: int) -> bool:
+            return bool(own is not None and own(token)) or not self._open
+
+        waiting.request = replace(request, on_token=on_token, on_end=waiting.end)
         with self._changed:
-            self._waiting.append(asked)
+            if not self._open:
+                raise _closed()
+            self._waiting.append(waiting)
             self._changed.notify_all()
-        return asked.outcome()
+        return waiting.outcome()
 
     def _receive(self, listener: Listener) -> None:
         while self._open:
             try:
                 connection = listener.accept()
-            except _HUNG_UP:  # who asked was killed meanwhile, or has not the key
+            except Exception:  # who asked was killed meanwhile, has not the key, or files have run out for a while
+                time.sleep(0.01)
                 continue
             threading.Thread(target=self._serve, args=(connection,), name="shared-model-cell", daemon=True).start()
 
@@ -143,7 +158,7 @@ class SharedModel:
             request: Any = None
             while True:
                 asked = connection.recv()
-                request = request if asked is _AGAIN else asked
+                request = request if asked == _AGAIN else asked
                 connection.send(lane.answer(request))
 
     def _lane(self, name: str) -> _Lane:
@@ -157,39 +172,49 @@ class SharedModel:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or not self._open)
-                if not self._open:
-                    break
             time.sleep(SILENCE)
+            with self._changed:
+                if not self._open:
+                    left, self._waiting = self._waiting, []
+                    break
             self._answer()
-        for asked in self._take(len(self._waiting)):
-            asked.done.set()
+        for waiting in left:
+            waiting.done.set()
 
     def _answer(self) -> None:
         """A batch and all that joins it. What its end leaves without a result has its error."""
-        under_way: list[_Asked] = []
+        ends = time.monotonic() + LONGEST  # what nobody is told of before the end of a batch does not wait for ever
+        error: BaseException | None = None
 
         def arrivals(most: int) -> list[GenerationRequest]:
-            new = self._take(most)
-            under_way.extend(new)
-            return [asked.request for asked in new]
+            return self._take(most) if time.monotonic() < ends else []
 
-        error: BaseException | None = None
         try:
-            Session(self._engine, keeps=False).generate(arrivals(self._engine.max_batch_rows), arrivals)
+            Session(self._engine, keeps=False).generate(self._take(self._engine.max_batch_rows), arrivals)
         except Exception as failure:  # raised again where it was asked
             error = failure
-        for asked in under_way:
-            asked.error = error
-            asked.done.set()
+        finally:
+            release()
+        with self._changed:
+            left, self._under_way = self._under_way, []
+        for waiting in left:
+            waiting.error = error
+            waiting.done.set()
 
-    def _take(self, most: int) -> list[_Asked]:
+    def _take(self, most: int) -> list[GenerationRequest]:
         """The next requests, whose prompts are charged to their cells."""
         with self._changed:
-            taken, self._waiting = self._waiting[:most], self._waiting[most:]
-        for lane in {id(asked.lane): asked.lane for asked in taken}.values():
-            prompts = [asked.request.prompt for asked in taken if asked.lane is lane]
-            lane.tally.add(prefilled_tokens=tokens_to_read(prompts))
-        return taken
+            taken, self._waiting = (self._waiting[:most], self._waiting[most:]) if self._open else ([], self._waiting)
+            before = [waiting for waiting in self._under_way if not waiting.done.is_set()]
+            self._under_way = [*before, *taken]
+        for lane in {id(waiting.lane): waiting.lane for waiting in taken}.values():
+            known, new = ([each.request.prompt for each in some if each.lane is lane] for some in (before, taken))
+            lane.tally.add(prefilled_tokens=max(0, tokens_to_read([*known, *new]) - tokens_to_read(known)))
+        return [waiting.request for waiting in taken]
+
+
+def _closed() -> GreaterError:
+    return GreaterError("The model that cells share was closed; run the same command again to go on.")
 
 
 class _Lane(Batcher):
@@ -249,9 +274,11 @@ class RemoteEngine:
             lm15.LM15Error: as a `LocalEngine` does; `ServerError` where the other process is gone.
         """
         try:
-            answer = self._asked(request)
+            answer = self._exchange(request)
         except _HUNG_UP as error:
-            raise lm15.ServerError(f"The process that holds the weights does not answer ({error}).") from error
+            raise lm15.ServerError(
+                f"The process that holds the weights does not answer ({error}); run the same command again."
+            ) from error
         with self._lock:  # answers may overtake each other, and counters only grow
             self._counters = max(self._counters, answer.counters, key=_size)
         if answer.response is None:
@@ -262,19 +289,26 @@ class RemoteEngine:
     def close(self) -> None:
         """Nothing to close: a connection ends with its thread."""
 
-    def _asked(self, request: lm15.Request) -> Answer:
+    def _exchange(self, request: lm15.Request) -> Answer:
         if not hasattr(self._mine, "connection"):
-            self._mine.connection = Client(self._door.address, authkey=self._door.authkey)
-            self._mine.connection.send(self._lane)
-            self._mine.request = None
-        # The same object again is another sample, and has to be the same object there as well.
-        self._mine.connection.send(_AGAIN if request is self._mine.request else request)
-        self._mine.request = request
-        return self._mine.connection.recv()
+            connection = Client(self._door.address, authkey=self._door.authkey)
+            connection.send(self._lane)
+            self._mine.connection, self._mine.request = connection, None
+        try:
+            # The same object again is another sample, and has to be the same object there as well.
+            self._mine.connection.send(_AGAIN if request is self._mine.request else request)
+            self._mine.request = request
+            return self._mine.connection.recv()
+        except BaseException:  # an interrupt: the answer that is on its way is nobody's
+            self._mine.connection.close()
+            del self._mine.connection
+            raise
 
 
 def tokens_to_read(prompts: Sequence[Tokens]) -> int:
     """Tokens to read of these prompts in a batch of their own: what the rows of a part begin with is read once."""
+    if not prompts:
+        return 0
     parts = [(part, part.shared if part.shared >= LEAST_SHARED else 0) for part in parts_of(prompts)]
     beginnings = [prompts[part.rows[0]][:shared] for part, shared in parts]
     return distinct_tokens(beginnings) + sum(len(prompts[row]) - shared for part, shared in parts for row in part.rows)

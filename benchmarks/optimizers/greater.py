@@ -35,6 +35,7 @@ class Greater:
 
     name = "greater"
     about = "GReaTerTeleprompter, default variant, 105 steps, 50 rows"
+    needs_weights = True
     defaults: dict[str, Any] = {"auto": None}
 
     def __init__(self, **settings: Any) -> None:

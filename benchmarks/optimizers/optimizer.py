@@ -106,9 +106,6 @@ OPTIMIZERS: dict[str, str] = {
     "evoprompt": "benchmarks.optimizers.evoprompt:EvoPrompt",
 }
 
-# Those that read likelihoods or gradients, and so need the weights in their own process; the others only ask.
-ON_WEIGHTS = frozenset({"greater", "greater-paper", "greater-no-reasoning", "random-search"})
-
 
 def names() -> tuple[str, ...]:
     """Every optimizer of the comparison, as on the command line.
@@ -140,3 +137,15 @@ def make(name: str) -> Optimizer:
             f"The optimizer {name!r} cannot be loaded: {error}. What it runs on comes with "
             "`pip install 'dspy_greater[bench]'`."
         ) from error
+
+
+def needs_weights(name: str) -> bool:
+    """Whether the optimizer reads likelihoods or gradients; the others only ask, from any process.
+
+    Such a class says `needs_weights = True`.
+
+    Example:
+        >>> needs_weights("seed")
+        False
+    """
+    return getattr(make(name), "needs_weights", False)

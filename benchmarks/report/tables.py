@@ -152,14 +152,18 @@ def cost_table(comparison: Comparison) -> Table:
                     sum(map(cell.proposer_tokens.get, ("prompt_tokens", "completion_tokens"), (0, 0))) for cell in cells
                 ),
                 _mean(cell.seconds for cell in cells),
-                f"{max(cell.peak_memory_bytes for cell in cells) / 2**20:,.0f}",
+                f"{peak / 2**20:,.0f}" if (peak := max(cell.peak_memory_bytes for cell in cells)) else "not known",
                 _mean(cell.scored_candidates for cell in cells),
                 f"{stopped} of {len(cells)}",
                 f"{sum(cell.chosen == 'seed' for cell in cells)} of {len(cells)}",
             )
         )
-    together = max((cell.together for cell in comparison.cells), default=1)
-    shared = f" Up to {together} cells ran at a time, which their seconds are of." if together > 1 else ""
+    crowded = {cell.key.optimizer: cell.together for cell in comparison.cells if cell.together > 1}
+    shared = ""
+    if crowded:
+        shared = (
+            f" Up to {max(crowded.values())} cells of {', '.join(crowded)} ran at a time; their seconds are of that."
+        )
     return Table(
         title="Cost",
         caption=(

@@ -92,9 +92,9 @@ class _Batch:
         """Read the prompts of more rows and put them beside those under way; `logits` [rows, V] are of the latter."""
         if not rows:
             return logits
-        live = [index for index, row in enumerate(self.rows) if row.finish_reason is None]
+        live = self._live()
         if len(live) < len(self.rows):
-            self._keep(live)
+            self._let_go(live)
         known = tuple(len(row.context) for row in self.rows)  # every token is in the cache after a step
         count = len(known)
         under_way = Prefilled(
@@ -167,13 +167,20 @@ class _Batch:
 
     def drop_finished(self) -> bool:
         """Let finished rows leave once they are enough to pay for moving the others; False: none left."""
-        keep = [index for index, row in enumerate(self.rows) if row.finish_reason is None]
-        if len(keep) <= _COMPACT_BELOW * len(self.rows):
-            finished = [index for index, row in enumerate(self.rows) if row.finish_reason]
-            self._hand_over(self.cache, self._length, self.rows, self._places, self._known, finished)
-            if keep:
-                self._keep(keep)
-        return bool(keep)
+        live = self._live()
+        if len(live) <= _COMPACT_BELOW * len(self.rows):
+            self._let_go(live)
+        return bool(live)
+
+    def _live(self) -> list[int]:
+        return [index for index, row in enumerate(self.rows) if row.finish_reason is None]
+
+    def _let_go(self, live: Sequence[int]) -> None:
+        """Of all rows but these, keep the states where they are wanted."""
+        finished = sorted(set(range(len(self.rows))) - set(live))
+        self._hand_over(self.cache, self._length, self.rows, self._places, self._known, finished)
+        if live:
+            self._keep(live)
 
     def _keep(self, rows: Sequence[int]) -> None:
         """Let the others go, and with them the slots that only they had used."""

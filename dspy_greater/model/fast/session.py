@@ -85,6 +85,10 @@ class Session(OverEngine):
             requests: what to generate.
             arrivals: has more requests, at most as many as it is asked for. They join the batch that is under way,
                 where the model's states allow it, and their results go to their `on_end` alone.
+
+        Raises:
+            EngineMemoryError: a row does not fit by itself; `finished` has the results of the requests by their place.
+                It may be of a row that joined.
         """
         rows = [row_of(self._engine, request) for request in requests]
         for row in rows if len(self._drafts) else []:
@@ -115,11 +119,17 @@ class Session(OverEngine):
         return [finished[place] for place in range(len(rows))]
 
     def _decoded(self, batch: list[Row], arrivals: Callable[[int], Sequence[GenerationRequest]] | None = None) -> bool:
-        """Decode the batch, and what joins it; False when memory ran out and something was given up for another try."""
+        """Decode the batch; False when memory ran out and something was given up for another try.
+
+        What joins it is put into `batch`, which then holds what has not ended.
+
+        Raises:
+            EngineMemoryError: there is nothing left to be given up.
+        """
 
         def joining(most: int) -> Sequence[Row]:
             new = [row_of(self._engine, request) for request in (arrivals(most) if arrivals else ())]
-            batch.extend(new)
+            batch[:] = [*(row for row in batch if row.finish_reason is None), *new]
             return new
 
         joins = arrivals is not None and self._engine.checks.cache_reach == math.inf
@@ -137,7 +147,7 @@ class Session(OverEngine):
         kept = self._generated is not None and self._generated.bytes > 0
         self.forget()
         if not kept:  # otherwise what was kept may have been too much, and not the batch
-            _halve_batches(self._engine, len(batch), failure)
+            _halve_batches(self._engine, min(len(batch), self._engine.max_batch_rows), failure)
         return False
 
     # ------------------------------------------------------------ teacher forcing

@@ -208,7 +208,7 @@ def test_optimizers_that_read_likelihoods_say_that_they_need_the_weights() -> No
 
 @pytest.mark.slow
 def test_cells_run_in_processes_of_their_own_and_finish_as_alone(tmp_path: Path) -> None:
-    asked = {"tasks": ("pocket:navigate",), "optimizers": ("seed", "ape", "random-search"), "limit": 6, "budget": 9000}
+    asked = {"tasks": ("pocket:navigate",), "optimizers": ("seed", "ape", "random-search"), "limit": 4, "budget": 4000}
     alone, together = tmp_path / "alone", tmp_path / "together"
     assert run_all(config.RunConfig(out=alone, **asked), lambda line: None) == 0  # pyright: ignore[reportArgumentType]
     lines: list[str] = []

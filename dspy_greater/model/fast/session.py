@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -126,16 +127,12 @@ class Session(OverEngine):
         Raises:
             EngineMemoryError: there is nothing left to be given up.
         """
-
-        def joining(most: int) -> Sequence[Row]:
-            new = [row_of(self._engine, request) for request in (arrivals(most) if arrivals else ())]
-            batch[:] = [*(row for row in batch if row.finish_reason is None), *new]
-            return new
-
-        joins = arrivals is not None and self._engine.checks.cache_reach == math.inf
+        joining = None
+        if arrivals is not None and self._engine.checks.cache_reach == math.inf:
+            joining = partial(self._join, batch, arrivals)
         try:
             if self._engine.checks.handshake.keys_and_values:
-                decode(self._engine, batch, self._prefixes, self._generated, joining if joins else None)
+                decode(self._engine, batch, self._prefixes, self._generated, joining)
             else:
                 decode_by(self._engine, batch)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
@@ -149,6 +146,14 @@ class Session(OverEngine):
         if not kept:  # otherwise what was kept may have been too much, and not the batch
             _halve_batches(self._engine, min(len(batch), self._engine.max_batch_rows), failure)
         return False
+
+    def _join(
+        self, batch: list[Row], arrivals: Callable[[int], Sequence[GenerationRequest]], most: int
+    ) -> Sequence[Row]:
+        """Rows that join the batch, in which what has ended gives way to them."""
+        new = [row_of(self._engine, request) for request in arrivals(most)]
+        batch[:] = [*(row for row in batch if row.finish_reason is None), *new]
+        return new
 
     # ------------------------------------------------------------ teacher forcing
 

@@ -12,6 +12,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ls": ("benchmarks.harness.list_command", "which tasks and optimizers there are"),
     "screen": ("benchmarks.harness.screen_command", "on which tasks an instruction matters to a model"),
     "run": ("benchmarks.harness.run_command", "optimizers on tasks, at equal budgets"),
+    "status": ("benchmarks.harness.status_command", "how far a run is that goes on elsewhere"),
     "report": ("benchmarks.report.command", "tables and curves from the finished cells of a run"),
     "transfer": ("benchmarks.report.transfer_command", "instructions found on one model, evaluated on another"),
     "fidelity": ("benchmarks.fidelity.command", "do gradients and forecasts come true?"),

@@ -137,6 +137,11 @@ class Budget:
         """`tokens` or `seconds` when a call was refused for the lack of them; None while there was enough."""
         return self._stopped
 
+    @property
+    def closed(self) -> bool:
+        """Whether the optimizer's turn is over."""
+        return self._final is not None
+
     def check(self) -> None:
         """Called before every call of the task model.
 

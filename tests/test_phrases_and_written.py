@@ -201,6 +201,13 @@ def test_what_is_copied_from_another_tasks_lesson_is_no_candidate() -> None:
     assert [each.instruction.text for each in found] == ["List and count."]
 
 
+def test_what_differs_from_a_lesson_in_a_word_is_a_copy_and_what_says_another_task_is_none() -> None:
+    near = "Decide whether the guest was moved. Answer with the one word positive or negative."
+    other = "Decide whether the walk ends where it began. Answer with the one word yes or no."
+    found = propose_written(before_a_step(Writer(near, other), written=2))
+    assert [each.instruction.text for each in found] == [other]
+
+
 def test_behind_a_fixed_text_the_written_instruction_is_a_sentence_more() -> None:
     at = before_a_step(Writer("List and count."), instruction="Please say", fixed="Please say", written=1)
     assert [each.instruction.text for each in propose_written(at)] == ["Please say List and count."]

@@ -14,6 +14,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from random import Random
 
 from dspy_greater.model.interface import GenerationRequest
@@ -30,6 +31,7 @@ _TURNS = 3  # requests of which one is about mistakes
 _LONGEST = 400  # characters of a text in a request
 ROOM = 32  # tokens that a request leaves beside the instruction: a greeting, a cut sentence
 _TEMPERATURE, _TOP_P = 0.8, 0.95
+_COPIED = 0.85  # of the words alike, in their order, from which on a text is a copy
 
 Message = dict[str, str]
 
@@ -207,11 +209,16 @@ def _fits(at: StepContext, tokens: int) -> bool:
     return limit is None or tokens <= limit
 
 
+def _is_copied(text: str) -> bool:
+    """Whether it is another task's lesson but for a word or two."""
+    return any(SequenceMatcher(None, text.split(), lesson.instruction.split()).ratio() > _COPIED for lesson in _LESSONS)
+
+
 def _edit(at: StepContext, text: str, origin: Origin) -> Edit | None:
     """The edit; None for what cannot be deployed, is known, or was only copied from another task's lesson."""
     edits = at.evaluator.layout.edits
     written = edits.rewrite(text)
-    if written is None or at.evaluator.knows(written[1]) or any(text == lesson.instruction for lesson in _LESSONS):
+    if written is None or at.evaluator.knows(written[1]) or _is_copied(text):
         return None
     ids, text = written
     if edits.length(ids) > at.settings.max_instruction_tokens:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import json
 import random
 import sys
@@ -19,6 +21,7 @@ import numpy
 import pytest
 from dspy import lm15
 from dspy.utils.exceptions import AdapterParseError
+from dspy.utils.parallelizer import ParallelExecutor
 
 from benchmarks.__main__ import main
 from benchmarks.harness import bench, candidates, config, judging, models, provider, run
@@ -26,6 +29,7 @@ from benchmarks.harness.adapter import SearchAdapter
 from benchmarks.harness.budget import Budget, BudgetSpent, Usage
 from benchmarks.harness.candidates import Candidate, Notebook
 from benchmarks.harness.cells import Accuracy, Cell, CellKey, Cells, read, wilson
+from benchmarks.harness.patience import rows_run_once
 from benchmarks.harness.phrasebook import PhrasebookEngine, topics_of
 from benchmarks.optimizers import OPTIMIZERS, Context, make
 from benchmarks.optimizers import optimizer as registry
@@ -529,6 +533,55 @@ def test_the_program_is_asked_once_and_a_proposer_again_in_json() -> None:
         assert asyncio.run(proposer.acall(program="p")).tip == "Look twice."
         with pytest.raises(AdapterParseError):
             asyncio.run(program.acall(question="q"))
+
+
+class InTurn:
+    """A model that keeps to the format now and then."""
+
+    supports_function_calling = supports_reasoning = supports_response_schema = False
+    supported_params = frozenset({"temperature", "max_tokens"})
+
+    def __init__(self, *texts: str) -> None:
+        self.texts = itertools.cycle(texts)
+
+    def complete(self, request: lm15.Request) -> lm15.Response:
+        message = lm15.Message.assistant(next(self.texts))
+        usage = lm15.Usage(input_tokens=3, output_tokens=9)
+        return lm15.Response(id=None, model=request.model, message=message, finish_reason="stop", usage=usage)
+
+
+@pytest.mark.parametrize(
+    ("texts", "tips"),
+    [
+        (("[[ ## tip ## ]]\nLook twice.", "Look!", "[[ ## tip ## ]]\nCount."), ["Look twice.", "Count."]),
+        (("Look!", '{"tip": "Look twice."}', "Look!", "{"), ["Look twice."]),  # the second three are asked in JSON
+    ],
+)
+def test_of_several_samples_that_an_optimizer_asks_for_those_count_that_can_be_read(
+    texts: tuple[str, ...], tips: list[str]
+) -> None:
+    lm = dspy.LM("local/turns", engine=InTurn(*texts), cache=False)
+    with dspy.context(lm=lm, adapter=SearchAdapter(dspy.Predict("question -> answer"))):
+        assert dspy.Predict("program -> tip", n=3, temperature=1.4)(program="p").completions.tip == tips
+        lm = dspy.LM("local/turns", engine=InTurn("Look!"), cache=False)
+        with dspy.context(lm=lm), pytest.raises(AdapterParseError):
+            dspy.Predict("program -> tip", n=3, temperature=1.4)(program="p")
+
+
+@pytest.mark.parametrize("patient", [True, False], ids=["in a cell", "by DSPy alone"])
+def test_a_slow_row_is_run_once_in_a_cell(patient: bool) -> None:
+    calls: list[int] = []
+
+    def slow(row: int) -> int:
+        calls.append(row)
+        time.sleep(2.5)
+        return row
+
+    with rows_run_once() if patient else contextlib.nullcontext():
+        executor = ParallelExecutor(num_threads=4, timeout=1, disable_progress_bar=True)
+        assert executor.execute(slow, [0, 1]) == [0, 1]
+    assert (len(calls) == 2) is patient
+    assert ParallelExecutor(timeout=1).timeout == 1
 
 
 # --- judging ---

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import dspy
+from dspy.utils.exceptions import AdapterParseError
 
 Fields = tuple[tuple[str, ...], tuple[str, ...]]
 
@@ -18,11 +19,44 @@ def fields(signature: Any) -> Fields:
     return tuple(signature.input_fields), tuple(signature.output_fields)
 
 
+class _Readable:
+    """Of several samples keeps those that can be read; an error only where none can.
+
+    DSPy gives up all of them for one. COPRO asks for nine at a temperature of 1.4, where a small proposer often leaves
+    the format.
+    """
+
+    def _call_postprocess(
+        self, processed_signature: Any, original_signature: Any, outputs: list[Any], lm: Any, lm_kwargs: Any
+    ) -> list[dict[str, Any]]:
+        read: Any = super()._call_postprocess  # pyright: ignore[reportAttributeAccessIssue]
+        found: list[dict[str, Any]] = []
+        refused: AdapterParseError | None = None
+        for output in outputs:
+            try:
+                found += read(processed_signature, original_signature, [output], lm, lm_kwargs)
+            except AdapterParseError as error:
+                refused = error
+        if refused is not None and not found:
+            raise refused
+        return found
+
+
+class _InJson(_Readable, dspy.JSONAdapter):
+    pass
+
+
+class _InChat(_Readable, dspy.ChatAdapter):
+    def _make_json_adapter_fallback(self) -> dspy.JSONAdapter:
+        return _InJson()
+
+
 class SearchAdapter(dspy.ChatAdapter):
     """A ChatAdapter that asks again in JSON for what an optimizer asks, and not for the program.
 
     A program is judged by its answer to one prompt. What writes instructions for it is not judged, and an optimizer
-    such as MIPROv2 ends with an error where an answer cannot be read, which a small proposer's often cannot.
+    such as MIPROv2 ends with an error where an answer cannot be read, which a small proposer's often cannot. Of
+    several samples that an optimizer asks for at once, those that can be read count.
 
     Args:
         program: that is optimised.
@@ -31,7 +65,7 @@ class SearchAdapter(dspy.ChatAdapter):
     def __init__(self, program: dspy.Module) -> None:
         super().__init__(use_json_adapter_fallback=False)
         self._program = {fields(predictor.signature) for predictor in program.predictors()}
-        self._others = dspy.ChatAdapter()
+        self._others = _InChat()
 
     def __call__(self, lm: Any, lm_kwargs: Any, signature: Any, demos: Any, inputs: Any) -> list[dict[str, Any]]:
         """The answers, as dictionaries of the signature's outputs."""

@@ -27,6 +27,7 @@ from benchmarks.harness.cells import Accuracy, Cell, CellKey
 from benchmarks.harness.config import RunConfig
 from benchmarks.harness.judging import Verdict, accuracy, decide
 from benchmarks.harness.models import TaskModel, prompt_model, task_model
+from benchmarks.harness.patience import rows_run_once
 from benchmarks.harness.progress import progress_kept
 from benchmarks.harness.provider import served
 from benchmarks.optimizers import Context, DescribeTask, make
@@ -82,6 +83,7 @@ class Bench:
         directory = fresh_directory(config.out / "logs", key)
         adapter = dspy.ChatAdapter(use_json_adapter_fallback=False)
         with (
+            rows_run_once(),
             progress_kept(directory, key.text, budget),
             dspy.context(adapter=adapter, num_threads=config.threads, max_errors=1_000_000),
             quiet(directory),

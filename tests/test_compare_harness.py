@@ -24,7 +24,7 @@ from dspy.utils.exceptions import AdapterParseError
 from dspy.utils.parallelizer import ParallelExecutor
 
 from benchmarks.__main__ import main
-from benchmarks.harness import bench, candidates, config, judging, models, provider, run
+from benchmarks.harness import bench, candidates, config, judging, models, phrasebook_formats, provider, run
 from benchmarks.harness.adapter import SearchAdapter
 from benchmarks.harness.budget import Budget, BudgetSpent, Usage
 from benchmarks.harness.candidates import Candidate, Notebook
@@ -346,6 +346,13 @@ def test_no_question_is_taken_for_an_instruction(task: str) -> None:
     assert not any(topics_of(line) for _ in range(200) for line in generate(task, rng).splitlines())
 
 
+@pytest.mark.parametrize(("kind", "values"), [("Literal[1, 2]", {"1", "2"}), ("Literal['a', 'b c']", {"a", "b c"})])
+def test_a_choice_is_one_of_those_that_are_offered(kind: str, values: set[str]) -> None:
+    asked, draw = phrasebook_formats.read_request([{"role": "user", "content": "?"}]), lambda: "drawn"
+    found = {phrasebook_formats._value("mood", kind, asked, draw, draw, random.Random(seed)) for seed in range(20)}
+    assert found == values
+
+
 def test_draws_follow_from_the_request_and_not_from_the_order_of_threads() -> None:
     requests = [[{"role": "user", "content": f"Propose a prompt. {number}"}] for number in range(6)]
     one, other = PhrasebookEngine(3), PhrasebookEngine(3)
@@ -493,6 +500,30 @@ def test_a_proposer_takes_what_the_model_behind_it_takes(pocket: models.TaskMode
     assert "response_format" in served.supported_params
 
 
+def test_a_served_task_model_is_asked_greedily_as_one_in_this_process() -> None:
+    address = {"api_base": "http://localhost:1/v1", "api_key": "none"}
+    for arguments, heat in ((address, 0.0), ({**address, "temperature": 0.7}, 0.7)):
+        served = models.task_model("openai/some", arguments)
+        assert served.judge.kwargs["temperature"] == served.metered(Budget(1)).kwargs["temperature"] == heat
+
+
+def test_a_served_proposer_is_asked_at_its_own_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+    whole = models.dspy.LM
+
+    def lm(name: str, **settings: Any) -> Any:
+        made.append({"name": name, **settings})
+        return whole(name, **settings)
+
+    monkeypatch.setattr(models.dspy, "LM", lm)
+    arguments = {"api_base": "http://localhost:1/v1", "max_tokens": 50}
+    proposer = models.prompt_model("openai/some", 0, Budget(1), arguments=arguments)
+    assert made[0] == {"name": "openai/some", "cache": False, "api_base": "http://localhost:1/v1"}
+    assert proposer.kwargs["max_tokens"] == 50 and "api_base" not in proposer.kwargs
+    with pytest.raises(SettingsError, match="--prompt-args has api_base, and the proposer 'phrasebook' is not"):
+        models.prompt_model("phrasebook", 0, Budget(1), arguments=arguments)
+
+
 def test_a_proposer_that_is_the_task_model_needs_one() -> None:
     with pytest.raises(SettingsError, match="'self' is the task model, and there is none here"):
         models.prompt_model("self", 0, Budget(1))
@@ -596,6 +627,16 @@ def test_a_tie_keeps_the_seed_and_the_best_three_recorded_take_part() -> None:
     verdict = judging.decide(seed, None, notebook.best(20), lambda program: 0.5)
     assert verdict.origin == "seed" and verdict.program is seed
     assert [each.instructions["self"] for each in verdict.contenders] == ["Seed.", "a", "b", "c"]
+
+
+def test_the_seed_and_what_is_returned_take_no_place_of_the_recorded() -> None:
+    seed, returned = (dspy.Predict(dspy.Signature("question -> answer", text)) for text in ("Seed.", "b"))
+    notebook = Notebook()
+    for place, text in enumerate(["Seed.", "a", "b", "c", "d", "e"]):
+        notebook.record({"self": text}, 0.9 - place / 10, 50)
+    verdict = judging.decide(seed, returned, notebook.best(20), lambda program: 0.5)
+    assert [each.instructions["self"] for each in verdict.contenders] == ["Seed.", "b", "a", "c", "d"]
+    assert [each.own_score for each in verdict.contenders[:2]] == [0.9, 0.7]
 
 
 def test_a_returned_program_is_judged_on_the_model_of_all_and_not_on_its_own() -> None:
@@ -714,6 +755,31 @@ def test_a_failure_is_a_row_with_its_error_and_the_next_cell_goes_on(tmp_path: P
     assert "failed: ValueError: no beam, finished before" in lines[0]
     cells, _, failed = a_run(tmp_path, "sometimes", "seed", retry_errors=True)
     assert failed == 0 and [cell.error for cell in cells] == ["ValueError: no beam", None, None]
+
+
+def test_what_a_search_cost_and_found_stays_where_judging_fails(
+    tmp_path: Path, enter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def searched(student: Student, train: Rows, dev: Rows, context: Context) -> Student:
+        context.task_lm("hello", max_tokens=1)
+        context.budget.record({"predict": "Track it."}, 0.5, 4)
+        return student
+
+    def dead(*_: object) -> Accuracy:
+        raise ProgramError("The program failed on all 6 rows.")
+
+    enter("searched", searched)
+    monkeypatch.setattr(bench, "accuracy", dead)
+    (cell,), _, failed = a_run(tmp_path, "searched")
+    assert failed == 1 and cell.error == "ProgramError: The program failed on all 6 rows." and cell.test is None
+    assert cell.tokens["charged"] > 0 and cell.seconds > 0 and cell.scored_candidates == 1
+
+
+def test_the_folder_of_a_cell_has_a_name_that_a_file_system_takes_and_that_is_its_own(tmp_path: Path) -> None:
+    keys = [replace(KEY, model=f"/cache/{'x' * 300}/{name}.gguf") for name in "ab"]
+    folders = [bench.fresh_directory(tmp_path, key) for key in keys]
+    assert len(set(folders)) == 2 and all(folder.is_dir() and len(folder.name) <= 200 for folder in folders)
+    assert all(folder.name.startswith("pocket_navigate-seed-0-_cache_xxx") for folder in folders)
 
 
 def test_a_thing_that_is_no_program_is_an_error(tmp_path: Path, enter: Any) -> None:

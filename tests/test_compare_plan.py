@@ -73,6 +73,11 @@ def test_a_screening_reads_training_rows_alone_and_goes_on_where_it_was(
     assert main([*asked, "--instruction", "Track it.", "--out", str(tmp_path)]) == 0
     other = json.loads((tmp_path / "screen.jsonl").read_text().splitlines()[-1])
     assert list(other["accuracies"]) == [next(iter(line["accuracies"])), "Track it."]
+    path = tmp_path / "screen.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"task": "poc')  # it was killed while it wrote
+    assert main([*asked[:-1], "max_tokens=50", "--out", str(tmp_path)]) == 0
+    again = [json.loads(each) for each in path.read_text().splitlines()]
+    assert [each["model_args"] for each in again] == ["max_tokens=60", "max_tokens=60", "max_tokens=50"]
 
 
 def test_a_task_to_screen_that_does_not_exist_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,6 +93,36 @@ def only(cells: Sequence[Cell]) -> Any:
     return comparison
 
 
+def test_the_dev_score_and_the_demonstrations_are_those_of_the_program_that_was_chosen() -> None:
+    text = {PREDICTOR: "Think."}
+    demos = (
+        Contender("seed", text, {}, 0.25),
+        Contender("returned", text, {PREDICTOR: 4}, 0.5),
+        Contender("recorded", text, {PREDICTOR: 2}, 0.5),
+    )
+    rows = [
+        cell("simba", (1, 1), instructions=text, contenders=demos),
+        cell(
+            "miprov2",
+            (1, 0),
+            instructions=text,
+            chosen="seed",
+            contenders=(replace(demos[0], dev_accuracy=0.75), *demos[1:]),
+        ),
+    ]
+    (table,) = instruction_tables(only(rows))
+    assert row_of(table, "simba")[2:4] == ("Think. (with 4 demonstrations)", "50.0")
+    assert row_of(table, "miprov2")[2:4] == ("Think. (the seed instruction)", "75.0")
+
+
+@pytest.mark.parametrize(
+    ("proposer", "said"),
+    [("self,max_tokens=300", "are charged, too, since it is the same model"), ("phrasebook", "are not charged")],
+)
+def test_the_cost_says_whether_proposals_were_charged(proposer: str, said: str) -> None:
+    assert f"the proposer's tokens {said}" in cost_table(only([cell("gepa", (1, 0), proposer=proposer)])).caption
+
+
 # ---------------------------------------------------------------------------- statistics
 
 
@@ -445,6 +475,17 @@ def test_other_rows_than_the_cells_own_are_refused(tmp_path: Path, capsys: Any) 
     assert "was tested on 3 rows, and here are 2; give the --data-dir that the run had" in capsys.readouterr().err
     assert benchmarks_main(["transfer", "--cells", str(tmp_path / "none.jsonl"), "--model", "pocket"]) == 2
     assert "no finished cells" in capsys.readouterr().err
+
+
+def test_a_line_of_a_transfer_that_was_torn_is_left_out_and_any_character_may_stand_in_one(tmp_path: Path) -> None:
+    path, odd = tmp_path / "transfer.jsonl", transferred("greater", (1, 1))
+    odd = replace(odd, instructions={PREDICTOR: "One.\u2028Two.\u0085Three."})
+    append_transfer(path, odd)
+    with path.open("ab") as file:
+        file.write(b'{"source": {"ta')
+    assert read_transfer(path) == [odd]
+    append_transfer(path, transferred("gepa", (0, 1)))
+    assert len(read_transfer(path)) == 2
 
 
 def test_a_damaged_line_of_a_transfer_is_named(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from dspy_greater.errors import ProgramError
 
 ALARM_GRACE = 60.0  # seconds after the limit at which a main thread that asks nothing of the model is interrupted
 ALARM_AGAIN = 10.0
+LONGEST_NAME = 200  # bytes of a folder's name
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,11 @@ class Bench:
                 error=searched.error,
             )
             started = time.monotonic()
-            with dspy.context(lm=model.judge):
-                cell = self._judged(cell, task, searched.program, budget, known_seed)
+            try:
+                with dspy.context(lm=model.judge):
+                    cell = self._judged(cell, task, searched.program, budget, known_seed)
+            except Exception as error:  # what the search cost stays in the row
+                cell = replace(cell, error=described(error))
         return replace(cell, judging_seconds=round(time.monotonic() - started, 3))
 
     def _search(self, task: Task, key: CellKey, model: TaskModel, budget: Budget, directory: Path) -> Searched:
@@ -195,7 +200,10 @@ def described(error: BaseException) -> str:
 def fresh_directory(parent: Path, key: CellKey) -> Path:
     """An empty directory for a cell's logs; what a killed attempt left there is removed."""
     name = f"{key.task}-{key.optimizer}-{key.seed}-{key.model}-{key.proposer}-{key.budget}-{key.limit}"
-    directory = parent / re.sub(r"[^\w.-]+", "_", name)
+    readable = re.sub(r"[^\w.-]+", "_", name)
+    if len(readable.encode()) > LONGEST_NAME:  # a path of a model may be longer than a file system's names
+        readable = f"{readable[: LONGEST_NAME // 4]}-{sha256(name.encode()).hexdigest()[:16]}"
+    directory = parent / readable
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     return directory

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.lines import append_line, read_lines
 from dspy_greater.errors import RunDirectoryError
 
 FILE = "cells.jsonl"
+SELF = "self"  # the proposer that is the task model
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ class CellKey:
     proposer: str
     budget: int
     limit: int | None
+
+    @property
+    def proposes_for_itself(self) -> bool:
+        """Whether the task model wrote the proposals, which are charged then."""
+        return self.proposer.partition(",")[0] == SELF
 
     @property
     def text(self) -> str:
@@ -202,13 +207,8 @@ class Cells:
         Raises:
             RunDirectoryError: it cannot be written.
         """
-        line = json.dumps(cell.as_json(), ensure_ascii=False, allow_nan=False)
         try:
-            _cut_torn_tail(self.path)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append_line(self.path, cell.as_json())
         except OSError as error:
             raise RunDirectoryError(f"{self.path} cannot be written ({error.strerror}); the cell is lost.") from error
         self._cells[cell.key] = cell
@@ -220,30 +220,4 @@ def read(path: Path) -> list[Cell]:
     Raises:
         RunDirectoryError: a line in the middle is damaged; says which.
     """
-    if not path.is_file():
-        return []
-    lines = path.read_bytes().split(b"\n")
-    cells: list[Cell] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            cells.append(Cell.from_json(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):  # no newline after it: the run was killed while it wrote
-                break
-            raise RunDirectoryError(
-                f"Line {number} of {path} is not a cell ({type(error).__name__}: {error}); remove it and run again."
-            ) from error
-    return cells
-
-
-def _cut_torn_tail(path: Path) -> None:
-    """Cut off what stands after the last newline, so that the next line does not continue it."""
-    if not path.is_file():
-        return
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("r+b") as file:
-            file.truncate(whole)
+    return read_lines(path, Cell.from_json, "Line {line} of {path} is not a cell ({error}); remove it and run again.")

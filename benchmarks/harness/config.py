@@ -65,8 +65,8 @@ class RunConfig:
 
     def keys(self) -> list[CellKey]:
         """The cells, task by task and seed by seed, so that optimizers that are compared run side by side."""
-        arguments = _told(self.model_args)
-        proposer = ",".join(filter(None, (self.prompt_model, _told(self.prompt_args))))
+        arguments = arguments_text(self.model_args)
+        proposer = ",".join(filter(None, (self.prompt_model, arguments_text(self.prompt_args))))
         return [
             CellKey(task, name, seed, self.model, arguments, proposer, self.budget, self.limit)
             for task in self.tasks
@@ -75,7 +75,7 @@ class RunConfig:
         ]
 
 
-def _told(arguments: Mapping[str, Any]) -> str:
+def arguments_text(arguments: Mapping[str, Any]) -> str:
     """How arguments stand in a cell's name: in one order, and without secrets."""
     return ",".join(f"{key}={arguments[key]}" for key in sorted(arguments) if key != "api_key")
 

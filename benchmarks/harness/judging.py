@@ -64,7 +64,7 @@ def decide(
     recorded: Sequence[Scored],
     score: Callable[[dspy.Module], float],
 ) -> Verdict:
-    """The seed, what the optimizer returned and the best of what it recorded meet on the dev split.
+    """The seed, what the optimizer returned and the best three of what else it recorded meet on the dev split.
 
     A tie keeps the earlier of these three, and so the seed before all.
     """
@@ -72,7 +72,9 @@ def decide(
     if returned is not None:
         entries.append(("returned", without_models(returned), None))
     fitting = [each for each in recorded if each.candidate.fits(seed)]
-    entries += [("recorded", each.candidate.written_to(seed), each) for each in fitting[:MOST_RECORDED]]
+    there = {Candidate.of(program) for _, program, _ in entries}
+    others = [each for each in fitting if each.candidate not in there][:MOST_RECORDED]
+    entries += [("recorded", each.candidate.written_to(seed), each) for each in others]
     known = {each.candidate: each for each in fitting}
     judged: dict[Candidate, float] = {}
     contenders: list[Contender] = []

@@ -10,6 +10,7 @@ import dspy
 from dspy import lm15
 
 from benchmarks.harness.budget import Budget, Usage, no_counters
+from benchmarks.harness.cells import SELF
 from benchmarks.harness.phrasebook import PHRASEBOOK, PhrasebookEngine
 from benchmarks.harness.shared_model import RemoteEngine
 from dspy_greater import local_lm
@@ -17,8 +18,8 @@ from dspy_greater.errors import SettingsError
 from dspy_greater.lm.asynchronous import AsyncEngine
 from dspy_greater.lm.local import AsyncLocalEngine, LocalEngine
 
-SELF = "self"
 _LOADING = ("device", "dtype", "revision", "trust_remote_code")
+_CONNECTION = ("api_base", "api_key", "num_retries", "timeout")
 _SAMPLING = ("temperature", "max_tokens", "top_p", "stop", "seed")
 
 
@@ -141,9 +142,8 @@ def task_model(name: str, arguments: Mapping[str, Any]) -> TaskModel:
     """
     sampling = {key: value for key, value in arguments.items() if key not in _LOADING}
     if "api_base" in arguments:
-        judge = dspy.LM(name, cache=False, **arguments)
-        connection = ("api_base", "api_key", "num_retries", "timeout")
-        kept = {key: value for key, value in sampling.items() if key not in connection}
+        judge = dspy.LM(name, cache=False, **{"temperature": 0.0, **arguments})  # as a model in this process
+        kept = {"temperature": 0.0, **{key: value for key, value in sampling.items() if key not in _CONNECTION}}
         return TaskModel(name, name, judge, None, kept)
     strangers = sorted(set(sampling) - set(_SAMPLING))
     if strangers:
@@ -167,12 +167,19 @@ def prompt_model(
         seed: of the phrasebook's draws.
         budget: of the cell.
         model: the task model, which `self` needs.
-        arguments: of the LM, such as `max_tokens`.
+        arguments: of the LM, such as `max_tokens`; of one that is served its address, too.
 
     Raises:
-        SettingsError: `self` without a task model.
+        SettingsError: `self` without a task model, or an address for a proposer that has none.
     """
     check: Callable[[], None] | None = None
+    sampling = {key: value for key, value in (arguments or {}).items() if key not in _CONNECTION}
+    connection = {key: value for key, value in (arguments or {}).items() if key in _CONNECTION}
+    if connection and (name in (SELF, PHRASEBOOK) or name.startswith("dspy-greater/")):
+        raise SettingsError(
+            f"--prompt-args has {', '.join(sorted(connection))}, and the proposer {name!r} is not asked by an address; "
+            "leave it out, or give the name of a served model to --prompt-model."
+        )
     if name == SELF:
         if model is None:
             raise SettingsError("The proposer 'self' is the task model, and there is none here.")
@@ -182,13 +189,13 @@ def prompt_model(
     elif name.startswith("dspy-greater/"):
         inner, add = _own_account(name.removeprefix("dspy-greater/")), budget.add_proposer
     else:
-        inner, add = dspy.LM(name, cache=False), budget.add_proposer
+        inner, add = dspy.LM(name, cache=False, **connection), budget.add_proposer
     counted = CountedEngine(inner, add, check)
     if name == PHRASEBOOK:
         name = f"local/{PHRASEBOOK}"
     elif model is not None and name == SELF:
         name = model.judge.model  # a request names the model that it is for
-    return dspy.LM(name, engine=counted, async_engine=CountedAsyncEngine(counted), cache=False, **(arguments or {}))
+    return dspy.LM(name, engine=counted, async_engine=CountedAsyncEngine(counted), cache=False, **sampling)
 
 
 def _itself(model: TaskModel, budget: Budget) -> tuple[Any, Callable[[Usage], None], Callable[[], None]]:

@@ -164,7 +164,8 @@ def _value(name: str, kind: str, asked: Asked, propose: Draw, criticise: Draw, r
     """A value of an output field, by its type and its name."""
     draw = propose if _PROPOSING_FIELD.search(name) else criticise
     if kind.startswith("Literal["):
-        return rng.choice(re.findall(r"'([^']*)'|(\w+)", kind.removeprefix("Literal")))[0]
+        quoted, plain = rng.choice(re.findall(r"'([^']*)'|(\w+)", kind.removeprefix("Literal")))
+        return quoted or plain
     if kind.startswith("list"):
         return [draw() for _ in range(_wanted(asked.request))]
     if kind.startswith("dict"):

@@ -5,17 +5,17 @@
 
 Each task is run with the seed instruction and with a few plain ones that say nothing of the task. A task is worth
 optimising where the seed leaves room, and where what the instruction says moves the score. One line a task goes to
-OUT/screen.jsonl, and a table to OUT/screen.md; the same command goes on where it was.
+OUT/screen.jsonl, and a table to OUT/screen.md; the same command goes on where it was, and another model, split or
+instruction is screened anew.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import dspy
@@ -23,6 +23,7 @@ import dspy
 from benchmarks.harness import config
 from benchmarks.harness.bench import quiet, seeded
 from benchmarks.harness.judging import accuracy
+from benchmarks.harness.lines import append_line, read_lines
 from benchmarks.harness.models import TaskModel, task_model
 from benchmarks.tasks.registry import load, names
 from benchmarks.tasks.task import Task
@@ -30,6 +31,7 @@ from dspy_greater.errors import GreaterError
 from dspy_greater.program.copies import with_instructions
 
 FILE, TABLE = "screen.jsonl", "screen.md"
+_REFUSED = "Line {line} of {path} is no screening of a task ({error}); remove it and run again."
 PLAIN = (
     "Given the fields `question`, produce the fields `answer`.",  # what DSPy writes where nobody wrote an instruction
     "Think step by step, then give only the final answer.",
@@ -49,6 +51,9 @@ class Screened:
         read: tokens of prompts, of all runs together.
         written: tokens generated.
         seconds: of all runs.
+        model: as on the command line.
+        model_args: how it was loaded and sampled, as `key=value` joined by commas.
+        limit: the most rows.
     """
 
     task: str
@@ -59,6 +64,9 @@ class Screened:
     read: int
     written: int
     seconds: float
+    model: str = ""
+    model_args: str = ""
+    limit: int = 0
 
     @property
     def at_first(self) -> float:
@@ -116,10 +124,10 @@ def table(found: Sequence[Screened]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for each in sorted(found, key=lambda each: (-each.spread, each.task)):
-        written = each.written / (each.rows * len(each.accuracies))
+        written = f"{each.written / (each.rows * len(each.accuracies)):.0f}" if each.written else "not known"
         lines.append(
             f"| {each.task} | {each.rows} | {each.at_first:.0%} | {max(each.accuracies.values()):.0%} "
-            f"| {each.spread:.0%} | {next(iter(each.unreadable.values())):.0%} | {written:.0f} |"
+            f"| {each.spread:.0%} | {next(iter(each.unreadable.values())):.0%} | {written} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -129,26 +137,30 @@ def _screen_all(flags: argparse.Namespace) -> None:
     flags.out.mkdir(parents=True, exist_ok=True)
     path = flags.out / FILE
     instructions = tuple(flags.instruction or PLAIN)
-    found = {name: each for name, each in _known(path).items() if tuple(each.accuracies)[1:] == instructions}
+    arguments = config.arguments(flags.model_args)
+    asked = {
+        "model": flags.model,
+        "model_args": config.arguments_text(arguments),
+        "seed": flags.seed,
+        "limit": flags.limit,
+    }
+    found = {
+        each.task: each
+        for each in read_lines(path, lambda line: Screened(**line), _REFUSED)
+        if tuple(each.accuracies)[1:] == instructions and {name: getattr(each, name) for name in asked} == asked
+    }
     model: TaskModel | None = None
     missing = [name for name in chosen if name not in found]  # rows that are not there are found out before any is run
     for task in [load(name, data_dir=flags.data_dir, seed=flags.seed, limit=flags.limit) for name in missing]:
-        name, model = task.name, model or task_model(flags.model, config.arguments(flags.model_args))
+        name, model = task.name, model or task_model(flags.model, arguments)
         with quiet(flags.out):
-            found[name] = each = screen(task, model, seed=flags.seed, threads=flags.threads, instructions=instructions)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(each)) + "\n")
+            new = screen(task, model, seed=flags.seed, threads=flags.threads, instructions=instructions)
+        found[name] = each = replace(new, **asked)
+        append_line(path, asdict(each))
         sys.stdout.write(f"{name}: {each.at_first:.0%}, spread {each.spread:.0%}, {each.seconds:.0f} s\n")
         sys.stdout.flush()
     (flags.out / TABLE).write_text(table([found[name] for name in chosen]), encoding="utf-8")
     sys.stdout.write((flags.out / TABLE).read_text(encoding="utf-8"))
-
-
-def _known(path: Path) -> dict[str, Screened]:
-    if not path.is_file():
-        return {}
-    lines = [Screened(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return {each.task: each for each in lines}
 
 
 def _parser() -> argparse.ArgumentParser:

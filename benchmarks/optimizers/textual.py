@@ -186,7 +186,9 @@ class InstructionSearch:
     def ask(self, prompt: str, *, temperature: float = 1.0) -> str:
         """The proposer's answer to a request in plain text; every call is a draw of its own."""
         self._asked += 1
-        return str(self._prompt_lm(prompt, temperature=temperature, rollout_id=self._asked)[0])
+        answer: Any = self._prompt_lm(prompt, temperature=temperature, rollout_id=self._asked)[0]
+        text = answer.get("text") if isinstance(answer, dict) else answer  # beside it are thoughts, where it has some
+        return text or ""
 
     def said(self, outcome: Outcome) -> str:
         """What the program answered, and before it what this predictor said in a program with several."""

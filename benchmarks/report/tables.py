@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.harness.cells import Cell
+from benchmarks.harness.cells import Cell, Contender
 from benchmarks.report.comparison import SEED_ROW, Comparison, Result
 from benchmarks.report.statistics import Spread
 
@@ -168,7 +168,7 @@ def cost_table(comparison: Comparison) -> Table:
         title="Cost",
         caption=(
             f"{comparison.text}. Mean over finished cells. Charged tokens are generated + prefilled + 2 x backward of "
-            f"the task model while the optimizer ran; the proposer's tokens are not charged, nor is judging.{shared}"
+            f"the task model while the optimizer ran; the proposer's tokens are {_charged(comparison)}.{shared}"
         ),
         columns=(
             "optimizer",
@@ -185,6 +185,12 @@ def cost_table(comparison: Comparison) -> Table:
     )
 
 
+def _charged(comparison: Comparison) -> str:
+    """A proposer that is the task model is charged with it."""
+    itself = all(cell.key.proposes_for_itself for cell in comparison.cells)
+    return "charged, too, since it is the same model; judging is not" if itself else "not charged, nor is judging"
+
+
 def instruction_tables(comparison: Comparison) -> list[Table]:
     """What was found, side by side, one table a task."""
     return [_instructions(comparison, task) for task in comparison.tasks]
@@ -197,13 +203,13 @@ def _instructions(comparison: Comparison, task: str) -> Table:
             if cell.test is None:
                 rows.append((name, str(cell.key.seed), FAILED, "", ""))
                 continue
-            dev = next((each.dev_accuracy for each in cell.contenders if _is_chosen(each.instructions, cell)), None)
+            winner = _winner(cell)
             rows.append(
                 (
                     name,
                     str(cell.key.seed),
                     _instruction_text(cell),
-                    percent(dev) if dev is not None else "",
+                    percent(winner.dev_accuracy) if winner else "",
                     percent(cell.test.accuracy),
                 )
             )
@@ -215,8 +221,9 @@ def _instructions(comparison: Comparison, task: str) -> Table:
     )
 
 
-def _is_chosen(instructions: Mapping[str, str], cell: Cell) -> bool:
-    return dict(instructions) == dict(cell.instructions)
+def _winner(cell: Cell) -> Contender | None:
+    """The contender that was chosen: the first of the best. Others may have its text with other demonstrations."""
+    return max(cell.contenders, key=lambda each: each.dev_accuracy, default=None)
 
 
 def _instruction_text(cell: Cell) -> str:
@@ -225,9 +232,8 @@ def _instruction_text(cell: Cell) -> str:
         found = next(iter(texts.values()))
     else:
         found = "\n".join(f"{name}: {text}" for name, text in texts.items())
-    demos = max(
-        (sum(each.demos.values()) for each in cell.contenders if _is_chosen(each.instructions, cell)), default=0
-    )
+    winner = _winner(cell)
+    demos = sum(winner.demos.values()) if winner else 0
     notes = ["the seed instruction"] if cell.chosen == "seed" else []
     notes += [f"with {demos} demonstrations"] if demos else []
     return f"{found} ({', '.join(notes)})" if notes else found

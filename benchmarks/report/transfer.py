@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.harness.cells import Accuracy, Cell, CellKey
+from benchmarks.harness.lines import append_line, read_lines
 from benchmarks.report.comparison import SEED_ROW, Result
 from benchmarks.report.tables import Table, best_of, percent, result_text
 from dspy_greater.errors import RunDirectoryError
@@ -67,31 +67,22 @@ def append_transfer(path: Path, line: Transferred) -> None:
         RunDirectoryError: it cannot be written.
     """
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(line), ensure_ascii=False) + "\n")
+        append_line(path, asdict(line))
     except OSError as error:
         raise RunDirectoryError(f"{path} cannot be written ({error.strerror}).") from error
 
 
 def read_transfer(path: Path) -> list[Transferred]:
-    """The latest line of each; nothing where there is no file.
+    """The latest line of each; nothing where there is no file. A torn last line is left out.
 
     Raises:
         RunDirectoryError: a line is damaged; says which.
     """
-    if not path.is_file():
-        return []
-    found: dict[tuple[CellKey, str, str], Transferred] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            transferred = Transferred.from_json(json.loads(line))
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunDirectoryError(
-                f"Line {number} of {path} is no result of a transfer ({type(error).__name__}: {error}); remove it and "
-                "run `python -m benchmarks transfer` again."
-            ) from error
-        found[transferred.key] = transferred
-    return list(found.values())
+    refused = (
+        "Line {line} of {path} is no result of a transfer ({error}); remove it and run "
+        "`python -m benchmarks transfer` again."
+    )
+    return list({line.key: line for line in read_lines(path, Transferred.from_json, refused)}.values())
 
 
 def transfer_tables(lines: Sequence[Transferred]) -> list[Table]:

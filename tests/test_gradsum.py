@@ -191,6 +191,19 @@ def test_a_tie_keeps_the_seed() -> None:
     assert len(better.detailed_results.finalists) == 2
 
 
+def test_an_editor_that_hands_back_what_it_was_shown_is_asked_again() -> None:
+    def parrot(asked: Asked) -> dict[str, Any]:
+        return {"versions": ["Level 9, careful."] if "correction" in asked else [SEED, f"0.60: {SEED}"]}
+
+    teacher = optimizer(iterations=1, editor_lm=text_lm(parrot))
+    better = teacher.compile(program(), TRAIN, valset=VALIDATION)
+    first, second = asked_of(teacher.editor_lm)
+    assert "correction" not in first
+    assert "versions holds the prompt as it is and nothing else; write others." in second["correction"]
+    (iteration,) = better.detailed_results.iterations
+    assert [tuple(each.prompts.values()) for each in iteration.compared] == [(SEED,), ("Level 9, careful.",)]
+
+
 def test_with_a_metric_and_criteria_the_metric_decides_and_the_judge_settles_ties() -> None:
     def polite(asked: Asked) -> dict[str, Any]:
         return {**program_script(asked), "reasoning": "Please." if "polite" in asked.instruction else "Hm."}

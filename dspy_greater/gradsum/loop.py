@@ -6,6 +6,7 @@ generation -> evaluation -> gradients -> summarisation -> editing -> the best pr
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -25,6 +26,7 @@ from dspy_greater.search.seed_run import SeedRun, check_seed_run, kept_as_they_a
 
 NO_CRITERIA = "(none but the evaluation)"
 ONE_CALL = "(one call only)"
+_SCORED = re.compile(r"^\d\.\d\d: ")  # as prompts that were tried are shown to the editor
 
 
 class Loop:
@@ -256,15 +258,19 @@ class Loop:
             "number": settings.candidates_per_edit,
         }
         signature = Edit if settings.tried_shown else EditUnaware
-        return Question(signature, inputs, lambda answer: self._read_versions(answer, name))
+        return Question(signature, inputs, lambda answer: self._read_versions(answer, name, self.beam[member][name]))
 
-    def _read_versions(self, answer: Any, name: str) -> tuple[str, ...]:
+    def _read_versions(self, answer: Any, name: str, current: str) -> tuple[str, ...]:
+        """The versions that an editor wrote; a small one may hand back what it was shown, even with its score."""
         signature = self._predictors[name].signature
-        texts = [str(text).strip() for text in answer.versions if str(text).strip() and "[[ ##" not in str(text)]
+        stripped = [_SCORED.sub("", str(text).strip()) for text in answer.versions]
+        texts = [text for text in stripped if text and "[[ ##" not in text]
         deployed = [signature.with_instructions(text).instructions for text in texts]
         distinct = tuple(dict.fromkeys(deployed))[: self._task.settings.candidates_per_edit]
         if not distinct:
             raise MalformedAnswer("versions holds no prompt that can be used; give a JSON list of strings.")
+        if distinct == (current,):
+            raise MalformedAnswer("versions holds the prompt as it is and nothing else; write others.")
         return distinct
 
     def _tried(self, name: str) -> list[str]:

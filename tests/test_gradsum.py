@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from typing import Any
 
@@ -193,15 +194,21 @@ def test_a_tie_keeps_the_seed() -> None:
 
 def test_an_editor_that_hands_back_what_it_was_shown_is_asked_again() -> None:
     def parrot(asked: Asked) -> dict[str, Any]:
-        return {"versions": ["Level 9, careful."] if "correction" in asked else [SEED, f"0.60: {SEED}"]}
+        if "correction" in asked:
+            return {"versions": ["Level 1, careful."]}
+        scored = re.findall(rf"\d\.\d\d: {re.escape(asked['prompt'])}", asked["tried"])  # nothing is at first
+        return {"versions": scored or [asked["prompt"]]}
 
-    teacher = optimizer(iterations=1, editor_lm=text_lm(parrot))
+    teacher = optimizer(iterations=2, beam_width=1, editor_lm=text_lm(parrot))
     better = teacher.compile(program(), TRAIN, valset=VALIDATION)
-    first, second = asked_of(teacher.editor_lm)
-    assert "correction" not in first
-    assert "versions holds the prompt as it is and nothing else; write others." in second["correction"]
-    (iteration,) = better.detailed_results.iterations
-    assert [tuple(each.prompts.values()) for each in iteration.compared] == [(SEED,), ("Level 9, careful.",)]
+    first, second = better.detailed_results.iterations
+    assert [tuple(each.prompts.values()) for each in first.compared] == [(SEED,), ("Level 1, careful.",)]
+    asked = asked_of(teacher.editor_lm)
+    assert ["correction" in each for each in asked] == [False, True, False, True]
+    assert asked[2]["tried"].count(f": {asked[2]['prompt']}") == 1, "it was shown with its score, and came back so"
+    told = "versions holds the prompt as it is and nothing else; write others."
+    assert all(told in each["correction"] for each in asked[1::2])
+    assert not any(re.match(r"\d\.\d\d: ", text) for each in second.compared for text in each.prompts.values())
 
 
 def test_with_a_metric_and_criteria_the_metric_decides_and_the_judge_settles_ties() -> None:

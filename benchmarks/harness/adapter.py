@@ -48,7 +48,8 @@ class _InJson(_Readable, dspy.JSONAdapter):
 
 class _InChat(_Readable, dspy.ChatAdapter):
     def _make_json_adapter_fallback(self) -> dspy.JSONAdapter:
-        return _InJson()
+        native, parallel = self.use_native_function_calling, self.parallel_tool_calls
+        return _InJson(use_native_function_calling=native, parallel_tool_calls=parallel)
 
 
 class SearchAdapter(dspy.ChatAdapter):

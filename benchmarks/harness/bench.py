@@ -85,7 +85,6 @@ class Bench:
         directory = fresh_directory(config.out / "logs", key)
         adapter = dspy.ChatAdapter(use_json_adapter_fallback=False)
         with (
-            rows_run_once(),
             progress_kept(directory, key.text, budget),
             dspy.context(adapter=adapter, num_threads=config.threads, max_errors=1_000_000),
             quiet(directory),
@@ -124,6 +123,7 @@ class Bench:
             served("proposer", proposer) as prompt_name,
             dspy.context(lm=lm, callbacks=[watch], adapter=SearchAdapter(student)),
             seeded(key.seed),
+            rows_run_once(),
             alarm(budget, self._config.time_limit),
         ):
             context = Context(

@@ -12,6 +12,7 @@ from dspy.utils.exceptions import AdapterParseError
 
 from benchmarks.harness.candidates import Candidate, Scored, instructions_of
 from benchmarks.harness.cells import Accuracy, Contender
+from benchmarks.harness.patience import rows_run_once
 from dspy_greater.errors import ProgramError
 
 MOST_RECORDED = 3
@@ -48,7 +49,8 @@ def accuracy(
     evaluate = dspy.Evaluate(
         devset=list(rows), metric=metric, num_threads=threads, max_errors=2 * len(rows) + 1, provide_traceback=False
     )
-    scores = [float(score) for _, _, score in evaluate(watched).results]  # pyright: ignore[reportArgumentType]
+    with rows_run_once():
+        scores = [float(score) for _, _, score in evaluate(watched).results]  # pyright: ignore[reportArgumentType]
     if len(errors) >= len(rows) and not any(isinstance(error, AdapterParseError) for error in errors):
         first = errors[0]
         raise ProgramError(

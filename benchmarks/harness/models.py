@@ -115,16 +115,15 @@ class TaskModel:
         """The same model as an optimizer gets it."""
         if self.engine is None:
             counted = CountedEngine(self.judge.copy(cache=False), budget.add_served, budget.check)
-            return self._asking(counted, CountedAsyncEngine(counted), self.sampling)
-        greedy = {"temperature": 0.0, **self.sampling}
+            return self._asking(counted, CountedAsyncEngine(counted))
         if isinstance(self.engine, RemoteEngine):  # the other process counts
             counted = CountedEngine(self.engine, lambda usage: None, budget.check)
-            return self._asking(counted, CountedAsyncEngine(counted), greedy)
+            return self._asking(counted, CountedAsyncEngine(counted))
         local = MeteredLocalEngine(self.engine, budget)
-        return self._asking(local, AsyncLocalEngine(local), greedy)
+        return self._asking(local, AsyncLocalEngine(local))
 
-    def _asking(self, engine: Any, asynchronous: Any, sampling: Mapping[str, Any]) -> dspy.LM:
-        return dspy.LM(self.judge.model, engine=engine, async_engine=asynchronous, cache=False, **sampling)
+    def _asking(self, engine: Any, asynchronous: Any) -> dspy.LM:
+        return dspy.LM(self.judge.model, engine=engine, async_engine=asynchronous, cache=False, **self.sampling)
 
 
 def task_model(name: str, arguments: Mapping[str, Any]) -> TaskModel:
@@ -140,10 +139,11 @@ def task_model(name: str, arguments: Mapping[str, Any]) -> TaskModel:
         WeightsError: the weights cannot be loaded.
         SettingsError: an argument that means nothing to the model.
     """
+    arguments = {"temperature": 0.0, **arguments}  # greedy, wherever it runs
     sampling = {key: value for key, value in arguments.items() if key not in _LOADING}
     if "api_base" in arguments:
-        judge = dspy.LM(name, cache=False, **{"temperature": 0.0, **arguments})  # as a model in this process
-        kept = {"temperature": 0.0, **{key: value for key, value in sampling.items() if key not in _CONNECTION}}
+        judge = dspy.LM(name, cache=False, **arguments)
+        kept = {key: value for key, value in sampling.items() if key not in _CONNECTION}
         return TaskModel(name, name, judge, None, kept)
     strangers = sorted(set(sampling) - set(_SAMPLING))
     if strangers:
@@ -225,8 +225,7 @@ def remote_task_model(
         sampling: as in `TaskModel`.
     """
     counted = CountedEngine(engine, lambda usage: None)
-    settings = {"temperature": 0.0, **sampling}
-    judge = dspy.LM(model_string, engine=counted, async_engine=CountedAsyncEngine(counted), cache=False, **settings)
+    judge = dspy.LM(model_string, engine=counted, async_engine=CountedAsyncEngine(counted), cache=False, **sampling)
     return TaskModel(name, identity, judge, engine, sampling)
 
 

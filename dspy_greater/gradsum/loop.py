@@ -6,7 +6,6 @@ generation -> evaluation -> gradients -> summarisation -> editing -> the best pr
 from __future__ import annotations
 
 import random
-import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -26,7 +25,6 @@ from dspy_greater.search.seed_run import SeedRun, check_seed_run, kept_as_they_a
 
 NO_CRITERIA = "(none but the evaluation)"
 ONE_CALL = "(one call only)"
-_SCORED = re.compile(r"^\d\.\d\d: ")  # as prompts that were tried are shown to the editor
 
 
 class Loop:
@@ -263,8 +261,8 @@ class Loop:
     def _read_versions(self, answer: Any, name: str, current: str) -> tuple[str, ...]:
         """The versions that an editor wrote; a small one may hand back what it was shown, even with its score."""
         signature = self._predictors[name].signature
-        stripped = [_SCORED.sub("", str(text).strip()) for text in answer.versions]
-        texts = [text for text in stripped if text and "[[ ##" not in text]
+        written, shown = [str(text).strip() for text in answer.versions], self._tried(name)
+        texts = [text.partition(": ")[2] if text in shown else text for text in written if text and "[[ ##" not in text]
         deployed = [signature.with_instructions(text).instructions for text in texts]
         distinct = tuple(dict.fromkeys(deployed))[: self._task.settings.candidates_per_edit]
         if not distinct:

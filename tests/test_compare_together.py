@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -207,7 +208,18 @@ def test_optimizers_that_read_likelihoods_say_that_they_need_the_weights() -> No
 
 
 @pytest.mark.slow
-def test_cells_run_in_processes_of_their_own_and_finish_as_alone(tmp_path: Path) -> None:
+def test_cells_run_in_processes_of_their_own_and_finish_as_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes: set[BaseProcess] = set()
+
+    def seen() -> list[BaseProcess]:
+        children = active_children()
+        processes.update(children)
+        return children
+
+    active_children = multiprocessing.active_children
+    monkeypatch.setattr(multiprocessing, "active_children", seen)
     asked = {"tasks": ("pocket:navigate",), "optimizers": ("seed", "ape", "random-search"), "limit": 4, "budget": 4000}
     alone, together = tmp_path / "alone", tmp_path / "together"
     assert run_all(config.RunConfig(out=alone, **asked), lambda line: None) == 0  # pyright: ignore[reportArgumentType]
@@ -216,6 +228,7 @@ def test_cells_run_in_processes_of_their_own_and_finish_as_alone(tmp_path: Path)
     expected = {cell.key: cell for cell in read(alone / FILE)}
     found = {cell.key: cell for cell in read(together / FILE)}
     assert found.keys() == expected.keys()
+    assert {process.exitcode for process in processes} == {0}, "a process was not left to clean up after itself"
     for key, cell in found.items():
         assert cell.error is None and cell.test is not None, key.text
         assert cell.seed_test == expected[key].seed_test, key.text

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -25,6 +26,8 @@ from benchmarks.harness.shared_model import Door, RemoteEngine, SharedModel
 from dspy_greater.errors import GreaterError
 
 Known = Callable[[CellKey], Accuracy | None]
+
+_FAREWELL = 10.0  # seconds for the processes to clean up after themselves, once no cell is left
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def run_together(
         WeightsError: the model cannot be loaded.
         GreaterError: a process was killed; what finished was yielded.
     """
-    most, before = min(config.together, len(keys)), set(multiprocessing.active_children())
+    most, before, patience = min(config.together, len(keys)), set(multiprocessing.active_children()), 0.0
     with _opened(config) as directions:
         pool = ProcessPoolExecutor(
             max_workers=most,
@@ -69,6 +72,7 @@ def run_together(
         )
         try:
             yield from _finished(pool, most, list(keys), known_seed, begun)
+            patience = _FAREWELL
         except BrokenProcessPool as error:
             raise GreaterError(
                 f"A process that ran one of {most} cells at a time was killed, often for memory; the same command goes "
@@ -76,7 +80,9 @@ def run_together(
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+            until = time.monotonic() + patience
             for process in set(multiprocessing.active_children()) - before:
+                process.join(max(0.0, until - time.monotonic()))
                 process.terminate()  # a cell under way would not end by itself
 
 

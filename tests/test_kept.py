@@ -719,6 +719,25 @@ def test_a_last_comparison_that_fails_leaves_what_was_found_in_the_error(monkeyp
     assert found.value.detailed_results.predictors[0].seed_instruction == COUNTING
 
 
+def test_a_second_interrupt_after_a_warm_start_is_not_followed_by_a_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    import dspy_greater.search.predictor_search as predictor_search
+    import dspy_greater.search.warm_start as warm_start
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def listener(event: Any) -> None:
+        if isinstance(event, StepTaken):
+            raise KeyboardInterrupt
+
+    compared: list[Any] = []
+    monkeypatch.setattr(predictor_search, "validation_scores", interrupted)
+    monkeypatch.setattr(warm_start, "validation_scores", lambda *_, **__: compared.append(1))
+    with pytest.raises(KeyboardInterrupt):
+        compile_warm(listeners=[listener])
+    assert not compared
+
+
 @pytest.mark.slow
 def test_an_interrupt_in_the_last_comparison_keeps_the_student_and_a_second_one_raises(
     monkeypatch: pytest.MonkeyPatch,

@@ -41,7 +41,7 @@ from dspy_greater.run.events import (
 from dspy_greater.run.journal import Journal
 from dspy_greater.run.log import StepLog
 from dspy_greater.run.progress import Listeners, ProgressBar, checked_callbacks
-from dspy_greater.run.stop import BY_FILE, StopFile, by_signal, terminable
+from dspy_greater.run.stop import BY_FILE, SecondInterrupt, StopFile, by_signal, terminable
 from dspy_greater.run.trackers import checked_trackers, tracked
 from dspy_greater.settings import Auto, checked_log_dir, checked_seed, spelled_out
 
@@ -272,8 +272,8 @@ class _Run:
             scores = [mean_score(group) for group in outputs]
             self._tell(BeamValidated(tuple(finalists), tuple(scores), winner(scores)), record=False)
         except KeyboardInterrupt as interrupt:
-            if self._interrupted:  # the second one
-                raise
+            if self._interrupted:
+                raise SecondInterrupt(*interrupt.args) from interrupt
             self._interrupted = by_signal(interrupt)
         except Exception as error:
             if self._nothing_to_lose():

@@ -18,6 +18,10 @@ BY_FILE = "STOP file"
 _SIGTERM = "SIGTERM"
 
 
+class SecondInterrupt(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM after a first one has ended the search: what was found is not waited for any more."""
+
+
 def by_signal(interrupt: KeyboardInterrupt) -> str:
     """What an interrupt is called in a result.
 

@@ -266,12 +266,72 @@ def test_a_copy_leaves_behind_what_an_optimizer_attached() -> None:
     assert [name for name, _ in copied.named_predictors()] == [name for name, _ in student.named_predictors()]
 
 
+class Client:
+    """Holds what cannot be copied, as clients of databases do."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def search(self, query: str) -> str:
+        """Search."""
+        return query
+
+
 def test_a_copy_of_what_cannot_be_copied_takes_nothing_from_the_student() -> None:
     student = TwoHops()
     student.steps = [compiled(dspy.Predict("question -> answer")), threading.Lock()]
     copied = copy_program(student)
-    assert copied.steps[0] is student.steps[0]
-    assert student.steps[0].score == 1.0
+    assert copied.steps[0] is not student.steps[0] and copied.steps[1] is student.steps[1]
+    assert student.steps[0].score == 1.0 and not hasattr(copied.steps[0], "score")
+
+
+class Hop(dspy.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.client = Client()
+        self.tools = {"search": dspy.Tool(self.client.search), "own": dspy.Tool(self.asked)}
+        self.gen = dspy.Predict("question -> answer")
+        self.again = self.gen
+
+    def asked(self, question: str) -> str:
+        """Ask."""
+        return self.client.search(question)
+
+    def forward(self, question: str) -> Any:
+        return self.gen(question=self.asked(question))
+
+
+class Hops(dspy.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hops = {"first": Hop(), "second": Hop(), "lock": threading.Lock()}
+
+    def forward(self, question: str) -> Any:
+        return self.hops["first"](question=question)
+
+
+def test_candidates_of_a_program_with_clients_have_instructions_of_their_own_and_the_student_keeps_its() -> None:
+    student = Hops()
+    before = {name: predictor.signature.instructions for name, predictor in student.named_predictors()}
+    [first, *others] = before
+    one, other = with_instructions(student, {first: "Add."}), with_instructions(student, {first: "Count."})
+    for copied, text in ((one, "Add."), (other, "Count.")):
+        found = {name: predictor.signature.instructions for name, predictor in copied.named_predictors()}
+        assert found == {**before, first: text}
+        assert copied.hops["first"].client is student.hops["first"].client
+        assert copied.hops["first"].again is copied.hops["first"].gen
+        assert copied.hops["first"].tools["own"].func.__self__ is copied.hops["first"]
+    assert {name: predictor.signature.instructions for name, predictor in student.named_predictors()} == before
+    assert others and not {id(module) for module in student.predictors()} & {id(module) for module in one.predictors()}
+
+
+def test_a_program_that_cannot_be_copied_is_refused() -> None:
+    class Stubborn(TwoHops):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise TypeError("there is only one of me")
+
+    with pytest.raises(ProgramError, match=r"cannot be copied, and .* TypeError: there is only one .* __deepcopy__\."):
+        copy_program(Stubborn())
 
 
 def test_a_copy_keeps_a_score_that_is_the_programs_own() -> None:

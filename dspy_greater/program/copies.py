@@ -26,15 +26,46 @@ def copy_program(program: Any) -> Any:
         instead |= {id(value): value for value in vars(module).values() if isinstance(value, dspy.BaseLM)}
         if _is_compiled(module):
             instead[id(module.candidate_programs)] = []
-    try:
-        copied = copy.deepcopy(program, instead)
-    except Exception:  # parts that cannot be copied: DSPy shares those
-        copied = program.deepcopy()
+    copied = _deep_copy(program, instead, originals)
     for module in [module for _, module in copied.named_sub_modules()]:
-        if id(module) not in originals and _is_compiled(module):
+        if _is_compiled(module):
             for name in _ATTACHED:
                 delattr(module, name)
     return copied
+
+
+def _deep_copy(program: Any, instead: Mapping[int, Any], modules: Mapping[int, Any]) -> Any:
+    """A copy in which no module is the program's own; parts of modules that cannot be copied (clients, locks) are.
+
+    `instead` has what stands in the copy for an object, by its id.
+    """
+    try:
+        return copy.deepcopy(program, dict(instead))
+    except Exception:
+        shared = dict(instead)
+    for module in modules.values():
+        shared |= _uncopyable(list(vars(module).values()), {**instead, **modules})
+    try:
+        return copy.deepcopy(program, shared)
+    except Exception as error:
+        raise ProgramError(
+            f"The program cannot be copied, and candidates run in copies of it: {type(error).__name__}: {error}. "
+            "Give the module that holds what cannot be copied a __deepcopy__."
+        ) from error
+
+
+def _uncopyable(value: Any, known: Mapping[int, Any]) -> dict[int, Any]:
+    """What cannot be copied in the place of a module's attribute, or among the items of its containers, by id."""
+    if id(value) in known:
+        return {}
+    if isinstance(value, (list, tuple, set, frozenset, dict)):
+        items: Any = value.values() if isinstance(value, dict) else value
+        return {at: part for item in items for at, part in _uncopyable(item, known).items()}
+    try:
+        copy.deepcopy(value, dict(known))
+    except Exception:
+        return {id(value): value}
+    return {}
 
 
 def with_instructions(program: Any, texts: Mapping[str, str]) -> Any:

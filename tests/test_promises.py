@@ -299,6 +299,22 @@ def test_a_run_that_was_killed_goes_on_to_the_bit_identical_result(tmp_path: Pat
     assert [event.step for event in heard if isinstance(event, StepTaken)] == [0, 1, 2, 3]
 
 
+def test_a_metric_that_scores_no_candidate_ends_a_resumed_run_no_more_than_one_left_alone(tmp_path: Path) -> None:
+    def script(prompt: str) -> str:
+        return chat_answer(reasoning="read it", answer="yes" if instruction_in(prompt) == SEED else "maybe")
+
+    def metric(example: Any, prediction: Any, trace: object = None) -> Any:
+        no_score = prediction.answer == "maybe" and example in TRAIN
+        return None if no_score else prediction.answer == example.answer
+
+    engine = ScriptedEngine(script)
+    whole = compiled(engine, steps=3, metric=metric)
+    with pytest.raises(Killed):
+        compiled(engine, steps=3, metric=metric, log_dir=tmp_path, listeners=[killed_after(0)])
+    resumed = compiled(engine, steps=3, metric=metric, log_dir=tmp_path)
+    assert record(resumed) == record(whole) and len(whole.detailed_results.steps) == 3
+
+
 @pytest.mark.slow
 def test_a_run_that_was_killed_before_its_first_step_goes_on_too(tmp_path: Path) -> None:
     def listener(event: Any) -> None:

@@ -113,7 +113,7 @@ class Evaluator:
         self._uncertainty_weight = settings.uncertainty_weight if criterion.counts_uncertainty else 0.0
         self._lay_out(CalledAs(objective.predictor))
         self._known: dict[str, Evaluation] = {}
-        self._laid_out: dict[tuple[int, str], tuple[ReasonedSequence, ...]] = {}
+        self._laid_out: dict[Any, tuple[ReasonedSequence, ...]] = {}
         self._engines = list({id(used): used for used in [engine, *engines_behind(objective.program)]}.values())
         self._first: Evaluation | None = None
         self._runs, self._served, self._servers = 0, Spent(), objective.servers
@@ -153,21 +153,24 @@ class Evaluator:
         self.recall([self._first])
         return self._first, rollouts
 
-    def follow_again(self, seed: Evaluation, called_as: str) -> None:
-        """Lay prompts out as an interrupted run did: one row is run again to see how the predictor is called.
+    def resume(self, seed: Evaluation, called_as: str) -> None:
+        """Go on from an interrupted run's seed; where prompts were `called_as` something, one row is run to see it.
 
         Raises:
-            CallMismatchError: it is called in another way than `called_as`.
+            CallMismatchError: the predictor is called in another way.
         """
-        index = next((row.row for row in seed.rows if row.inputs), 0)
-        with self.model.session() as session:
-            self._follow(self._run_seed(self._rows[index : index + 1], session))
+        if called_as:
+            at = next((row.row for row in seed.rows if row.inputs), 0)
+            with self.model.session() as session:
+                self._follow(self._run_seed(self._rows[at : at + 1], session))
         if self.called.description != called_as:
             raise CallMismatchError(
                 f"Predictor `{self._predictor.name}` is called in another way than when this run began: "
                 f"{self.called.description or 'as it is'} now, {called_as} then. Start a new run in another log_dir, "
                 "or restore the program."
             )
+        self.recall([seed])
+        self._first = seed
 
     def _run_seed(self, rows: Sequence[Any], session: Model) -> list[Rollout]:
         copied = searching_copy(self._program, {self._predictor.name: self._predictor.instruction})
@@ -202,8 +205,8 @@ class Evaluator:
 
     def on_rows(self, evaluated: Evaluation, rows: Sequence[int]) -> Evaluation:
         """What an evaluation says of some of its rows, to be compared with what was tried out on them."""
-        instruction = Instruction(evaluated.token_ids, evaluated.instruction)
-        return self._evaluation(instruction, [row for row in evaluated.rows if row.row in rows], evaluated.fluency_nll)
+        instruction, some = Instruction(evaluated.token_ids, evaluated.instruction), evaluated.rows
+        return self._evaluation(instruction, [row for row in some if row.row in rows], evaluated.fluency_nll)
 
     def evaluate(
         self, instructions: Sequence[Instruction], model: Model | None = None, tried: Sequence[Evaluation] = ()
@@ -218,11 +221,8 @@ class Evaluator:
                 that is a mistake, as where the metric raises.
             ProgramError: the language model could not be called, not even once, nor where it answered before.
         """
-        new = list(
-            {
-                instruction.text: instruction for instruction in instructions if instruction.text not in self._known
-            }.values()
-        )
+        unknown = [instruction for instruction in instructions if instruction.text not in self._known]
+        new = list({instruction.text: instruction for instruction in unknown}.values())
         if new:
             with nullcontext(model) if model is not None else self.model.session() as session:
                 pairs = [(instruction.text, row) for instruction in new for row in range(len(self._rows))]
@@ -286,10 +286,11 @@ class Evaluator:
         return found
 
     def _under(self, current: Evaluation, key: tuple[int, str], row: RowOutcome) -> tuple[ReasonedSequence, ...]:
-        """Laid out once for all instructions, whole; where that does not fit, for this one and shortened."""
-        if key not in self._laid_out:
-            self._laid_out[key] = self.examples.sequences(current.instruction, row, cut=False)
-        moved = tuple(sequence.under(current.token_ids) for sequence in self._laid_out[key])
+        """Laid out once for all instructions with the same tokens around them, whole; shortened where it has to be."""
+        place = (key, self.layout.edits.around(current.instruction))
+        if place not in self._laid_out:
+            self._laid_out[place] = self.examples.sequences(current.instruction, row, cut=False)
+        moved = tuple(sequence.under(current.token_ids) for sequence in self._laid_out[place])
         limit = self.engine.context_length or math.inf
         if all(len(sequence.token_ids) <= limit for sequence in moved):
             return moved

@@ -17,6 +17,7 @@ from dspy_greater.prompt.template import Templates, remember
 from dspy_greater.prompt.token_filter import TokenFilter
 
 Edited: TypeAlias = tuple[tuple[int, ...], str]  # an instruction's ids and its text
+_Parts: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # ids before it, its own, ids behind it
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class TokenEdits:
     templates: Templates
     token_filter: TokenFilter
     fixed: str = ""
-    _ids: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _parts: dict[str, _Parts] = field(default_factory=dict, repr=False, compare=False)
     _fixed_tokens: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -62,10 +63,17 @@ class TokenEdits:
 
         Raises `LayoutError` when the instruction is empty or only blanks.
         """
-        if instruction not in self._ids:
-            encoded, span, _ = self.templates.encode(self.templates.reference, instruction)
-            remember(self._ids, instruction, encoded.token_ids[span.start : span.stop])
-        return self._ids[instruction]
+        return self._divided(instruction)[1]
+
+    def around(self, instruction: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids before the instruction and behind it, where placeholders stand for the inputs.
+
+        They depend on it: "Think" takes in the blank before it, "6" may leave that a token of its own.
+
+        Raises `LayoutError` as `instruction_ids` does.
+        """
+        before, _, behind = self._divided(instruction)
+        return before, behind
 
     def text_of(self, ids: Sequence[int]) -> str:
         """The instruction that these ids deploy.
@@ -139,6 +147,13 @@ class TokenEdits:
         return self._resolve(ids, frozenset())
 
     # ------------------------------------------------------------------ internals
+
+    def _divided(self, instruction: str) -> _Parts:
+        if instruction not in self._parts:
+            encoded, span, _ = self.templates.encode(self.templates.reference, instruction)
+            ids = encoded.token_ids
+            remember(self._parts, instruction, (ids[: span.start], ids[span.start : span.stop], ids[span.stop :]))
+        return self._parts[instruction]
 
     def _may_change(self, old: tuple[int, ...], start: int, stop: int) -> bool:
         """Whether every token that goes, or the one that something is put before, is at an editable position."""

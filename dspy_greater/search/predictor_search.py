@@ -93,9 +93,7 @@ class PredictorSearch:
         recorded = [event for event in self._recorded if isinstance(event, SearchStarted)]
         if recorded:
             self._started, self._seed = recorded[0], recorded[0].seed
-            if self._started.called_as:
-                evaluator.follow_again(self._seed, self._started.called_as)
-            evaluator.recall([self._seed])
+            evaluator.resume(self._seed, self._started.called_as)
             return None
         self._before, self._began = evaluator.spent(), time.monotonic()
         self._seed, rollouts = evaluator.evaluate_seed()

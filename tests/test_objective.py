@@ -326,7 +326,8 @@ def test_a_native_thinking_block_is_told_from_the_fields_after_it(adapter: Any, 
     preamble, rest = split_completion(openings(predictor), "<think>\nTwo and two.\n</think>\n" + body)
     assert preamble == "<think>\nTwo and two.\n</think>\n"
     assert "Because." in rest
-    assert split_completion(openings(predictor), "no header at all") == ("", "no header at all")
+    for text in ("no header at all", "The matrix [[1, 2], [3, 4]] has rows < columns."):
+        assert split_completion(openings(predictor), text) == ("", text)
     assert split_completion(openings(predictor), body)[0] == ""
 
 
@@ -359,6 +360,28 @@ def test_an_unparsed_answer_is_reasoning_without_the_header_it_began_with() -> N
     found = seed_of(evaluator)
     assert {row.written["reasoning"] for row in found.rows} == {"I was cut off"}
     assert all(row.error is not None for row in found.rows)
+
+
+def test_a_row_that_lacks_its_first_header_is_scored_by_its_reasoning_and_not_behind_its_own_answer() -> None:
+    reasoned = "I count [[ the apples ]]. It is no."
+    engine = ScriptedEngine(lambda prompt: f"{reasoned}\n\n[[ ## answer ## ]]\nno\n\n[[ ## completed ## ]]")
+    evaluator = evaluator_of(program_on(engine))
+    found = seed_of(evaluator)
+    assert {(row.written["reasoning"], row.preamble) for row in found.rows} == {(reasoned, "")}
+    for each, row in zip(evaluator.supervised(found), ROWS, strict=True):
+        scored = engine.tokenizer.decode(list(each.token_ids[each.reasoning.start :]), skip_special_tokens=False)
+        assert scored == f"[[ ## reasoning ## ]]\n{reasoned}\n\n[[ ## answer ## ]]\n{row.answer}"
+
+
+def test_where_a_predictor_without_gold_values_writes_nothing_the_row_is_a_mistake_and_no_error() -> None:
+    rows = [dspy.Example(question=row.question, label=row.answer).with_inputs("question") for row in ROWS]
+    program = dspy.ChainOfThought(dspy.Signature("question -> answer", SEED))
+    engine = ScriptedEngine(lambda prompt: "" if "two" in value_in(prompt) else obedient_script(prompt))
+    program.set_lm(local_lm(engine, cache=False, stop=["END"]))
+    evaluator = evaluator_of(program, rows, field=None, metric=lambda example, found, trace=None: found.answer == "yes")
+    found = seed_of(evaluator)
+    assert [row.error is None for row in found.rows] == ["two" not in row.question for row in rows]
+    assert math.isfinite(found.fluency_nll) and math.isfinite(found.objective[0])
 
 
 # --- what it costs ---

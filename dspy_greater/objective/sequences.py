@@ -175,12 +175,10 @@ class Examples:
         if self._field is not None:
             return self.supervised(instruction, row)
         for sequence in self.sequences(instruction, row)[:1]:
-            return Supervised(
-                sequence.token_ids,
-                sequence.instruction,
-                Span(sequence.generated.start, sequence.generated.start),
-                sequence.generated,
-            )
+            begins, ends = sequence.generated.start, sequence.generated.stop
+            # The loss of these tokens does not count; where nothing was written, the prompt's last one stands there.
+            read = Span(min(begins, ends - 1), ends)
+            return Supervised(sequence.token_ids, sequence.instruction, Span(read.start, read.start), read)
         return None
 
 
@@ -197,8 +195,8 @@ def _given(asked: RowOutcome | CallOutcome) -> object:
 def openings(predictor: Predictor) -> tuple[str, ...]:
     """How the header of a predictor's first field begins, as its adapter writes it."""
     header = _header(predictor, 0)
-    # Models space JSON in their own way.
-    return tuple(filter(None, dict.fromkeys([header, *header.split()[:1]])))
+    # Models space JSON in their own way. A part of any other header may stand anywhere in a text.
+    return tuple(filter(None, dict.fromkeys([header, *(["{"] if header.startswith("{") else [])])))
 
 
 def headers(predictor: Predictor, field: str) -> tuple[str, ...]:

@@ -6,8 +6,9 @@ import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from enum import Enum
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import dspy
 import numpy as np
@@ -39,6 +40,7 @@ from dspy_greater.errors import (
     WeightsError,
 )
 from dspy_greater.program.dataset import split
+from dspy_greater.program.fingerprint import fingerprint
 from dspy_greater.search.default_step import DefaultStep, by_score_gradient
 from dspy_greater.search.problem import Options, Problem, prepare
 from dspy_greater.search.variants import described_step, step_of
@@ -707,6 +709,9 @@ def test_the_identity_is_the_same_for_the_same_inputs(engine: Any) -> None:
         ("predictors", lambda engine: posed(program_on(engine, max_tokens=65))),
         ("predictors", lambda engine: posed(program_on(engine), mode="append")),
         ("predictors", lambda engine: posed(with_demo(program_on(engine)))),
+        ("predictors", lambda engine: posed(stopping(program_on(engine)))),
+        ("predictors", lambda engine: posed(with_answer(program_on(engine), desc="one word"))),
+        ("predictors", lambda engine: posed(with_answer(program_on(engine), Literal["yes", "no"]))),
     ],
 )
 def test_the_identity_tells_what_changed(engine: Any, where: str, change: Any) -> None:
@@ -737,6 +742,39 @@ def test_the_identity_holds_no_secret() -> None:
     program = dspy.ChainOfThought("question -> answer")
     program.set_lm(dspy.LM("openai/gpt-4o", api_key="sk-very-secret"))
     assert "secret" not in repr(posed(program, weights=planted_engine()).identity())
+
+
+def stopping(program: Any) -> Any:
+    program.set_lm(program.predictors()[0].lm.copy(stop=["END"]))
+    return program
+
+
+def with_answer(program: Any, kind: Any = None, **told: Any) -> Any:
+    predictor = program.predictors()[0]
+    predictor.signature = predictor.signature.with_updated_fields("answer", kind, **told)
+    return program
+
+
+def test_the_identity_tells_apart_types_of_one_name(engine: Any) -> None:
+    def identity(*answers: str) -> Any:
+        kind = Enum("Kind", {name: name for name in answers}, type=str)
+        return posed(with_answer(program_on(engine), kind)).identity()
+
+    assert identity("yes", "no") == identity("yes", "no") != identity("yes", "no", "maybe")
+
+
+class Nameless:
+    """Has no text of its own."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+
+def test_a_digest_of_rows_takes_keys_of_any_kind_and_holds_no_address_in_memory() -> None:
+    def row(value: int) -> Any:
+        return dspy.Example(question="q", table={("a", 1): value, 2: {None: [{3: 4}]}, "b": Nameless(value)})
+
+    assert fingerprint([row(1)]) == fingerprint([row(1)]) != fingerprint([row(2)])
 
 
 def with_demo(program: Any) -> Any:

@@ -7,12 +7,19 @@ import json
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
+from pydantic import TypeAdapter
+from pydantic.errors import PydanticUserError
+
 from dspy_greater.program.predictors import Predictor
 from dspy_greater.scalars import plain_scalar
 
 JSON = Any  # what `json.dumps` takes
 
-_SAMPLING = ("temperature", "top_p", "max_tokens", "max_completion_tokens", "seed")
+_NUMBERS = ("temperature", "top_p", "max_tokens", "max_completion_tokens", "seed")  # as they are
+_OTHERS = (  # by digest
+    *("top_k", "min_p", "n", "stop", "frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias"),
+    *("reasoning_effort", "thinking", "chat_template_kwargs", "extra_body", "response_format", "tools", "tool_choice"),
+)
 
 
 def row_key(row: Any) -> str:
@@ -28,10 +35,9 @@ def fingerprint(rows: Sequence[Any]) -> str:
 def described_lm(lm: Any) -> dict[str, JSON]:
     """What an LM's answers depend on, as far as it cannot be a secret."""
     known = {name: plain_scalar(value) for name, value in (getattr(lm, "kwargs", None) or {}).items()}
-    return {
-        "lm": str(getattr(lm, "model", lm)),
-        "sampling": {name: known[name] for name in _SAMPLING if isinstance(known.get(name), (int, float))},
-    }
+    numbers = {name: known[name] for name in _NUMBERS if isinstance(known.get(name), (int, float))}
+    others = {name: _digest([{name: known[name]}]) for name in _OTHERS if known.get(name) is not None}
+    return {"lm": str(getattr(lm, "model", lm)), "sampling": numbers | others}
 
 
 def described(predictor: Predictor) -> dict[str, JSON]:
@@ -39,10 +45,27 @@ def described(predictor: Predictor) -> dict[str, JSON]:
     return {
         "instruction": predictor.instruction,
         "signature": predictor.signature.signature,
+        "fields": _digest(_field(name, info) for name, info in predictor.signature.fields.items()),
         "adapter": type(predictor.adapter).__name__,
         "demos": _digest(dict(demo) for demo in predictor.demos) if predictor.demos else None,
         **described_lm(predictor.lm),
     }
+
+
+def _field(name: str, info: Any) -> dict[str, JSON]:
+    """What an adapter tells of a field: what it is for, and which values it may have."""
+    extra = info.json_schema_extra or {}
+    output = extra.get("__dspy_field_type") == "output"
+    told = {key: extra.get(key) for key in ("desc", "prefix", "constraints")}
+    return {"name": name, "type": str(info.annotation), "values": _values(info.annotation) if output else None, **told}
+
+
+def _values(annotation: Any) -> JSON:
+    """The values of a type; nothing of one that is no data."""
+    try:
+        return TypeAdapter(annotation).json_schema()
+    except PydanticUserError:
+        return None
 
 
 def _digest(values: Iterable[Mapping[str, Any]]) -> str:
@@ -50,8 +73,21 @@ def _digest(values: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _canonical(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, sort_keys=True, default=_as_text)
+    try:
+        return json.dumps(values, sort_keys=True, default=_as_text)
+    except TypeError:  # keys that are no text, or of several kinds
+        return json.dumps(_with_text_keys(values), sort_keys=True, default=_as_text)
+
+
+def _with_text_keys(value: Any) -> JSON:
+    if isinstance(value, Mapping):
+        return {repr(key): _with_text_keys(part) for key, part in value.items()}
+    return [_with_text_keys(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def _as_text(value: object) -> JSON:
-    return sorted(map(repr, value)) if isinstance(value, Set) else str(value)  # a set has another order in each process
+    """The same in each process, where a set has another order, and an object another address."""
+    if isinstance(value, Set):
+        return sorted(map(repr, value))
+    nameless = type(value).__str__ is object.__str__ and type(value).__repr__ is object.__repr__
+    return [type(value).__qualname__, getattr(value, "__dict__", None)] if nameless else str(value)

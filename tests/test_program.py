@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import dspy
@@ -209,6 +211,35 @@ def test_a_type_of_the_users_own_is_taken_where_the_rows_show_that_it_is_text() 
     ):
         with pytest.raises(ProgramError, match=r"field `facts` of type Facts"):
             refuse_unsupported(strange, rows)
+
+
+def double(number: int) -> int:
+    """Twice a number,
+    exactly."""
+    return 2 * number
+
+
+@pytest.mark.parametrize(
+    ("agent", "lists"),
+    [
+        (partial(dspy.CodeAct, tools=[double]), ["codeact"]),
+        (partial(dspy.RLM, tools=[double]), ["generate_action"]),
+        (dspy.RLM, ["generate_action"]),
+    ],
+)
+def test_an_instruction_that_describes_the_tools_of_its_module_lists_them(agent: Any, lists: list[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of CodeAct
+        module = agent("question -> answer")
+    with dspy.context(lm=dummy()):
+        assert [predictor.name for predictor in predictors_of(module) if predictor.lists_tools] == lists
+
+
+def test_an_instruction_that_only_names_a_tool_lists_none() -> None:
+    student = TwoHops()
+    student.tools = [dspy.Tool(double, name="query")]
+    with dspy.context(lm=dummy()):
+        assert not any(predictor.lists_tools for predictor in predictors_of(student))
 
 
 def test_an_instruction_that_lists_tools_is_known_by_its_fields() -> None:

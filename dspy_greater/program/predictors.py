@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,7 @@ def predictors_of(program: Any) -> tuple[Predictor, ...]:
     chosen = search_adapter()
     predictors: list[Predictor] = []
     seen: set[int] = set()
+    described = _with_described_tools(program)
     for name, module in program.named_predictors():
         if id(module) in seen:
             continue
@@ -82,7 +83,7 @@ def predictors_of(program: Any) -> tuple[Predictor, ...]:
                 demos=tuple(module.demos),
                 input_fields=tuple(signature.input_fields),
                 output_fields=tuple(signature.output_fields),
-                lists_tools=_lists_tools(signature),
+                lists_tools=id(module) in described or _asks_for_tools(signature),
                 own_lm=module.lm is not None,
             )
         )
@@ -133,11 +134,29 @@ def _refuse_stranger(program: Any) -> None:
         )
 
 
-def _lists_tools(signature: Any) -> bool:
-    """Whether the instruction tells the model which tools there are, as ReAct's does."""
+def _asks_for_tools(signature: Any) -> bool:
+    """Whether an output is the call of a tool, as ReAct's is, so that the instruction tells which there are."""
     annotations = [str(info.annotation) for info in signature.output_fields.values()]
     names = set(signature.output_fields)
     return {"next_tool_name", "next_tool_args"} <= names or any("ToolCalls" in text for text in annotations)
+
+
+def _with_described_tools(program: Any) -> set[int]:
+    """Predictors, by `id`, whose instruction describes the tools of a module that they belong to, as CodeAct's does.
+
+    An RLM's instruction also describes the interpreter in which they are called.
+    """
+    found: set[int] = set()
+    for _, module in program.named_sub_modules():
+        tools = getattr(module, "tools", None)
+        listed = list(tools.values()) if isinstance(tools, Mapping) else tools if isinstance(tools, list) else []
+        told = [(tool.name, " ".join((tool.desc or "").split())) for tool in listed if isinstance(tool, dspy.Tool)]
+        told += [("llm_query", "")] if isinstance(module, dspy.RLM) else []
+        for _, predictor in module.named_predictors():
+            text = " ".join(predictor.signature.instructions.split())
+            if told and all(name in text and description in text for name, description in told):
+                found.add(id(predictor))
+    return found
 
 
 def _are_texts(values: Sequence[Any]) -> bool:

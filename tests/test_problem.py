@@ -744,6 +744,16 @@ def test_the_identity_holds_no_secret() -> None:
     assert "secret" not in repr(posed(program, weights=planted_engine()).identity())
 
 
+def test_the_seed_decides_what_a_sampled_model_draws(engine: Any) -> None:
+    def drawn(seed: int, **own: Any) -> Any:
+        program = program_on(engine)
+        program.set_lm(local_lm(engine, temperature=0.8, **own))
+        return posed(program, seed=seed).program.predictors()[0].lm.kwargs["seed"]
+
+    assert drawn(0) == drawn(0) != drawn(1)
+    assert drawn(0, seed=7) == drawn(1, seed=7) == 7
+
+
 def stopping(program: Any) -> Any:
     program.set_lm(program.predictors()[0].lm.copy(stop=["END"]))
     return program

@@ -16,6 +16,7 @@ from scripted_engine import (
     ScriptedEngine,
     chat_answer,
     exact_match,
+    instruction_in,
     obedient_script,
     planted_engine,
     planted_rows,
@@ -312,6 +313,50 @@ def test_the_predictors_of_a_searching_copy_do_not_share_their_draws() -> None:
     again = searching_copy(searching_copy(program, {}, 5), {}, 9)
     assert [juror.lm.kwargs["seed"] for juror in again.jurors] == [5, 6, 7]
     assert "seed" not in program.jurors[0].lm.kwargs
+
+
+class Attempts(dspy.Module):
+    """The best of three attempts of a module with two predictors, and another predictor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.best = dspy.BestOfN(module=TwoSteps(), N=3, reward_fn=lambda *_: 0.0, threshold=1.0)
+        self.last = dspy.Predict(dspy.Signature("question -> answer", SEED))
+
+    def forward(self, question: str) -> Any:
+        self.best(question=question)
+        return self.last(question=question)
+
+
+class TwoSteps(dspy.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.draft = dspy.Predict(dspy.Signature("question -> answer", "Please draft it."))
+        self.final = dspy.Predict(dspy.Signature("question -> answer", "Please end it."))
+
+    def forward(self, question: str) -> Any:
+        self.draft(question=question)
+        return self.final(question=question)
+
+
+def test_attempts_of_one_run_draw_anew_in_a_searching_copy_as_they_do_deployed() -> None:
+    drawn: dict[str, list[int]] = {}
+
+    class Seen(ScriptedEngine):
+        def _write(self, request: Any) -> Any:
+            text = self.tokenizer.decode(list(request.prompt), skip_special_tokens=False)
+            drawn.setdefault(instruction_in(text), []).append(request.seed)
+            return super()._write(request)
+
+    with dspy.context(lm=local_lm(Seen(obedient_script))):
+        program = searching_copy(pin_lms(Attempts()), {})
+        [[rollout]] = roll_out([program], ROWS[:1], MATCH, Running(4))
+    assert rollout.error is None
+    assert {text: len(set(seeds)) for text, seeds in drawn.items()} == {
+        "Please draft it.": 3,
+        "Please end it.": 3,
+        SEED: 1,
+    }
 
 
 def test_two_threads_roll_out_on_one_model_at_once() -> None:

@@ -17,7 +17,7 @@ from dspy_greater.program.dataset import as_list, check_examples, numbers_in, sp
 from dspy_greater.program.fingerprint import described, described_lm, fingerprint
 from dspy_greater.program.inputs import refuse_strange_inputs
 from dspy_greater.program.predictors import Predictor, predictors_of, refuse_unusable
-from dspy_greater.program.rollout import pin_lms, renamed
+from dspy_greater.program.rollout import pin_lms, renamed, searching_copy
 from dspy_greater.program.servers import Servers
 from dspy_greater.run.serialise import JSON
 
@@ -51,13 +51,13 @@ class Task:
         """The student's instructions."""
         return {predictor.name: predictor.instruction for predictor in self.edited}
 
-    def validation_calls(self) -> int:
-        """LM calls of the final comparison when each predictor is called once a run."""
-        return (self.settings.beam_width + 1) * len(self.validation) * self.calls_per_output()
+    def validation_calls(self, per_run: int = 1) -> int:
+        """LM calls of the final comparison when a run of the program makes so many."""
+        return (self.settings.beam_width + 1) * len(self.validation) * self.calls_per_output(per_run)
 
-    def calls_per_output(self, per_run: int | None = None) -> int:
+    def calls_per_output(self, per_run: int = 1) -> int:
         """LM calls to generate and to judge one output."""
-        return (per_run or len(self.predictors)) + int(self.criteria is not None)
+        return per_run + int(self.criteria is not None)
 
     def identity(self) -> dict[str, JSON]:
         """What must be the same for an interrupted run to be continued."""
@@ -117,7 +117,7 @@ def prepare(
     refuse_strange_inputs(student, valset or (), name="valset")
     train, validation = split(trainset, valset, settings=options.settings, seed=options.seed)
     timeout = options.settings.request_timeout
-    program = pin_lms(student, timeout=timeout)
+    program = searching_copy(pin_lms(student, timeout=timeout), {}, options.seed)
     predictors = predictors_of(program)
     judge_lm, gradient_lm, editor_lm = (
         for_search(renamed(lm), timeout=timeout) for lm in _resolved(options.lms, predictors)
@@ -173,6 +173,6 @@ def _check_budget(task: Task) -> None:
     if limit is not None and limit < least:
         raise SettingsError(
             f"max_lm_calls={limit} does not cover the final comparison: {task.settings.beam_width + 1} programs on "
-            f"{len(task.validation)} rows, {task.calls_per_output()} calls each, are {least}. Raise it, or lower "
-            "validation_rows or beam_width."
+            f"{len(task.validation)} rows, {task.calls_per_output()} calls each at least, are {least}. Raise it, or "
+            "lower validation_rows or beam_width."
         )

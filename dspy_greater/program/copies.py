@@ -95,5 +95,17 @@ def modules_that_run_copies(program: Any) -> list[str]:
     >>> modules_that_run_copies(dspy.Predict("question -> answer"))
     []
     """
-    modules: Any = program.named_sub_modules()
-    return [type(module).__name__ for _, module in modules if isinstance(module, (dspy.BestOfN, dspy.Refine))]
+    return [type(module).__name__ for module in _running_copies(program)]
+
+
+def in_modules_that_run_copies(program: Any) -> set[int]:
+    """The predictors, by `id`, that are only run in copies.
+
+    >>> in_modules_that_run_copies(dspy.Predict("question -> answer"))
+    set()
+    """
+    return {id(predictor) for module in _running_copies(program) for predictor in module.predictors()}
+
+
+def _running_copies(program: Any) -> list[Any]:
+    return [module for _, module in program.named_sub_modules() if isinstance(module, (dspy.BestOfN, dspy.Refine))]

@@ -15,6 +15,8 @@ from dspy.adapters.utils import serialize_for_json
 
 from dspy_greater.errors import ProgramError
 
+_TOOL: Any = dspy.Tool
+_RLM: Any = dspy.RLM
 # Custom types that every adapter writes into the prompt as ordinary text.
 _TEXT_TYPES = ("Code", "Reasoning", "Tool", "ToolCalls", "ToolCallResults")
 
@@ -125,6 +127,16 @@ def predictor_names(program: Any) -> dict[int, str]:
     return {id(predictor): name for name, predictor in program.named_predictors()}
 
 
+def samples(predictor: Any) -> bool:
+    """Whether a predictor asks at a temperature, or for several samples, by its own settings or those of its LM.
+
+    >>> samples(dspy.Predict("question -> answer", temperature=0.7)), samples(dspy.Predict("question -> answer"))
+    (True, False)
+    """
+    options = {**getattr(predictor.lm, "kwargs", {}), **predictor.config}
+    return bool(options.get("temperature")) or (options.get("n") or 1) > 1
+
+
 def _refuse_stranger(program: Any) -> None:
     if not isinstance(program, dspy.Module):
         kind = f"the class {program.__name__}" if isinstance(program, type) else f"a {type(program).__name__}"
@@ -150,8 +162,9 @@ def _with_described_tools(program: Any) -> set[int]:
     for _, module in program.named_sub_modules():
         tools = getattr(module, "tools", None)
         listed = list(tools.values()) if isinstance(tools, Mapping) else tools if isinstance(tools, list) else []
-        told = [(tool.name, " ".join((tool.desc or "").split())) for tool in listed if isinstance(tool, dspy.Tool)]
-        told += [("llm_query", "")] if isinstance(module, dspy.RLM) else []
+        described = [tool for tool in listed if isinstance(tool, _TOOL)]
+        told = [(tool.name, " ".join((tool.desc or "").split())) for tool in described]
+        told += [("llm_query", "")] if isinstance(module, _RLM) else []
         for _, predictor in module.named_predictors():
             text = " ".join(predictor.signature.instructions.split())
             if told and all(name in text and description in text for name, description in told):

@@ -20,10 +20,10 @@ from dspy_greater.lm.local import LocalEngine, local_engine
 from dspy_greater.lm.request import PROVIDER
 from dspy_greater.metric import Score
 from dspy_greater.program.asked_lm import for_search, uncached_lm
-from dspy_greater.program.copies import with_instructions
+from dspy_greater.program.copies import in_modules_that_run_copies, with_instructions
 from dspy_greater.program.failures import Failure
 from dspy_greater.program.faults import ServerFault, ServerUsage, is_served
-from dspy_greater.program.predictors import predictor_names, predictors_of
+from dspy_greater.program.predictors import predictor_names, predictors_of, samples
 from dspy_greater.program.servers import Servers, Spent
 from dspy_greater.program.traced_run import Result, carrying, hearing_faults, trace_calls
 from dspy_greater.program.tracing import PredictorCall
@@ -230,15 +230,23 @@ def searching_copy(program: Any, texts: Mapping[str, str], seed: int = 0) -> Any
     """A copy of the program with other instructions, whose in-process models do not answer from a cache.
 
     The counters then say what the search cost; a server's cache, which saves money, is left on. A model
-    that has no seed gets one from `seed`, another for each predictor, so that a search at a temperature can
-    be repeated. A prompt that a predictor asks twice is then answered alike; `n=` gives several samples.
+    that has no seed gets one from `seed`, another for each predictor that samples, so that a search at a temperature
+    can be repeated. A prompt that a predictor asks twice is then answered alike; `n=` gives several samples. Predictors
+    that are not known to sample go on sharing what they shared, and the attempts of BestOfN and Refine draw anew.
     """
     copied = with_instructions(program, texts)
+    attempts, shared = in_modules_that_run_copies(copied), dict[Any, Any]()
     for place, (_, predictor) in enumerate(copied.named_predictors()):
         lm = predictor.lm
-        if local_engine(lm) is not None:
+        if local_engine(lm) is None:
+            continue
+        attempt = id(predictor) in attempts
+        key = (id(lm), attempt, place if samples(predictor) and not attempt else None)
+        if key not in shared:
             own = lm.kwargs.get("seed")
-            predictor.lm = lm.copy(cache=False, seed=seed + place if own is None else own)
+            drawn = None if attempt else seed + (key[-1] or 0)
+            shared[key] = lm.copy(cache=False, seed=drawn if own is None else own)
+        predictor.lm = shared[key]
     return copied
 
 

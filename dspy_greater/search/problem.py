@@ -28,7 +28,7 @@ from dspy_greater.program.dataset import (
 from dspy_greater.program.fingerprint import described, fingerprint
 from dspy_greater.program.inputs import refuse_strange_inputs, refuse_without_inputs
 from dspy_greater.program.predictors import Predictor, predictors_of, refuse_unsupported, refuse_unusable
-from dspy_greater.program.rollout import Running, pin_lms
+from dspy_greater.program.rollout import Running, pin_lms, searching_copy
 from dspy_greater.program.servers import Servers
 from dspy_greater.prompt.gold import row_gold
 from dspy_greater.prompt.layout import Layout
@@ -217,8 +217,9 @@ def prepare(
             refuse_unwritable_gold(target.predictor, target.field, train, rows)
             warn_of_misread_gold(target.predictor, target.field, train)
     identities = {target.predictor.name: target.engine.identity for target in targets}
-    program = pin_lms(student, weights=identities, timeout=settings.request_timeout)
-    _warn_of_other_weights(predictors, program)
+    pinned = pin_lms(student, weights=identities, timeout=settings.request_timeout)
+    _warn_of_other_weights(predictors, pinned)
+    program = searching_copy(pinned, {}, options.seed)
     if step.needs_gradient:
         _warn_of_partial_gradients(targets)
     problem = Problem(
@@ -291,7 +292,7 @@ def _target(
     refuse_without_inputs(predictor)
     if field is not None:
         refuse_unfit_gold(predictor, field, trainset)
-    server = who_answers(predictor.lm, predictor_name=predictor.name, servers=servers)
+    server = who_answers(predictor.lm, predictor_name=predictor.name, servers=servers, strict=options.strict)
     engine = weights_behind(predictor.lm, weights=options.weights, predictor_name=predictor.name, server=server)
     engine.checks.renew()
     watch = None if server is None else Watch(server, engine, predictor.name, strict=options.strict)

@@ -498,6 +498,8 @@ def test_labels_are_told_in_words_without_what_is_missing() -> None:
         "level": "3",
     }
     assert labels_as_text({"answer": ["Ann Lee"]}, {"answer": str}) == {"answer": "Ann Lee"}
+    color = enum.Enum("Color", {"RED": "red"}, type=str)
+    assert labels_as_text({"answer": color.RED}, {"answer": color}) == {"answer": "red"}
     assert labels_as_text({"answer": []}, {"answer": str}) == {}
 
 

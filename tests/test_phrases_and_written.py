@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from enum import Enum
 from random import Random
 from typing import Any
 
@@ -23,7 +24,9 @@ from scripted_engine import (
     planted_engine,
     planted_rows,
     program_on,
+    word_tokenizer,
 )
+from tokenizers import AddedToken
 
 from dspy_greater import GReaTerTeleprompter
 from dspy_greater.metric import RowMetric
@@ -31,6 +34,7 @@ from dspy_greater.model.plain import PlainModel
 from dspy_greater.objective.evaluator import Evaluator, Instruction, Objective
 from dspy_greater.objective.types import Evaluation
 from dspy_greater.program.predictors import predictors_of
+from dspy_greater.prompt.layout import Layout
 from dspy_greater.run.log import edit_of
 from dspy_greater.search.answer_form import answer_forms
 from dspy_greater.search.edits import Edit
@@ -218,6 +222,43 @@ def test_one_that_is_longer_than_allowed_is_left_out() -> None:
     assert propose_written(at) == ()
 
 
+def thinking_tokenizer() -> Any:
+    """Of a model that thinks between tags, which are tokens of its own, unless its template closes them at once."""
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in ("<think>", "</think>")])
+    written = "{{ message['content'].split('</think>')[-1] if message['role'] == 'assistant' else message['content'] }}"
+    closed = "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|{{ message['role'] }}|>" + written + "<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>" + closed + "{% endif %}"
+    )
+    return tokenizer
+
+
+def test_a_thinking_model_is_asked_for_instructions_at_once_and_its_thoughts_are_none() -> None:
+    answers = [
+        "<think>\nOkay, the user wants an instruction. Let me look.",
+        "<think>\nLet me look.\n</think>\n\nList and count.",
+        "Say how many there are.",
+    ]
+    asked: list[str] = []
+
+    def write(prompt: str) -> str:
+        if "Write a better one" not in prompt and ANSWERS_ONLY not in prompt:
+            return obedient_script(prompt)
+        asked.append(prompt)
+        return answers[len(asked) - 1]
+
+    at = before_a_step(ScriptedEngine(write, tokenizer=thinking_tokenizer()), written=3)
+    assert {each.instruction.text for each in propose_written(at)} == {"List and count.", "Say how many there are."}
+    assert all(prompt.endswith("<|assistant|><think>\n\n</think>\n\n") for prompt in asked)
+
+
+def test_tokens_of_the_models_own_are_not_spelt_in_an_instruction() -> None:
+    edits = Layout(thinking_tokenizer(), dspy.ChatAdapter(), dspy.Signature("question -> answer", SEED)).edits
+    assert edits.rewrite("Think <think> twice.") is None and edits.rewrite("Think <thrice> of [it].") is not None
+
+
 @pytest.mark.parametrize(("step", "expected"), [(0, True), (1, False), (2, True), (5, False), (6, True), (10, False)])
 def test_it_is_asked_at_the_first_step_and_ever_more_seldom(step: int, expected: bool) -> None:
     assert writes(before_a_step(step=step)) is expected
@@ -248,6 +289,20 @@ def test_an_open_sentence_is_ended_before_the_form_and_a_fixed_text_stays_in_fro
     at = before_a_step(instruction="Please say it", fixed="Please", step=0, written=1)
     [found] = propose_written(at)
     assert found.instruction.text == "Please say it. Answer with one word: no or yes."
+
+
+def test_the_form_stands_behind_an_instruction_of_several_lines() -> None:
+    lines = "You are given a question.\n\nSay whether any are left"
+    at = before_a_step(instruction=lines, step=0, written=1)
+    [found] = propose_written(at)
+    assert found.instruction.text == f"{lines}. Answer with one word: no or yes."
+    assert_deployed_as_scored(at, (found,))
+    assert at.evaluator.layout.edits.rewrite("One line.\nAnd another.") is None
+
+
+def test_the_form_has_the_values_of_an_enumeration_as_adapters_read_them() -> None:
+    answer = Enum("Answer", {"NO": "not any", "YES": "some"}, type=str)
+    assert answer_forms([answer.NO, answer.YES] * 2, SEED, Random(0))[1] == "The answer is not any or some."
 
 
 def test_the_form_is_said_of_the_best_instruction_though_the_search_has_walked_on() -> None:

@@ -137,11 +137,15 @@ class TokenEdits:
         """`splice`: the instruction without the token at `position`."""
         return self.splice(ids, position, position + 1, ())
 
-    def rewrite(self, text: str) -> Edited | None:
-        """Another instruction altogether, behind the fixed text if there is one; None when that is not legal."""
+    def rewrite(self, text: str, kept: str = "") -> Edited | None:
+        """Another instruction altogether, behind the fixed text if there is one; None when that is not legal.
+
+        Where it begins with `kept`, which stands in an instruction already, that may have what no new text may have:
+        line breaks.
+        """
         joint = " " if self.fixed and not self.fixed[-1].isspace() else ""
-        whole = f"{self.fixed}{joint}{text}"
-        if inspect.cleandoc(whole) != whole or not self.token_filter.whole(text) or not self._keeps_fixed(whole):
+        whole, added = f"{self.fixed}{joint}{text}", text.removeprefix(kept).strip() if kept else text
+        if inspect.cleandoc(whole) != whole or not self.token_filter.whole(added) or not self._keeps_fixed(whole):
             return None
         ids = self.instruction_ids(whole)
         return self._resolve(ids, frozenset())

@@ -67,6 +67,8 @@ class PromptEncoder:
         self.special_ids = frozenset(token_id for token_id, token in added.items() if getattr(token, "special", False))
         self.added_ids = frozenset(added) | frozenset(tokenizer.all_special_ids)
         self.special_texts = tuple(sorted((str(added[i]) for i in self.special_ids), key=len, reverse=True))
+        # Tokens of the model's own that are no special ones, such as the tags of its thoughts and its calls of tools.
+        self.markup = frozenset(text for text in map(str, added.values()) if text[:1] in ("<", "["))
         alternatives = "|".join(re.escape(text) for text in self.special_texts)
         self._pattern = re.compile(alternatives) if alternatives else None
         self._plain_tokenizer: Any = None

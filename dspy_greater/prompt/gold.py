@@ -108,6 +108,16 @@ def allows_none(annotation: Any) -> bool:
         return False
 
 
+def in_words(value: object) -> str:
+    """A gold value as a prompt has it: the member of an enumeration by its value, which adapters read, not its name.
+
+    >>> import enum
+    >>> in_words(enum.Enum("Color", {"RED": "red"}, type=str).RED), in_words(4)
+    ('red', '4')
+    """
+    return str(value.value if isinstance(value, Enum) else value)
+
+
 def labels_as_text(labels: Mapping[str, object], annotations: Mapping[str, Any]) -> dict[str, str]:
     """A row's labels in words: what is missing is left out, and acceptable answers stand side by side.
 
@@ -122,7 +132,7 @@ def labels_as_text(labels: Mapping[str, object], annotations: Mapping[str, Any])
         if name in annotations and (several := _several(raw)) is not None and is_text(annotations[name]):
             answers = tuple(several)
         nothing = not allows_none(annotations.get(name, str))
-        texts = [str(answer) for answer in answers if not (is_missing(answer) or (answer is None and nothing))]
+        texts = [in_words(answer) for answer in answers if not (is_missing(answer) or (answer is None and nothing))]
         if texts:
             shown[name] = f"one of: {'; '.join(texts)}" if len(texts) > 1 else texts[0]
     return shown

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from dspy_greater.errors import LayoutError
-from dspy_greater.prompt.chat_template import end_of_turn_ids
+from dspy_greater.prompt.chat_template import end_of_turn_ids, with_template_options
 from dspy_greater.prompt.edits import TokenEdits
 from dspy_greater.prompt.encoder import PromptEncoder, RenderedText
 from dspy_greater.prompt.spans import Prompt, Span, Supervised, Written
@@ -99,6 +99,11 @@ class Layout:
     def thought_tags(self) -> ThoughtTags | None:
         """The tags between which the model thinks, as far as its chat template tells them."""
         return thought_tags(self.tokenizer)
+
+    @cached_property
+    def asking(self) -> PromptEncoder:
+        """For questions that are answered at once: without thoughts, where the chat template can leave them out."""
+        return PromptEncoder(with_template_options(self.tokenizer, {"enable_thinking": False}))
 
     def prompt(self, instruction: str, inputs: Mapping[str, Any]) -> Prompt:
         """The prompt that DSPy would send with this instruction and these inputs.

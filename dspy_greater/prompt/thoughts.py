@@ -44,6 +44,17 @@ class ThoughtTags:
         """The thoughts, brought to an end."""
         return self.opening + thoughts.strip("\n") + self.closing
 
+    def said(self, text: str) -> str:
+        """What a model wrote behind its thoughts; nothing where they did not come to an end.
+
+        >>> ThoughtTags("<think>\\n", "\\n</think>\\n\\n").said("<think>\\nTwo and two.\\n</think>\\n\\nfour")
+        'four'
+        """
+        _, ended, said = text.rpartition(self.closing.strip())
+        opening = self.opening.strip()
+        begun = not opening or opening in text
+        return said.lstrip("\n") if ended else "" if begun else text
+
 
 def thought_tags(tokenizer: Any) -> ThoughtTags | None:
     """The tags of the chat template; None where it has none, or they are special tokens.

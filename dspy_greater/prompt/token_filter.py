@@ -12,6 +12,7 @@ from dspy_greater.prompt.encoder import PromptEncoder
 # Control and format characters, surrogates, private use, unassigned, line and paragraph separators.
 _FORBIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 _REPLACEMENT_CHARACTER = "\ufffd"
+_TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 
 
 class TokenFilter:
@@ -84,6 +85,7 @@ class TokenFilter:
         if not (text.isascii() and text.isprintable()):
             found.update(char for char in text if _forbidden(char))
         found.update(self._mark_pattern.findall(text))
+        found.update(tag for tag in _TAG.findall(text) if tag in self._encoder.markup)
         return found
 
 

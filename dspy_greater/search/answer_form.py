@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from enum import Enum
 from random import Random
+
+from dspy_greater.prompt.gold import in_words
 
 _MOST = 4  # different values that are all named
 _LONGEST = 40  # characters of a value that has a form; longer ones are texts
@@ -50,5 +53,5 @@ def _named(values: Sequence[str], instruction: str) -> Iterable[bool]:
 
 def _text(gold: object) -> str | None:
     """A value on one line, as it is asked for; None for what has no form to show."""
-    text = " ".join(str(gold).split()) if isinstance(gold, str | int | float) else ""
+    text = " ".join(in_words(gold).split()) if isinstance(gold, str | int | float | Enum) else ""
     return text if 0 < len(text) <= _LONGEST else None

@@ -20,6 +20,7 @@ from random import Random
 from dspy_greater.model.interface import GenerationRequest
 from dspy_greater.objective.evaluator import Instruction
 from dspy_greater.objective.types import RowOutcome
+from dspy_greater.prompt.thoughts import thought_tags
 from dspy_greater.search.answer_form import answer_forms
 from dspy_greater.search.edits import Edit, Origin
 from dspy_greater.search.state import ends_sentence
@@ -101,15 +102,17 @@ def propose_written(at: StepContext) -> tuple[Edit, ...]:
     """At most `written` of them that can be deployed and are new; forms only behind an instruction that is new too."""
     forms = _forms(at) if at.state.step == at.state.rewritten else []
     count = at.settings.written - len(forms)
-    decode = at.evaluator.layout.encoder.decode
-    texts = [instruction_in(decode(generation.token_ids)) for generation in at.model.generate(requests(at, count))]
+    asking = at.evaluator.layout.asking
+    decode, tags = asking.decode, thought_tags(asking.tokenizer)
+    answers = [decode(generation.token_ids) for generation in at.model.generate(requests(at, count))]
+    texts = [instruction_in(answer if tags is None else tags.said(answer)) for answer in answers]
     asked = [_edit(at, text, "written") for text in dict.fromkeys(texts) if text]
     return tuple({edit.instruction.text: edit for edit in (*forms, *asked) if edit is not None}.values())
 
 
 def requests(at: StepContext, count: int) -> list[GenerationRequest]:
     """So many requests for an instruction, without those that leave the model no room for an answer."""
-    encoder, room, random = at.evaluator.layout.encoder, at.settings.max_instruction_tokens + ROOM, _random(at)
+    encoder, room, random = at.evaluator.layout.asking, at.settings.max_instruction_tokens + ROOM, _random(at)
     return [
         GenerationRequest(prompt, room, _TEMPERATURE, _TOP_P, seed=random.randrange(2**31))
         for prompt in map(encoder.chat_ids, _messages(at, count, random))
@@ -124,9 +127,10 @@ def _random(at: StepContext) -> Random:
 def _forms(at: StepContext) -> list[Edit]:
     """The best instruction, with what the gold values look like behind it."""
     best = at.state.best[0].instruction[len(at.state.fixed) :].strip()
-    stop = "" if not best or ends_sentence(best) else "."
-    texts = [f"{best}{stop} {form}".strip() for form in answer_forms(at.evaluator.examples.golds(), best, _random(at))]
-    return [edit for edit in (_edit(at, text, "form") for text in texts) if edit is not None][: at.settings.written]
+    kept = best if not best or ends_sentence(best) else f"{best}."
+    texts = [f"{kept} {form}".strip() for form in answer_forms(at.evaluator.examples.golds(), best, _random(at))]
+    edits = [_edit(at, text, "form", kept) for text in texts]
+    return [edit for edit in edits if edit is not None][: at.settings.written]
 
 
 def instruction_in(answer: str) -> str:
@@ -214,10 +218,10 @@ def _is_copied(text: str) -> bool:
     return any(SequenceMatcher(None, text.split(), lesson.instruction.split()).ratio() > _COPIED for lesson in _LESSONS)
 
 
-def _edit(at: StepContext, text: str, origin: Origin) -> Edit | None:
+def _edit(at: StepContext, text: str, origin: Origin, kept: str = "") -> Edit | None:
     """The edit; None for what cannot be deployed, is known, or was only copied from another task's lesson."""
     edits = at.evaluator.layout.edits
-    written = edits.rewrite(text)
+    written = edits.rewrite(text, kept)
     if written is None or at.evaluator.knows(written[1]) or _is_copied(text):
         return None
     ids, text = written

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -393,6 +394,37 @@ def test_a_trace_holds_every_call_with_inputs_outputs_and_text() -> None:
     assert second.outputs == {"reasoning": "count", "answer": "two"}
     assert second.completion is not None
     assert "[[ ## reasoning ## ]]\ncount" in second.completion
+
+
+def test_calls_of_one_predictor_in_several_threads_are_told_in_one_order_whichever_started_first() -> None:
+    class Fan(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ask = dspy.Predict("question -> answer")
+
+        def forward(self, question: str, order: list[int]) -> Any:
+            barrier = threading.Barrier(len(order))
+
+            def one(number: int) -> Any:
+                return dspy.Predict.__call__(self.ask, question=f"{question} {number}")
+
+            class Waiting(dspy.utils.BaseCallback):
+                def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+                    barrier.wait(10)  # all are under way
+
+            with dspy.context(callbacks=[*dspy.settings.callbacks, Waiting()]), ThreadPoolExecutor(len(order)) as pool:
+                started = []
+                for number in order:
+                    started.append(pool.submit(carrying(one), number))
+                    time.sleep(0.05)
+                [future.result() for future in started]
+            self.ask(question="the last one")
+
+    for order in ([1, 2, 3], [3, 1, 2]):
+        with dspy.context(lm=dummy([{"answer": "yes"}] * 4), adapter=dspy.ChatAdapter()):
+            trace = trace_calls(Fan(), dspy.Example(question="Number", order=order).with_inputs("question", "order"))
+        asked = [call.inputs["question"] for call in trace.calls]
+        assert asked == ["Number 1", "Number 2", "Number 3", "the last one"]
 
 
 def test_a_text_that_does_not_parse_is_kept_with_what_could_be_parsed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -95,7 +96,8 @@ class CallRecorder(FailureListener):
         self._lock = threading.Lock()
         self._open: dict[str, _OpenCall] = {}
         self._asking: dict[str, _OpenExchange] = {}  # call id of an LM or a parser -> what it belongs to
-        self._done: dict[str, PredictorCall | None] = {}
+        self._done: dict[str, _Ended | None] = {}
+        self._clock = itertools.count()
 
     def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         name = self._names.get(id(instance))
@@ -107,7 +109,8 @@ class CallRecorder(FailureListener):
             fields = instance.signature.input_fields
             given = tuple(key for key in PRIVILEGED if key in arguments)
             own = {key: value for key, value in arguments.items() if key in fields}
-            self._open[call_id] = _OpenCall(name, own, given, None if ambient is self._lm else ambient)
+            began = next(self._clock)
+            self._open[call_id] = _OpenCall(name, own, given, None if ambient is self._lm else ambient, began)
             self._done[call_id] = None
 
     def on_adapter_format_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
@@ -174,12 +177,45 @@ class CallRecorder(FailureListener):
                 return
             call = self._open.pop(call_id)
             self.hear(exception, "predictor", call.name)
-            self._done[call_id] = call.closed(outputs, exception, lm_failed=self.is_lms(exception))
+            closed = call.closed(outputs, exception, lm_failed=self.is_lms(exception))
+            self._done[call_id] = _Ended(closed, call.began, next(self._clock))
 
     def calls(self) -> tuple[PredictorCall, ...]:
-        """The calls that have ended, in the order in which they started."""
+        """The calls that have ended, in the order in which they started.
+
+        Which of several threads starts first is chance. Calls of one predictor that were under way together are
+        told in the order of their inputs, so that a run is told the same each time.
+        """
         with self._lock:
-            return tuple(call for call in self._done.values() if call is not None)
+            return tuple(_in_order([call for call in self._done.values() if call is not None]))
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """A call, and when it began and ended, by the clock of its run."""
+
+    call: PredictorCall
+    began: int
+    ended: int
+
+
+def _in_order(calls: Sequence[_Ended]) -> list[PredictorCall]:
+    """Calls in the order in which they began, those of a predictor that overlap in the order of what they were given."""
+    together: list[list[int]] = []  # places of calls that overlap
+    latest: dict[str, tuple[int, int]] = {}  # predictor -> its last group, and when that ends
+    for place, each in enumerate(calls):
+        group, until = latest.get(each.call.predictor, (-1, -1))
+        if each.began > until:
+            group = len(together)
+            together.append([])
+        together[group].append(place)
+        latest[each.call.predictor] = group, max(until, each.ended)
+    told = [each.call for each in calls]
+    for places in together:
+        ordered = sorted((told[place] for place in places), key=lambda call: repr((dict(call.inputs), call.completion)))
+        for place, call in zip(places, ordered, strict=True):
+            told[place] = call
+    return told
 
 
 @dataclass
@@ -208,6 +244,7 @@ class _OpenCall:
     inputs: Mapping[str, Any]
     given: tuple[str, ...]
     context_lm: Any
+    began: int
     exchanges: list[_OpenExchange] = field(default_factory=list[_OpenExchange])
 
     def closed(self, outputs: Any, exception: BaseException | None, *, lm_failed: bool) -> PredictorCall:

@@ -200,7 +200,7 @@ class _Ended:
 
 
 def _in_order(calls: Sequence[_Ended]) -> list[PredictorCall]:
-    """Calls in the order in which they began, those of a predictor that overlap in the order of what they were given."""
+    """Calls in the order in which they began; those of a predictor that overlap, by what they were given."""
     together: list[list[int]] = []  # places of calls that overlap
     latest: dict[str, tuple[int, int]] = {}  # predictor -> its last group, and when that ends
     for place, each in enumerate(calls):

@@ -105,8 +105,8 @@ def test_a_fault_every_fourth_call_changes_nothing(
     def in_turn(number: int, _: str) -> Fault | None:  # while the server is compared, too
         return faults[number // 4 % len(faults)] if number % 4 == 3 else None
 
-    with FaultProxy(server.served.url, in_turn, hang=40.0).serving() as proxy:
-        found = searched(behind(proxy.url, server.served), request_timeout=20.0)
+    with FaultProxy(server.served.url, in_turn, hang=20.0).serving() as proxy:
+        found = searched(behind(proxy.url, server.served), request_timeout=10.0)
     assert same(found, undisturbed)
     assert set(filter(None, proxy.seen)) == set(faults)
     assert found.detailed_results.faults == Counter(KINDS[each] for each in proxy.seen if each)

@@ -432,7 +432,7 @@ def test_searches_that_are_killed_at_random_moments_go_on_to_the_same_bits() -> 
     """A few; `python -m tests.kills` kills more of them, and of more kinds."""
     searches = ["--searches", "planted_default", "planted_paper", "two_predictors"]
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.kills", "--kills", "10", "--terms", "4", "--seed", "1", *searches],
+        [sys.executable, "-m", "tests.kills", "--kills", "6", "--terms", "3", "--seed", "1", *searches],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GreaterError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    sys.stdout.write(f"{told}\n")
+    sys.stdout.write(f"{_held(told, sys.stdout.encoding or 'utf-8')}\n")
     return 0
 
 
@@ -69,7 +69,26 @@ def _export(given: argparse.Namespace) -> str:
     return text if given.out is None else _written(f"{text}\n", given.out)
 
 
+def _held(text: str, encoding: str) -> str:
+    """The text; a character that the encoding cannot hold is escaped as JSON does it.
+
+    >>> _held('{"Größe": "↑"}', "latin-1")
+    '{"Größe": "\\\\u2191"}'
+    """
+
+    def shown(character: str) -> str:
+        try:
+            character.encode(encoding)
+        except UnicodeEncodeError:
+            return json.dumps(character)[1:-1]
+        return character
+
+    return "".join(map(shown, text))
+
+
 def _written(text: str, path: Path) -> str:
+    if not path.name:  # `.`, which an empty argument is too, or `/`
+        raise RunDirectoryError(f"{path} cannot be written: it names no file. Give a file with --out.")
     try:
         replace_text(path, text)
     except OSError as error:

@@ -240,12 +240,12 @@ class GReaTer(Teleprompter):
         """Everything that hears of a run's events, and what is on record of them."""
         identity = problem.identity()
         versions = {f"server of {server.predictor}": str(server) for server in _servers(problem)}
-        best_file = BestFile(self.log_dir, partial(saved, student))
         with (
             Journal.open(self.log_dir, identity, versions) as journal,
             ProgressBar(show=self.progress, plan=plan_of(problem)) as bar,
             tracked(self.trackers, identity, self.log_dir) as (trackers, folder),
             ReportFile(folder, identity, journal.versions) as report,
+            BestFile(self.log_dir, partial(saved, student)) as best_file,
             terminable(),
         ):
             logs = [StepLog(), *_estimate_log(problem, journal)]

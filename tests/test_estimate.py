@@ -27,7 +27,7 @@ from scripted_engine import (
 
 import dspy_greater
 from dspy_greater import Estimate, GReaTer, local_lm
-from dspy_greater.errors import ProgramError
+from dspy_greater.errors import ProgramError, UnusedPredictorError
 from dspy_greater.estimate.reasoned import Lengths, lengths
 from dspy_greater.objective.types import Evaluation, RowOutcome
 from dspy_greater.pocket.tasks import generate, work_out
@@ -85,6 +85,20 @@ def test_a_dry_run_raises_what_a_search_would() -> None:
 
     with pytest.raises(ProgramError, match="could not be called on any of the"):
         told(program_on(ScriptedEngine(broken)))
+
+
+def test_a_dry_run_of_a_program_that_asks_no_model_says_that_nothing_can_be_told() -> None:
+    class Silent(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.predict = program_on(planted_engine()).predict
+
+        def forward(self, question: str) -> Any:
+            return dspy.Prediction(answer="yes", reasoning="It always is.")
+
+    for variant in ("default", "paper"):
+        with pytest.raises(UnusedPredictorError, match="The program did not call `predict` on the rows of the probe"):
+            told(Silent(), variant=variant)
 
 
 # --- how long reasonings will be ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -214,3 +215,33 @@ def test_the_commands_fail_with_a_message_and_no_traceback(tmp_path: Path, capsy
     assert third == "--signature 'predict' names no predictor. Write NAME=SIGNATURE."
     with pytest.raises(SystemExit, match="2"):
         main(["nothing"])
+
+
+@pytest.mark.parametrize("out", ["", ".", "/", "folder"])
+def test_an_output_that_is_no_name_of_a_file_is_refused_with_what_to_do(
+    out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    cot().save(tmp_path / "x.json")
+    optimizer(steps=0, log_dir="run").compile(program_on(planted_engine()), planted_rows(8)[:4])
+    for command in (["export", "x.json"], ["report", "run"]):
+        assert main([*command, "--out", out]) == 1
+        why = "Is a directory. Give another" if out == "folder" else "it names no file. Give a"
+        assert capsys.readouterr().err == f"{Path(out)} cannot be written: {why} file with --out.\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_what_standard_output_cannot_hold_is_escaped_and_still_the_same_json(
+    encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "Count é, ↑, 😀 and \ud800."
+    cot().save(tmp_path / "x.json")
+    state = json.loads((tmp_path / "x.json").read_text())
+    state["predict"]["signature"]["instructions"] = text
+    (tmp_path / "x.json").write_text(json.dumps(state))
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding, write_through=True))
+    assert main(["export", str(tmp_path / "x.json")]) == 0
+    told = json.loads(written.getvalue().decode(encoding))
+    assert text in told["predict"]["messages"][0]["content"]

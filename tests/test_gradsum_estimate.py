@@ -9,8 +9,8 @@ from typing import Any
 
 import dspy
 import pytest
-from scripted_gradsum import exact_match, optimizer, program, program_script
-from scripted_text import text_lm
+from scripted_gradsum import exact_match, gradient_script, optimizer, program, program_script
+from scripted_text import Asked, text_lm
 
 from dspy_greater import Estimate
 from dspy_greater.errors import MetricError, ProgramError
@@ -43,6 +43,35 @@ def test_calls_and_tokens_are_within_half_as_much_again_and_below_the_bound(sett
     assert 1 / 1.5 < told.total.tokens / tokens < 1.5
     assert told.low.calls <= told.total.calls <= told.high.calls
     assert calls <= told.high.calls
+
+
+class Router(dspy.Module):
+    """Each question goes to one of four predictors; a fifth is for none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in "abcde":
+            setattr(self, name, program().predictors()[0])
+
+    def forward(self, question: str) -> Any:
+        return getattr(self, "abcd"[int(question) % 4])(question=question)
+
+
+def blaming_all(asked: Asked) -> dict[str, Any]:
+    return {**gradient_script(asked), **({"concerns": "a, b, c, d"} if "evaluation" in asked else {})}
+
+
+@pytest.mark.filterwarnings("ignore:Predictor.*not called")
+def test_predictors_that_a_run_does_not_call_cost_nothing_in_the_estimate_nor_in_the_budget() -> None:
+    settings: dict[str, Any] = {"criteria": None, "metric": exact_match, "gradient_lm": text_lm(blaming_all)}
+    told = optimizer(**settings).compile(Router(), TRAIN, valset=VALIDATION, dry_run=True)
+    details = optimizer(**settings).compile(Router(), TRAIN, valset=VALIDATION).detailed_results
+    generation = details.spent_by_module["generation"]
+    assert generation["calls"] == generation["runs"] == generation["predictor_calls"]
+    assert 1 / 1.5 < told.total.calls / details.spent["calls"] < 1.5
+    most = details.spent["calls"] + 24  # all prompts of the beam might have met the student's
+    bounded = optimizer(**settings, max_lm_calls=most).compile(Router(), TRAIN, valset=VALIDATION).detailed_results
+    assert bounded.out_of_budget is None and len(bounded.iterations) == 3
 
 
 def test_a_dry_run_takes_one_small_iteration_and_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -317,6 +317,18 @@ def test_a_metric_that_fails_on_every_validation_row_compares_nothing() -> None:
     assert instruction_of(found.value.program) != SEED
 
 
+@pytest.mark.parametrize("iterations", [0, 2])
+def test_a_validation_row_that_the_metric_does_not_score_is_a_mistake_and_throws_nothing_away(iterations: int) -> None:
+    def metric(example: Any, prediction: Any, trace: object = None) -> Any:
+        return None if example.question == VALIDATION[0].question else exact_match(example, prediction)
+
+    better = compiled(metric=metric, criteria=None, iterations=iterations)
+    details = better.detailed_results
+    assert details.stopped_by is None and len(details.iterations) == iterations
+    assert all(rows[0] == 0.0 for rows in details.subscores)
+    assert (better.score > details.seed_score) == (iterations > 0)
+
+
 # --- kills, interrupts ---
 
 
@@ -416,6 +428,32 @@ def test_a_budget_on_calls_is_kept_and_the_best_so_far_returned(limit: int) -> N
     assert better.score >= details.seed_score
 
 
+def test_calls_that_a_cache_answers_do_not_make_the_next_prompts_look_cheap(tmp_path: Path) -> None:
+    """Another prompt of a program that calls a model twice a run takes two calls, though the student's took none."""
+
+    class Twice(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.look, self.say = program().predictors()[0], program().predictors()[0]
+
+        def forward(self, question: str) -> Any:
+            self.look(question=question)
+            return self.say(question=question)
+
+    def blames(asked: Asked) -> Any:
+        return {**gradient_script(asked), **({"concerns": "look, say"} if "evaluation" in asked else {})}
+
+    dspy.configure_cache(disk_cache_dir=str(tmp_path), enable_disk_cache=False)
+    student = Twice()
+    student.set_lm(dspy.LM("scripted/cached", engine=text_lm(program_script).engine, cache=True, num_retries=0))
+    for row in ROWS:
+        student(**row.inputs())
+    search = optimizer(criteria=None, metric=exact_match, gradient_lm=text_lm(blames), max_lm_calls=40)
+    details = search.compile(student, TRAIN, valset=VALIDATION).detailed_results
+    assert details.spent_by_module["generation"]["calls"] == 0, "the student's prompts were known"
+    assert details.spent["calls"] <= 40 and details.out_of_budget is not None
+
+
 def test_a_budget_on_tokens_is_kept() -> None:
     better = compiled(max_lm_tokens=1500, iterations=20)
     details = better.detailed_results
@@ -432,9 +470,8 @@ def test_a_larger_budget_is_never_a_shorter_run() -> None:
 
 
 def test_a_budget_that_does_not_cover_the_final_comparison_is_refused() -> None:
-    with pytest.raises(
-        SettingsError, match="max_lm_calls=35 does not cover the final comparison: 3 programs on 6 rows"
-    ):
+    text = "max_lm_calls=35 does not cover the final comparison: 3 programs on 6 rows, 2 calls each at least, are 36"
+    with pytest.raises(SettingsError, match=text):
         compiled(max_lm_calls=35)
 
 

@@ -15,7 +15,7 @@ from scripted_text import Asked, text_lm
 
 from dspy_greater import GradSumTeleprompter
 from dspy_greater.errors import DataError, ProgramError, UnusedPredictorError
-from dspy_greater.run.events import IterationTaken
+from dspy_greater.run.events import IterationTaken, NotCalled
 
 # --- two predictors: the first finds the number in the question, the second writes it as a word ---
 
@@ -190,8 +190,10 @@ def test_a_predictor_that_is_never_called_is_not_edited_and_a_run_that_goes_on_k
             WithSpare(text_lm(two_script)), ROWS[:3], valset=ROWS[3:]
         )
     assert {warning.filename for warning in told} == {__file__}
-    teacher = teacher_of(log_dir=tmp_path)
+    heard: list[Any] = []
+    teacher = teacher_of(log_dir=tmp_path, listeners=[heard.append])
     better = teacher.compile(WithSpare(text_lm(two_script)), ROWS[:3], valset=ROWS[3:])
+    assert NotCalled(("spare",)) in heard, "it is replayed like all that is recorded"
     assert better.detailed_results.prompts == {
         "find": "Copy the digit.",
         "write": "Write the word.",

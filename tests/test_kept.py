@@ -597,8 +597,13 @@ def test_a_predictor_that_is_never_called_is_known_before_the_first_search_and_c
     details = better.detailed_results
     assert [each.name for each in details.predictors] == ["usual.predict"] and details.stopped_by is None
     assert better.score >= details.seed_score and instruction_of(better.rare) == SEED
-    again = compiled(Router(engine_that(), "zebra"), steps=2, log_dir=tmp_path)  # nothing is run, nor warned of
+    report, first = (tmp_path / "report.html").read_text(), heard.copy()
+    heard.clear()
+    settings: dict[str, Any] = {"steps": 2, "log_dir": tmp_path, "listeners": [listener]}
+    again = compiled(Router(engine_that(), "zebra"), **settings)  # nothing is run, nor warned of
     assert bits(again.detailed_results.predictors) == bits(details.predictors)
+    assert heard == first and (tmp_path / "report.html").read_text() == report
+    assert "left as they are: rare.predict." in report and "Not searched yet" not in report
 
 
 def test_a_predictor_that_comes_first_and_is_never_called_is_passed_over(tmp_path: Path) -> None:
@@ -617,11 +622,17 @@ def test_a_predictor_that_comes_first_and_is_never_called_is_passed_over(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_predictor_that_is_no_longer_called_under_what_was_found_before_it_is_passed_over() -> None:
+def test_a_predictor_that_is_no_longer_called_under_what_was_found_before_it_is_passed_over(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"steps": 1, "selections": 30, "log_dir": tmp_path}
     with pytest.warns(UserWarning, match=r"`rare\.predict` was not called on any of the 4 training rows\. It keeps"):
-        better = compiled(Router(engine_that(), "one"), steps=1, selections=30)
+        better = compiled(Router(engine_that(), "one"), **settings)
     assert [each.name for each in better.detailed_results.predictors] == ["usual.predict"]
     assert better.score == 1.0
+    report = (tmp_path / "report.html").read_text()
+    assert "left as they are: rare.predict." in report and "Not searched yet" not in report
+    again = compiled(Router(engine_that(), "one"), **settings)  # it is known, and not warned of again
+    assert bits(again.detailed_results.predictors) == bits(better.detailed_results.predictors)
+    assert (tmp_path / "report.html").read_text() == report
 
 
 @pytest.mark.slow

@@ -745,10 +745,10 @@ def test_the_identity_holds_no_secret() -> None:
 
 
 def test_the_seed_decides_what_a_sampled_model_draws(engine: Any) -> None:
-    def drawn(seed: int, **own: Any) -> Any:
+    def drawn(of_the_search: int, **own: Any) -> Any:
         program = program_on(engine)
         program.set_lm(local_lm(engine, temperature=0.8, **own))
-        return posed(program, seed=seed).program.predictors()[0].lm.kwargs["seed"]
+        return posed(program, seed=of_the_search).program.predictors()[0].lm.kwargs["seed"]
 
     assert drawn(0) == drawn(0) != drawn(1)
     assert drawn(0, seed=7) == drawn(1, seed=7) == 7

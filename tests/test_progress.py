@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from dspy_greater.objective.types import Candidate, Evaluation
+from dspy_greater.run import best as best_file
 from dspy_greater.run.best import BestFile
 from dspy_greater.run.events import (
     BeamStarted,
@@ -27,6 +28,7 @@ from dspy_greater.run.events import (
     Validated,
     Warned,
 )
+from dspy_greater.run.files import replace_text
 from dspy_greater.run.outlook import Plan
 from dspy_greater.run.progress import Listeners, ProgressBar, in_notebook
 
@@ -247,6 +249,37 @@ def test_ctrl_c_between_the_files_of_the_best_leaves_them_of_one_state(tmp_path:
         best(Validated(STARTED.predictor, {"Look twice.": 1.0}, "Look twice."))
     assert on_disk()[0] == {STARTED.predictor: "Look twice."}
     assert (on_disk()[0] == on_disk()[1]) == (times == 1)  # a second one is obeyed at once
+
+
+@pytest.mark.parametrize("refused", ["best.json", "best_program.json"])
+def test_a_best_that_could_not_be_written_is_warned_of_once_and_written_at_the_next_event(
+    tmp_path: Path, refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = [True]
+
+    def elsewhere(path: Path, text: str) -> None:
+        if held[0] and path.name == refused:
+            raise PermissionError(13, "open elsewhere")
+        replace_text(path, text)
+
+    def on_disk() -> list[Any]:
+        return [json.loads((tmp_path / name).read_text()) for name in ("best.json", "best_program.json")]
+
+    monkeypatch.setattr(best_file, "replace_text", elsewhere)
+    validated = Validated(STARTED.predictor, {"Look twice.": 1.0}, "Look twice.")
+    found = {"instructions": {STARTED.predictor: "Look twice."}, "predictor": STARTED.predictor}
+    with BestFile(tmp_path, lambda instructions: json.dumps(dict(instructions))) as best:
+        text = rf"{refused} could not be written: PermissionError: .*It is tried again as the run goes on"
+        with pytest.warns(RuntimeWarning, match=text):
+            best(STARTED)
+        best(validated)  # and this is not told again
+        held[0] = False
+        best(Warned("whatever comes next"))
+        assert on_disk() == [{**found, "validation_score": 1.0}, found["instructions"]]
+        held[0] = True
+        best(replace(validated, winner="Look thrice.", scores={"Look thrice.": 1.0}))
+        held[0] = False
+    assert on_disk()[1] == on_disk()[0]["instructions"] == {STARTED.predictor: "Look thrice."}  # written at the end
 
 
 def test_ctrl_c_passes_through_a_listener() -> None:

@@ -19,6 +19,7 @@ from dspy_greater import GradSum, GReaTer, local_lm
 from dspy_greater.errors import SettingsError
 from dspy_greater.gradsum.settings import GradSumKnobs, GradSumSettings
 from dspy_greater.run.events import SearchStarted, StepTaken
+from dspy_greater.run.files import replace_text
 from dspy_greater.settings import Knobs, Settings
 
 TRAIN, VALIDATION = planted_rows(24)[:4], planted_rows(24)[8:12]
@@ -215,9 +216,25 @@ def test_the_best_so_far_is_on_disk_after_every_new_best(tmp_path: Path) -> None
 
 def test_a_folder_that_takes_no_file_costs_no_search(tmp_path: Path) -> None:
     (tmp_path / "best.json").mkdir()
-    with pytest.warns(RuntimeWarning, match="BestFile"):
+    with pytest.warns(RuntimeWarning, match=r"best\.json could not be written: .* It is tried again as"):
         better = compiled(steps=1, log_dir=tmp_path)
     assert better.detailed_results.steps
+
+
+def test_a_run_goes_on_writing_its_best_after_a_write_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = iter([True])
+
+    def once(path: Path, text: str) -> None:
+        if next(failing, False):
+            raise PermissionError(13, "open elsewhere")
+        replace_text(path, text)
+
+    monkeypatch.setattr("dspy_greater.run.best.replace_text", once)
+    with pytest.warns(RuntimeWarning, match=r"best\.json could not be written"):
+        better = gradsum(iterations=1, log_dir=tmp_path).compile(program(), ROWS[:6], valset=ROWS[8:12])
+    assert json.loads((tmp_path / "best.json").read_text())["instructions"] == better.detailed_results.prompts
 
 
 def test_grad_sum_writes_its_best_too(tmp_path: Path) -> None:

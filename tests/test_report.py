@@ -200,6 +200,17 @@ def test_a_run_that_was_killed_is_reported_as_far_as_it_went(run: tuple[Path, An
         assert "training rows" in root.all("p", "soft")[0].text
 
 
+def test_a_search_that_went_on_after_its_validation_is_under_way_until_it_is_validated_again() -> None:
+    went_on = replace(STEP, step=1, chosen=replace(BETTER, instruction="Count twice.", objective=(0.0, 0.0), score=1.0))
+    root = read(page(report_of(Record(events=(*HAPPENED, went_on)))))
+    assert "2 of 4 steps taken, not validated yet: under way, or interrupted." in root.text
+    assert root.all("p", "soft")[0].text == "So far, mean of the metric on the training rows"
+    again = Validated("predict", {"Think hard.": 0.5, "Count twice.": 0.75}, "Count twice.")
+    root = read(page(report_of(Record(events=(*HAPPENED, went_on, again)))))
+    assert "ended after 2 of 4 steps, and validated." in root.text
+    assert root.all("div", "headline")[0].text == "0.5→0.75"
+
+
 def test_damage_in_the_middle_is_told_and_what_stands_before_it_is_shown(run: tuple[Path, Any], tmp_path: Path) -> None:
     content = (run[0] / "journal.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "journal.jsonl").write_bytes(b"".join([*content[:3], b"{}\n", *content[4:]]))
@@ -415,6 +426,34 @@ def test_a_report_that_cannot_be_written_is_a_warning_and_the_program_is_returne
     report(STEP)
     with pytest.warns(RuntimeWarning, match=r"report.html could not be written: OSError: .* `python -m dspy_greater"):
         report.close()
+
+
+def test_a_report_that_could_not_be_written_is_written_at_a_later_event_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, held = [0.0], [True]
+
+    def elsewhere(path: Path, text: str) -> None:
+        now[0] += 1.0
+        if held[0]:
+            raise PermissionError(13, "open elsewhere")
+        replace_text(path, text)
+
+    monkeypatch.setattr(report_file, "replace_text", elsewhere)
+    monkeypatch.setattr(report_file.time, "monotonic", lambda: now[0])
+    told_again = r"report\.html could not be written: PermissionError: .* It is tried again as the run goes on\."
+    with ReportFile(tmp_path, {}, {}) as report:
+        with pytest.warns(RuntimeWarning, match=told_again):
+            report(STARTED)
+        report(STEP)
+        assert now[0] == 1.0, "a hundredth of the run's time, as ever"
+        now[0], held[0] = 200.0, False
+        report(replace(STEP, step=1))
+        assert page_of(tmp_path).text.count("2 of 4 steps") and now[0] == 201.0
+        now[0], held[0] = 400.0, True
+        report(replace(STEP, step=2))  # and this is not told again
+        held[0] = False
+    assert "3 of 4 steps" in page_of(tmp_path).text
 
 
 def test_without_a_directory_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

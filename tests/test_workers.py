@@ -18,7 +18,7 @@ from dspy_greater.errors import MissingExtraError, SettingsError, WorkerError, W
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.interface import GenerationRequest, Leaf, TokenQuery
 from dspy_greater.model.plain import PlainModel
-from dspy_greater.workers import crews
+from dspy_greater.workers import crews, ray_actors
 from dspy_greater.workers.in_process import InProcessWorker, in_process
 from dspy_greater.workers.jobs import Answer, Job
 from dspy_greater.workers.plan import even_batches
@@ -300,6 +300,41 @@ def test_without_ray_the_line_that_installs_it_is_said(value: Any, monkeypatch: 
     with pytest.raises(MissingExtraError, match=r"workers= needs Ray: pip install 'dspy-greater\[ray\]'"):
         GReaTer(metric=exact_match, workers=value)
     assert GReaTer(metric=exact_match).workers is None
+
+
+@pytest.mark.parametrize("number", [1, 3], ids=["one of the first", "one in the place of another"])
+@pytest.mark.parametrize("moment", ["start", "ready"])
+def test_workers_that_were_begun_are_ended_where_one_of_them_fails(
+    moment: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a cluster of the caller's own, which is not ended with them, they would keep its room."""
+    monkeypatch.setattr(ray_actors, "refuse_without_ray", lambda workers: None)
+    monkeypatch.setattr(ray_actors, "joined", lambda address, count: lambda: None)
+    monkeypatch.setattr(ray_actors, "_share", lambda engine, count, shards: ray_actors.Share(3, 1, 0))
+    monkeypatch.setattr(ray_actors.Plan, "of", lambda engine: None)
+    begun: list[Any] = []
+    closed: list[Any] = []
+
+    class Begun(Mortal):
+        def close(self) -> None:
+            closed.append(self)
+
+    def start(plan: Any, share: Any) -> Begun:
+        if moment == "start" and len(begun) == number:
+            raise KeyboardInterrupt
+        begun.append(Begun(engine, dies=lambda job: True))
+        return begun[-1]
+
+    def ready(worker: Begun, share: Any, engine: Any) -> Begun:
+        if moment == "ready" and begun.index(worker) == number:
+            raise KeyboardInterrupt
+        return worker
+
+    engine = engine_of()
+    with pytest.raises(KeyboardInterrupt):
+        ray_actors.hired(engine, 3, 1, start, ready).do([Job("next", ((1, 5),))])
+    assert len(begun) == (number if moment == "start" else max(3, number + 1))
+    assert closed == (begun if number == 1 else [begun[0], *begun[3:]])  # the first died
 
 
 def test_workers_over_other_weights_are_closed_before_new_ones_start() -> None:

@@ -228,7 +228,9 @@ def _edits(at: StepContext, model: Watched) -> tuple[list[Instruction], float]:
 def _program_seconds(
     problem: Problem, target: Target, rows: Sequence[Any], instructions: Sequence[str], model: Watched
 ) -> float:
-    """Of the program itself on a row: it is run again, with the answers that are known."""
+    """Of the program itself on a row: it is run again, with the answers that are known; 0 where it asked for none."""
+    if not model.answers:
+        return 0.0
     copies = [searching_copy(problem.program, {target.predictor.name: instruction}) for instruction in instructions]
     pairs = [(copied, row) for copied in copies for row in rows]
     anything = next(iter(model.answers.values()))

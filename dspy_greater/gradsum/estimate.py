@@ -108,8 +108,9 @@ class _Probed:
         known = 0.0 if number == 0 else subset * sample / rows  # compared in the iteration before, and drawn again
         failing = self.failing * (1.0 - (1.0 - self.left) * number / max(1, settings.iterations - 1))
         wrong = members * sample * failing
-        concerned = members * self.edited * (1.0 - (1.0 - failing) ** sample)  # those with any feedback
-        calls = self.outputs(members * (sample - known) + concerned * settings.candidates_per_edit * subset)
+        told = members * (1.0 - (1.0 - failing) ** sample)  # those with any feedback
+        concerned = told * self.edited  # the k-th versions of all predictors are one candidate
+        calls = self.outputs(members * (sample - known) + told * settings.candidates_per_edit * subset)
         calls["gradients"] = wrong * self.asked
         calls["summarisation"] = concerned if settings.summarize else 0
         calls["editing"] = concerned
@@ -118,11 +119,11 @@ class _Probed:
     def outputs(self, count: float) -> Calls:
         """So many runs of the program, and their judge's verdicts."""
         judged = count if self.task.criteria is not None else 0.0
-        return {"generation": count * self.meter.calls_per_run(len(self.task.predictors)), "evaluation": judged}
+        return {"generation": count * self.meter.calls_per_run(), "evaluation": judged}
 
     def cost(self, calls: Mapping[Module, float]) -> Cost:
         """What so many calls cost, at the small iteration's price for each module."""
-        runs = calls["generation"] / self.meter.calls_per_run(len(self.task.predictors))
+        runs = calls["generation"] / self.meter.calls_per_run()
         return sum((self._module(module, count) for module, count in calls.items()), Cost(runs=runs))
 
     def _module(self, module: Module, calls: float) -> Cost:

@@ -39,11 +39,22 @@ class Evaluator:
         task: program, rows, criteria and metric.
         rows: the rows that indices refer to.
         floor: how many of the rows that are asked for first may not stay without an answer.
+        deployed: run the program as it will be used, with the adapter's fallback to JSON; see `roll_out`. The metric
+            has proven itself by then.
     """
 
-    def __init__(self, task: Task, rows: Sequence[Any], asker: Asker, meter: Meter, *, floor: int = 0) -> None:
+    def __init__(
+        self,
+        task: Task,
+        rows: Sequence[Any],
+        asker: Asker,
+        meter: Meter,
+        *,
+        floor: int = 0,
+        deployed: bool = False,
+    ) -> None:
         self._task, self._rows, self._asker, self._meter = task, rows, asker, meter
-        self._floor = range(floor)
+        self._floor, self._deployed = range(floor), deployed
         fields = [field for predictor in task.predictors for field in predictor.signature.output_fields.items()]
         self._annotations = {name: info.annotation for name, info in fields}
         self._latest: tuple[Rollout, ...] = ()
@@ -78,20 +89,22 @@ class Evaluator:
     def _generate(self, pairs: Sequence[tuple[Prompts, int]]) -> list[Output]:
         """Module 1: the program itself."""
         task, meter = self._task, self._meter
-        meter.admit(len(pairs) * (meter.calls_per_run(len(task.predictors)) + int(task.criteria is not None)))
+        meter.admit(len(pairs) * task.calls_per_output(meter.calls_per_run()))
         programs = {_key(prompts): searching_copy(task.program, prompts) for prompts, _ in pairs}
         runs = [(programs[_key(prompts)], self._rows[row]) for prompts, row in pairs]
-        metric = unscored if task.metric is None else task.metric.late if self._known else task.metric
+        proven = self._deployed or bool(self._known)
+        metric = unscored if task.metric is None else task.metric.late if proven else task.metric
         with meter.counting("generation"):
             run = partial(
                 run_pairs,
                 metric=metric,
                 threads=task.settings.num_threads,
+                deployed=self._deployed,
                 failure_score=task.settings.failure_score,
             )
             done = answered(runs, run, task.servers, probe=self._probe(), must=self._floor)
             refuse_dead_lm(done, len({row for _, row in pairs}), self._probe())
-        meter.add("generation", runs=len(runs))
+        meter.add("generation", runs=len(runs), predictor_calls=sum(len(rollout.trace) for rollout in done))
         self._latest = tuple(done)
         return [self._output(row, rollout) for (_, row), rollout in zip(pairs, done, strict=True)]
 

@@ -84,6 +84,7 @@ class Loop:
         generated = self._training.evaluate(self.beam, sample)  # generation and evaluation
         if not self.iterations:
             self._heed(SeedRun(self._training.take_runs(), *self._drawn(sample)))
+            self._reserve_validation()  # how many calls a run makes is known now
         gradients = self._differentiate(generated)
         summaries = self._summarise(gradients)
         candidates = self._edit(summaries)
@@ -128,10 +129,11 @@ class Loop:
         """
         self._meter.lift_limits()
         task = self._task
-        validation = Evaluator(task, task.validation, self._asker, self._meter, floor=len(task.validation))
-        outputs = validation.evaluate(finalists, range(len(task.validation)))
+        count = len(task.validation)
+        validation = Evaluator(task, task.validation, self._asker, self._meter, floor=count, deployed=True)
+        outputs = validation.evaluate(finalists, range(count))
         refuse_useless_metric(*([output.error for output in group] for group in outputs), rows="validation rows")
-        runs, count = validation.take_runs(), len(task.validation)
+        runs = validation.take_runs()
         return outputs, [runs[start : start + count] for start in range(0, len(runs), count)]
 
     def _draw(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -305,10 +307,7 @@ class Loop:
             raise BudgetSpent(f"max_seconds={limit:g} was reached with {taken:.1f} seconds.")
 
     def _reserve_validation(self) -> None:
-        task = self._task
-        runs = (task.settings.beam_width + 1) * len(task.validation)
-        per_run = self._meter.calls_per_run(len(task.predictors))
-        self._meter.reserve(runs * task.calls_per_output(per_run))
+        self._meter.reserve(self._task.validation_calls(self._meter.calls_per_run()))
 
 
 def _text(value: Any, name: str) -> str:

@@ -55,11 +55,15 @@ class Meter:
         with self._lock:
             self._spent = {module: dict(counted) for module, counted in spent.items()}
 
-    def calls_per_run(self, at_least: int) -> int:
-        """LM calls of one run of the program, as measured so far and rounded up; `runs` are counted with the calls."""
-        counted = self._spent.get("generation", {})
-        runs = counted.get("runs", 0)
-        return max(at_least, math.ceil(counted["calls"] / runs) if runs else 0)
+    def calls_per_run(self) -> int:
+        """LM calls of one run of the program, as measured so far and rounded up; 1 before the first run.
+
+        `runs` and `predictor_calls` are counted with the LM calls. A predictor's call that a cache answered took no
+        LM call, and the next prompt's will.
+        """
+        counted = self.spent().get("generation", {})
+        made = max(counted.get("calls", 0), counted.get("predictor_calls", 0))
+        return max(1, math.ceil(made / max(1, counted.get("runs", 0))))
 
     def reserve(self, calls: int) -> None:
         """Keep so many calls, and as many tokens as they took on average, for what comes after the loop."""

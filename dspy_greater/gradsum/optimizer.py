@@ -41,7 +41,7 @@ from dspy_greater.run.events import (
 from dspy_greater.run.journal import Journal
 from dspy_greater.run.log import StepLog
 from dspy_greater.run.progress import Listeners, ProgressBar, checked_callbacks
-from dspy_greater.run.stop import BY_FILE, SecondInterrupt, StopFile, by_signal, terminable
+from dspy_greater.run.stop import BY_FILE, StopFile, by_signal, second, terminable
 from dspy_greater.run.trackers import checked_trackers, tracked
 from dspy_greater.settings import Auto, checked_log_dir, checked_seed, spelled_out
 
@@ -185,13 +185,13 @@ class GradSum(Teleprompter):
         )
         if dry_run:
             return estimate(task)
-        stop_file, best_file = StopFile(self.log_dir), BestFile(self.log_dir, partial(saved, student))
-        identity = task.identity()
+        stop_file, identity = StopFile(self.log_dir), task.identity()
         with (
             Journal.open(self.log_dir, identity) as journal,
             ProgressBar(show=self.progress) as bar,
             tracked(self.trackers, identity, self.log_dir) as (trackers, folder),
             ReportFile(folder, identity, journal.versions) as report,
+            BestFile(self.log_dir, partial(saved, student)) as best_file,
             terminable(),
         ):
             listeners = Listeners([bar, StepLog(), best_file, report, *trackers, *self.listeners], stop_file)
@@ -220,8 +220,8 @@ class _Run:
         limits = task.settings
         self._task, self._journal, self._listeners = task, journal, listeners
         self._meter = Meter(max_calls=limits.max_lm_calls, max_tokens=limits.max_lm_tokens)
-        recorded = [event for event in journal.recorded() if isinstance(event, NotCalled)]
-        self._loop = Loop(task, self._meter, [name for event in recorded for name in event.predictors])
+        self._told_before = [event for event in journal.recorded() if isinstance(event, NotCalled)]
+        self._loop = Loop(task, self._meter, [name for event in self._told_before for name in event.predictors])
         self._started = time.monotonic()
         self._interrupted: str | None = None
         self.error: str | None = None
@@ -238,6 +238,8 @@ class _Run:
         recorded = self._journal.recorded()
         iterations = [event for event in recorded if isinstance(event, IterationTaken)]
         self._tell(BeamStarted(self._task.seed_prompts, self._task.settings.iterations), record=not recorded)
+        for event in self._told_before:
+            self._tell(event, record=False)
         if not iterations and self._listeners.stopped:
             return
         try:
@@ -273,7 +275,7 @@ class _Run:
             self._tell(BeamValidated(tuple(finalists), tuple(scores), winner(scores)), record=False)
         except KeyboardInterrupt as interrupt:
             if self._interrupted:
-                raise SecondInterrupt(*interrupt.args) from interrupt
+                raise second(interrupt) from interrupt
             self._interrupted = by_signal(interrupt)
         except Exception as error:
             if self._nothing_to_lose():

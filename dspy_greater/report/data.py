@@ -60,7 +60,7 @@ class Search:
     instruction: str  # the winner, or the best so far
     planned: int  # steps
     steps: tuple[StepTaken, ...]
-    validated: Validated | None
+    validated: Validated | None  # after the last step, that is; an earlier validation is not of what is shown
     before: Estimate  # of the metric, on the validation rows; before the validation, on the training rows
     after: Estimate
     gain: Estimate  # mean of the differences, row by row
@@ -142,7 +142,8 @@ def _search(name: str, about: Mapping[str, Any], events: Sequence[Event]) -> Sea
     mine = [event for event in events if getattr(event, "predictor", None) == name]
     started = next(event for event in mine if isinstance(event, SearchStarted))
     steps = tuple(event for event in mine if isinstance(event, StepTaken))
-    validated = next((event for event in reversed(mine) if isinstance(event, Validated)), None)
+    latest = next((event for event in reversed(mine) if isinstance(event, (StepTaken, Validated))), None)
+    validated = latest if isinstance(latest, Validated) else None  # a run that went on has to be validated again
     best = best_of(started.seed, steps)
     instruction = best.instruction if validated is None else validated.winner
     tried = _evaluations(started.seed, steps)

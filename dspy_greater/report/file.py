@@ -10,11 +10,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from dspy_greater.notices import warn_caller
 from dspy_greater.report.data import report_of
 from dspy_greater.report.page import page
 from dspy_greater.run.events import BeamStarted, BeamValidated, Event, SearchStarted, Warned
-from dspy_greater.run.files import replace_text
+from dspy_greater.run.files import replace_text, warn_unwritten
 from dspy_greater.run.record import Record
 
 NAME = "report.html"
@@ -26,7 +25,7 @@ class ReportFile(AbstractContextManager["ReportFile"]):
 
     It writes after an event unless the last writing was so recent that all of them together would cost more than a
     hundredth of the run; `close`, which a `with` statement calls, writes what is missing. The file is replaced as a
-    whole, so a reader never sees half of it.
+    whole, so a reader never sees half of it. Where it cannot be written, that is warned of once and tried again.
 
     Args:
         log_dir: the run's directory.
@@ -42,43 +41,45 @@ class ReportFile(AbstractContextManager["ReportFile"]):
         self._versions = dict(versions)
         self._events: list[Event] = []
         self._stale = False
+        self._told = False
         self._not_before = time.monotonic()
 
     def __call__(self, event: Event) -> None:
-        """Take the event in.
-
-        Raises:
-            OSError: the file could not be written.
-        """
+        """Take the event in."""
         if self._folder is None or isinstance(event, (Warned, BeamValidated)):  # which no journal has
             return
         self._events.append(event)
         self._stale = True
         if isinstance(event, (SearchStarted, BeamStarted)) or time.monotonic() >= self._not_before:
-            self._write()
+            self._write(self._folder, again=True)
 
     def close(self) -> None:
-        """Write what is missing; a report that cannot be written is a warning, for the search is worth more."""
-        if not self._stale:
+        """Write what is missing; a report that cannot be made is a warning, for the search is worth more."""
+        if self._folder is None or not self._stale:
             return
         try:
-            self._write()
+            self._write(self._folder, again=False)
         except Exception as error:
-            warn_caller(
-                f"The report {NAME} could not be written: {type(error).__name__}: {error}. "
-                "`python -m dspy_greater report LOG_DIR` makes it from the journal.",
-                RuntimeWarning,
-            )
+            self._warn(self._folder, error, again=False)
 
     def __exit__(self, *raised: object) -> None:
         self.close()
 
-    def _write(self) -> None:
-        if self._folder is None:
-            return
-        self._stale = False  # also where it fails: once is enough
+    def _write(self, folder: Path, *, again: bool) -> None:
+        self._stale = False  # also where the page cannot be made: once is enough
         began = time.monotonic()
         record = Record(self._identity, self._versions, tuple(self._events))
-        replace_text(self._folder / NAME, page(report_of(record)))
+        text = page(report_of(record))
+        try:
+            replace_text(folder / NAME, text)
+        except OSError as error:
+            self._stale = True
+            self._warn(folder, error, again=again)
         now = time.monotonic()
         self._not_before = now + _SHARE * (now - began)
+
+    def _warn(self, folder: Path, error: Exception, *, again: bool) -> None:
+        if not self._told:
+            self._told = True
+            hint = "`python -m dspy_greater report LOG_DIR` makes it from the journal."
+            warn_unwritten(folder / NAME, error, again=again, hint=hint)

@@ -29,7 +29,7 @@ class PredictorResult:
     validation: dict[str, float]
     instruction: str  # what was written into the program
     seed_spent: dict[str, int]  # on the seed's training rows
-    validation_spent: dict[str, int]  # empty when there was no validation
+    validation_spent: dict[str, int]  # of the one that decided; empty when there was none
     subscores: dict[str, tuple[float, ...]]  # of `validation`, row by row
 
     @property
@@ -180,6 +180,7 @@ class CompileResult(_Validated, Plotted):
     def spent_by_phase(self) -> dict[str, dict[str, int]]:
         """The cost of "seed", "search" and "validation" of all predictors, what an interrupted run spent included.
 
+        Of a predictor that was validated, and then searched further in a later run, the last validation counts alone.
         Each holds the counters of `spent`, and `runs`: how often the program was run on a row. Its
         `generated_tokens` of seed and search are what `max_generated_tokens` bounds.
         """

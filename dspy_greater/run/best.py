@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,22 @@ from dspy_greater.run.events import (
     StepTaken,
     Validated,
 )
-from dspy_greater.run.files import replace_text
+from dspy_greater.run.files import replace_text, warn_unwritten
 
 NAME = "best.json"
 PROGRAM_NAME = "best_program.json"
 _LOG = logging.getLogger("dspy_greater")
 
 
-class BestFile:
+class BestFile(AbstractContextManager["BestFile"]):
     """A listener that writes `best.json` into a run's directory after every new best; without a directory, nothing.
 
     The file holds `instructions` by predictor, those of predictors whose turn is over included; `score`, the metric's
     mean over the training rows; `validation_score`, once there is one; and where the search stood: `predictor` and
     `step`, or `iteration`. Beside it lies `best_program.json`, the program with these instructions. Before
     `validation_score` is there, they are the best on the training rows, and may be worse than the student's on others.
-    Both files are replaced as a whole, so a reader never sees half of one.
+    Both files are replaced as a whole, so a reader never sees half of one. What cannot be written is a warning, once:
+    it is tried again at every event, and by `close`, which a `with` statement calls.
 
     Args:
         log_dir: the run's directory.
@@ -53,13 +55,22 @@ class BestFile:
         self._program = program
         self._instructions: dict[str, str] = {}
         self._best: Evaluation | None = None
+        self._where: dict[str, Any] | None = None  # the search stood, of what is not on disk yet
+        self._told = False
 
     def __call__(self, event: Event) -> None:
-        """Write what is better than what was known.
+        """Write what is better than what was known, and what could not be written before."""
+        self._hear(event)
+        self._write(again=True)
 
-        Raises:
-            OSError: the file could not be written.
-        """
+    def close(self) -> None:
+        """Write what is missing."""
+        self._write(again=False)
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def _hear(self, event: Event) -> None:
         if isinstance(event, SearchStarted):
             self._better(event.seed, event.predictor, 0)
         elif isinstance(event, StepTaken):
@@ -68,47 +79,52 @@ class BestFile:
                 self._better(best, event.predictor, event.step + 1)
         elif isinstance(event, Validated):
             self._instructions[event.predictor] = event.winner
-            self._write({"predictor": event.predictor, "validation_score": event.scores[event.winner]})
+            self._where = {"predictor": event.predictor, "validation_score": event.scores[event.winner]}
         elif isinstance(event, BeamStarted):
             self._instructions = dict(event.prompts)
-            self._write({"iteration": 0})
+            self._where = {"iteration": 0}
         elif isinstance(event, IterationTaken):
             scores = {tuple(scored.prompts.items()): scored.score for scored in event.compared}
             self._instructions = dict(event.beam[0])
             best_scores = scores.get(tuple(event.beam[0].items()), ())
-            self._write({"iteration": event.iteration + 1, "score": next(iter(best_scores), None)})
+            self._where = {"iteration": event.iteration + 1, "score": next(iter(best_scores), None)}
         elif isinstance(event, BeamValidated):
             self._instructions = dict(event.finalists[event.winner])
-            self._write({"validation_score": event.scores[event.winner][0]})
+            self._where = {"validation_score": event.scores[event.winner][0]}
 
     def settle(self, instructions: Mapping[str, str], validation_score: float) -> None:
-        """Write what is returned in the end, where a last comparison decided; a folder that takes no file is logged."""
-        self._instructions = dict(instructions)
-        try:
-            self._write({"validation_score": validation_score})
-        except OSError as error:
-            _LOG.warning("%s could not be written: %s.", NAME, error)
+        """Write what is returned in the end, where a last comparison decided."""
+        self._instructions, self._where = dict(instructions), {"validation_score": validation_score}
+        self.close()
 
     def _better(self, best: Evaluation, predictor: str, step: int) -> None:
         self._best = best
         self._instructions[predictor] = best.instruction
-        self._write({"predictor": predictor, "step": step, "score": best.score})
+        self._where = {"predictor": predictor, "step": step, "score": best.score}
 
-    def _write(self, where: dict[str, Any]) -> None:
-        if self._folder is None:
+    def _write(self, *, again: bool) -> None:
+        if self._folder is None or self._where is None:
             return
         try:
-            self._replace(self._folder, where)
+            self._replace(self._folder, self._where, again=again)
         except KeyboardInterrupt:  # between the two files; they have to tell of one state
-            self._replace(self._folder, where)
+            self._replace(self._folder, self._where, again=again)
             raise
 
-    def _replace(self, folder: Path, where: dict[str, Any]) -> None:
+    def _replace(self, folder: Path, where: dict[str, Any], *, again: bool) -> None:
         text = json.dumps({"instructions": self._instructions, **where}, indent=2, ensure_ascii=False)
-        replace_text(folder / NAME, text + "\n")
-        program = self._saved()
-        if program is not None:
-            replace_text(folder / PROGRAM_NAME, program)
+        path = folder / NAME
+        try:
+            replace_text(path, text + "\n")
+            program = self._saved()
+            if program is not None:
+                path = folder / PROGRAM_NAME
+                replace_text(path, program)
+            self._where = None
+        except OSError as error:
+            if not self._told:
+                self._told = True
+                warn_unwritten(path, error, again=again)
 
     def _saved(self) -> str | None:
         if self._program is None:

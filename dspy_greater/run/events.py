@@ -90,7 +90,10 @@ class Validated:
 
 @dataclass(frozen=True)
 class NotCalled:
-    """Predictors that the program called on none of the training rows, before the first search: they have none."""
+    """Predictors that have no search: the program called them on none of the training rows.
+
+    Before the first search it is the student that was run, later the program with what was found for those before.
+    """
 
     predictors: tuple[str, ...]
 

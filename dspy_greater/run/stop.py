@@ -16,10 +16,7 @@ from dspy_greater.notices import warn_caller
 NAME = "STOP"
 BY_FILE = "STOP file"
 _SIGTERM = "SIGTERM"
-
-
-class SecondInterrupt(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM after a first one has ended the search: what was found is not waited for any more."""
+_SECOND = "the second one: what was found is not waited for any more"
 
 
 def by_signal(interrupt: KeyboardInterrupt) -> str:
@@ -28,7 +25,21 @@ def by_signal(interrupt: KeyboardInterrupt) -> str:
     >>> by_signal(KeyboardInterrupt("SIGTERM")), by_signal(KeyboardInterrupt())
     ('SIGTERM', 'interrupt')
     """
-    return _SIGTERM if interrupt.args == (_SIGTERM,) else "interrupt"
+    return _SIGTERM if interrupt.args[:1] == (_SIGTERM,) else "interrupt"
+
+
+def second(interrupt: KeyboardInterrupt) -> KeyboardInterrupt:
+    """What is to be raised for an interrupt that came after another one had ended the search.
+
+    >>> is_second(second(KeyboardInterrupt())), is_second(KeyboardInterrupt())
+    (True, False)
+    """
+    return KeyboardInterrupt(*interrupt.args, _SECOND)
+
+
+def is_second(error: BaseException) -> bool:
+    """Whether it is an interrupt after which nothing more is to be computed."""
+    return isinstance(error, KeyboardInterrupt) and _SECOND in error.args
 
 
 @contextmanager

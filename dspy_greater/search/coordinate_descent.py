@@ -71,7 +71,8 @@ class CoordinateDescent:
         self._unvalidated: Exception | None = None
         recorded = journal.recorded()
         self._student_ran = bool(recorded)
-        self._uncalled = {name for event in recorded if isinstance(event, NotCalled) for name in event.predictors}
+        self._told_before = [event for event in recorded if isinstance(event, NotCalled)]
+        self._uncalled = {name for event in self._told_before for name in event.predictors}
         self._unused: UnusedPredictorError | None = None
 
     def run(self) -> Found:
@@ -80,6 +81,8 @@ class CoordinateDescent:
         Raises:
             Exception: whatever came before anything was found.
         """
+        for event in self._told_before:
+            self._listeners.emit(event, replayed=True)
         for target in self._problem.targets:
             if target.predictor.name in self._uncalled:
                 continue
@@ -158,17 +161,25 @@ class CoordinateDescent:
             if target is not first:  # whose losses are taken already
                 target.refuse_long_answers(run.given_to(target.predictor.name), problem)
         if uncalled:
-            self._uncalled.update(uncalled)
-            event = NotCalled(tuple(uncalled))
-            self._journal.append(event)
-            self._listeners.emit(event)
-            warn_caller(kept_as_they_are(uncalled, len(run.rows)))
+            self._leave(uncalled, run)
+
+    def _leave(self, uncalled: list[str], run: SeedRun) -> None:
+        """Predictors that have no search: recorded, told and warned of, once."""
+        self._uncalled.update(uncalled)
+        event = NotCalled(tuple(uncalled))
+        self._journal.append(event)
+        self._listeners.emit(event)
+        warn_caller(kept_as_they_are(uncalled, len(run.rows)))
 
     def _pass_over(self, run: SeedRun, target: Target) -> None:
         """A predictor that is not called, or not any more under the instructions that were found for others."""
         name = target.predictor.name
         self._unused = unused_error(run, [name], self._problem.program)
-        if name not in self._uncalled:
+        if name in self._uncalled:
+            return
+        if self._results:
+            self._leave([name], run)
+        else:  # not recorded: where no predictor has a search, a run that goes on has to find that out again
             warn_caller(kept_as_they_are([name], len(run.rows)))
 
     def _search(self, search: PredictorSearch, target: Target) -> None:

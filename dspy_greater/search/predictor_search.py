@@ -18,7 +18,7 @@ from dspy_greater.report.result import PredictorResult
 from dspy_greater.run.events import SearchStarted, StepTaken, Validated
 from dspy_greater.run.journal import Journal
 from dspy_greater.run.progress import Listeners
-from dspy_greater.run.stop import SecondInterrupt, by_signal
+from dspy_greater.run.stop import by_signal, second
 from dspy_greater.search.changed_rows import changed_rows
 from dspy_greater.search.loop import minimise
 from dspy_greater.search.problem import Problem, Target
@@ -201,7 +201,7 @@ class PredictorSearch:
             validated = known[-1] if known else self._validated(texts)
         except KeyboardInterrupt as interrupt:
             if self.interrupted:
-                raise SecondInterrupt(*interrupt.args) from interrupt
+                raise second(interrupt) from interrupt
             self.interrupted = by_signal(interrupt)
             return self.unvalidated(known_score)
         self._validation_seconds = validated.seconds
@@ -209,7 +209,7 @@ class PredictorSearch:
             self._tell(validated, record=not known)
         except KeyboardInterrupt as interrupt:
             if self.interrupted:
-                raise SecondInterrupt(*interrupt.args) from interrupt
+                raise second(interrupt) from interrupt
             self.interrupted = by_signal(interrupt)
         except Exception as error:  # what was validated counts, whether or not it could be told
             self.stopped_by = self.stopped_by or error

@@ -17,7 +17,7 @@ from dspy_greater.program.roundtrip import saved, write_back
 from dspy_greater.program.validation import validation_scores, winner
 from dspy_greater.report.result import ValidatedProgram, WarmStart
 from dspy_greater.run.best import BestFile
-from dspy_greater.run.stop import SecondInterrupt, by_signal
+from dspy_greater.run.stop import by_signal, is_second, second
 from dspy_greater.search.problem import Problem
 from dspy_greater.stats import mean
 
@@ -53,10 +53,8 @@ def compile_warm(optimizer: Any, student: Any, problem: Problem, trainset: Seque
     refining.warm_start = None
     try:
         best = refining.compile(write_back(student, found), train, problem.metric.function, valset=problem.validation)
-    except SecondInterrupt:
-        raise
     except (Exception, KeyboardInterrupt) as error:
-        if found == _instructions(student):  # nothing to lose
+        if is_second(error) or found == _instructions(student):  # nothing is to be waited for, or to lose
             raise
         return _unrefined(student, found, warmed, problem, error)
     kept = _floored(student, best, found, warmed, problem)
@@ -83,7 +81,7 @@ def _floored(student: Any, best: Any, found: dict[str, str], warmed: Any, proble
         rows = _compared(problem, [own, last])
     except KeyboardInterrupt as interrupt:
         if details.interrupted:
-            raise SecondInterrupt(*interrupt.args) from interrupt
+            raise second(interrupt) from interrupt
         details = replace(details, interrupted=True, stopped_by=by_signal(interrupt))
         rows = [(math.nan,), (math.nan,)]
     except Exception as error:

@@ -69,7 +69,7 @@ class RayGroup:
     """A `Worker` that is a group of actors; `pids` are their processes on their machines."""
 
     def __init__(self, actors: Sequence[Any], room: Any) -> None:
-        self._actors, self._room = list(actors), room
+        self.actors, self._room = list(actors), room
         self.device, self.pids = "", ()
 
     def joined(self, devices: Sequence[str], pids: Sequence[int]) -> RayGroup:
@@ -80,8 +80,8 @@ class RayGroup:
     def submit(self, job: Job) -> Future[Answer]:
         """See `Worker`."""
         future: Future[Answer] = Future()
-        verdict = _Verdict(future, len(self._actors))
-        for rank, actor in enumerate(self._actors):
+        verdict = _Verdict(future, len(self.actors))
+        for rank, actor in enumerate(self.actors):
             asked(actor, job).add_done_callback(partial(verdict.hear, rank))
         return future
 
@@ -93,7 +93,7 @@ class RayGroup:
         room, self._room = self._room, None
         if room is None or not ray.is_initialized():
             return
-        for actor in self._actors:
+        for actor in self.actors:
             end(actor)
         with suppress(ConnectionError):
             remove_placement_group(room)
@@ -182,13 +182,15 @@ def _started(plan: Plan, share: Share) -> RayGroup:
     taken = {"CPU": share.cpus, "GPU": share.gpus}
     room = placement_group([{key: value for key, value in taken.items() if value}] * share.shards, strategy="PACK")
     kind: Any = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_restarts=0)(_Member)
-    actors = [
-        kind.options(
-            scheduling_strategy=PlacementGroupSchedulingStrategy(room, placement_group_bundle_index=rank)
-        ).remote(own, rank, share)
-        for rank in range(share.shards)
-    ]
-    return RayGroup(actors, room)
+    group = RayGroup([], room)
+    try:
+        for rank in range(share.shards):
+            place = PlacementGroupSchedulingStrategy(room, placement_group_bundle_index=rank)
+            group.actors.append(kind.options(scheduling_strategy=place).remote(own, rank, share))
+    except BaseException:
+        group.close()
+        raise
+    return group
 
 
 def _ready(group: RayGroup, share: Share, engine: Engine) -> RayGroup:
@@ -196,7 +198,7 @@ def _ready(group: RayGroup, share: Share, engine: Engine) -> RayGroup:
     import ray
     from ray.exceptions import RayError
 
-    actors, until = group._actors, time.monotonic() + START_SECONDS * share.shards
+    actors, until = group.actors, time.monotonic() + START_SECONDS * share.shards
     try:
         address = ray.get(actors[0].open.remote(), timeout=START_SECONDS * share.shards)
         asked = [actor.join.remote(*address) for actor in actors]
@@ -206,8 +208,7 @@ def _ready(group: RayGroup, share: Share, engine: Engine) -> RayGroup:
             ray.get(done or waiting, timeout=0)
         found = ray.get(asked)
     except (RayError, ConnectionError) as error:
-        group.close()
         raise not_started(error, share, engine) from error
     for identity, _, _ in found:
-        refuse_others(identity, engine, group)
+        refuse_others(identity, engine)
     return group.joined([device for _, device, _ in found], [pid for *_, pid in found])

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +26,7 @@ from dspy_greater.workers.pool import Pool, Worker
 START_SECONDS = 900.0  # for loading weights, and for a cluster that is busy
 _MOST_ON_CPUS = 8  # that "auto" starts where there is no GPU: each holds the weights
 _LOG = logging.getLogger(__name__)
+Started = TypeVar("Started", bound=Worker)
 
 
 def hire(engine: Engine, workers: int | str) -> Pool:
@@ -49,30 +50,49 @@ def hired(
     engine: Engine,
     workers: int | str,
     shards: int,
-    start: Callable[[Plan, Share], Any],
-    ready: Callable[[Any, Share, Engine], Worker],
+    start: Callable[[Plan, Share], Started],
+    ready: Callable[[Started, Share, Engine], Worker],
 ) -> Pool:
-    """See `hire`; a worker takes `shards` processes, `start` begins one and `ready` waits for it."""
+    """See `hire`; a worker takes `shards` processes, `start` begins one and `ready` waits for it.
+
+    One that was begun is ended where it, or another, does not become ready: the cluster may be the caller's.
+    """
+
+    def crew(count: int) -> Sequence[Worker]:
+        begun: list[Started] = []
+        try:
+            for _ in range(count):
+                begun.append(start(plan, share))
+            return [ready(handle, share, engine) for handle in begun]
+        except BaseException:
+            for handle in begun:
+                handle.close()
+            raise
+
     refuse_without_ray(workers)
     address = workers if isinstance(workers, str) and workers != "auto" else None
     leave = joined(address, workers if isinstance(workers, int) else 1)
     try:
         share = _share(engine, workers if isinstance(workers, int) else None, shards)
         plan = Plan.of(engine)
-        started = [start(plan, share) for _ in range(share.count)]
-        found = [ready(handle, share, engine) for handle in started]
+        found = crew(share.count)
     except BaseException:
         leave()
         raise
     _LOG.info("%d workers on %s", len(found), ", ".join(sorted({worker.device for worker in found})))
-    return Pool(found, lambda: ready(start(plan, share), share, engine), leave)
+    return Pool(found, lambda: crew(1)[0], leave)
 
 
 class RayWorker:
     """A `Worker` that is an actor; `pid` is its process on its machine."""
 
-    def __init__(self, actor: Any, device: str, pid: int) -> None:
-        self._actor, self.device, self.pid = actor, device, pid
+    def __init__(self, actor: Any) -> None:
+        self.actor, self.device, self.pid = actor, "", 0
+
+    def joined(self, device: str, pid: int) -> RayWorker:
+        """Itself, once its actor is ready."""
+        self.device, self.pid = device, pid
+        return self
 
     def submit(self, job: Job) -> Future[Answer]:
         """See `Worker`."""
@@ -85,12 +105,12 @@ class RayWorker:
             else:
                 future.set_exception(meant(error))
 
-        asked(self._actor, job).add_done_callback(settle)
+        asked(self.actor, job).add_done_callback(settle)
         return future
 
     def close(self) -> None:
         """End the actor; it may be dead already."""
-        end(self._actor)
+        end(self.actor)
 
 
 @dataclass(frozen=True)
@@ -202,26 +222,25 @@ def end(actor: Any) -> None:
             ray.kill(actor)
 
 
-def _started(plan: Plan, share: Share) -> Any:
-    """An actor that begins to load the weights."""
+def _started(plan: Plan, share: Share) -> RayWorker:
+    """A worker whose actor begins to load the weights."""
     import ray
 
     kind = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_restarts=0)(_Actor)
-    return kind.remote(plan, share.gpus)
+    return RayWorker(kind.remote(plan, share.gpus))
 
 
-def _ready(actor: Any, share: Share, engine: Engine) -> RayWorker:
+def _ready(worker: RayWorker, share: Share, engine: Engine) -> RayWorker:
     """The worker, once its weights are loaded and are the same."""
     import ray
     from ray.exceptions import RayError
 
     try:
-        identity, device, pid = ray.get(actor.about.remote(), timeout=START_SECONDS)
+        identity, device, pid = ray.get(worker.actor.about.remote(), timeout=START_SECONDS)
     except (RayError, ConnectionError) as error:
         raise not_started(error, share, engine) from error
-    worker = RayWorker(actor, device, pid)
-    refuse_others(identity, engine, worker)
-    return worker
+    refuse_others(identity, engine)
+    return worker.joined(device, pid)
 
 
 def not_started(error: BaseException, share: Share, engine: Engine) -> GreaterError:
@@ -242,11 +261,10 @@ def not_started(error: BaseException, share: Share, engine: Engine) -> GreaterEr
     )
 
 
-def refuse_others(identity: str, engine: Engine, worker: Worker) -> None:
-    """Close a worker and raise `WeightsError` where its weights are not those of this process."""
+def refuse_others(identity: str, engine: Engine) -> None:
+    """Raise `WeightsError` where a worker's weights are not those of this process."""
     if engine.origin is None or identity == engine.identity:
         return
-    worker.close()
     raise WeightsError(
         f"A worker loaded {identity!r}, and this process has {engine.identity!r}: the weights were changed since "
         "they were loaded, or its machine has others under that name. Pass weights=(model, tokenizer), which are "

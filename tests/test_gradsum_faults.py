@@ -322,7 +322,8 @@ def test_a_validation_row_that_the_metric_does_not_score_is_a_mistake_and_throws
     def metric(example: Any, prediction: Any, trace: object = None) -> Any:
         return None if example.question == VALIDATION[0].question else exact_match(example, prediction)
 
-    better = compiled(metric=metric, criteria=None, iterations=iterations)
+    with pytest.warns(RuntimeWarning, match=r"The metric failed on 1 of \d+ validation rows, which count as mistakes"):
+        better = compiled(metric=metric, criteria=None, iterations=iterations)
     details = better.detailed_results
     assert details.stopped_by is None and len(details.iterations) == iterations
     assert all(rows[0] == 0.0 for rows in details.subscores)

@@ -20,6 +20,7 @@ from dspy_greater.gradsum.task import Prompts, Task
 from dspy_greater.metric import refuse_useless_metric
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.rollout import Rollout
+from dspy_greater.program.validation import warn_of_failed_metric
 from dspy_greater.run.events import IterationTaken, MemberEdited, Output, PromptsScored, TextGradient
 from dspy_greater.search.seed_run import SeedRun, check_seed_run, kept_as_they_are, refuse_nameless_inputs, unused_error
 
@@ -133,8 +134,10 @@ class Loop:
         validation = Evaluator(task, task.validation, self._asker, self._meter, floor=count, deployed=True)
         outputs = validation.evaluate(finalists, range(count))
         refuse_useless_metric(*([output.error for output in group] for group in outputs), rows="validation rows")
-        runs = validation.take_runs()
-        return outputs, [runs[start : start + count] for start in range(0, len(runs), count)]
+        taken = validation.take_runs()
+        runs = [taken[start : start + count] for start in range(0, len(taken), count)]
+        warn_of_failed_metric(task.validation, runs)
+        return outputs, runs
 
     def _draw(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The rows of this iteration, the same whether or not the run was interrupted before it."""

@@ -45,7 +45,13 @@ def validation_scores(
     refuse_useless_metric(*([rollout.error for rollout in group] for group in rollouts), rows="validation rows")
     if heard is not None:
         heard(rollouts)
-    failed = [(row, rollout) for group in rollouts for row, rollout in enumerate(group) if rollout.failure == "metric"]
+    warn_of_failed_metric(rows, rollouts)
+    return [tuple(rollout.score for rollout in group) for group in rollouts]
+
+
+def warn_of_failed_metric(rows: Sequence[Any], runs: Sequence[Sequence[Rollout]]) -> None:
+    """Warn where the metric failed on validation rows; `runs` are those of each finalist, row by row."""
+    failed = [(row, rollout) for group in runs for row, rollout in enumerate(group) if rollout.failure == "metric"]
     if failed:
         row, first = failed[0]
         warn_caller(
@@ -53,7 +59,6 @@ def validation_scores(
             f"mistakes. On the row {shortened(dict(rows[row].inputs()))}, {first.error}.",
             RuntimeWarning,
         )
-    return [tuple(rollout.score for rollout in group) for group in rollouts]
 
 
 def warn_of_one_answer(rows: Sequence[Any], runs: Sequence[Rollout]) -> None:

@@ -15,6 +15,7 @@ from dspy_greater.errors import WeightsError
 from dspy_greater.lm.local import local_lm
 from dspy_greater.model import dtypes
 from dspy_greater.model.dtypes import SMALL, chosen_dtype, computes_bfloat16, default_dtype, named_dtype
+from dspy_greater.model.engine import Engine
 from dspy_greater.model.registry import shared_engine
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -103,3 +104,11 @@ def test_a_type_is_a_torch_type_or_its_name() -> None:
     for wrong in ("int8", "nothing", torch.int64):
         with pytest.raises(WeightsError, match=r"it has to be a floating type of torch, such as 'bfloat16'"):
             named_dtype(wrong)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "nonsense", "int8", torch.int8])
+def test_a_misspelt_type_is_our_own_error_before_anything_is_read(dtype: Any) -> None:
+    with pytest.raises(WeightsError, match="it has to be a floating type of torch, such as 'bfloat16'"):
+        Engine.from_pretrained("pocket", dtype=dtype)
+    with pytest.raises(WeightsError, match="it has to be a floating type of torch"):
+        local_lm("pocket", dtype=dtype)

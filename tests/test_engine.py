@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import random
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,10 +20,12 @@ from dspy_greater.lm.local import LocalEngine
 from dspy_greater.model import sampling
 from dspy_greater.model.counters import Counters
 from dspy_greater.model.engine import Engine
-from dspy_greater.model.interface import GenerationRequest
+from dspy_greater.model.greedy import greedy_tokens
+from dspy_greater.model.interface import GenerationRequest, Leaf, TokenQuery
 from dspy_greater.model.kv_cache import InPlaceLayer
+from dspy_greater.model.plain import PlainModel
 from dspy_greater.model.registry import shared_engine
-from tests.model_calls import generated, spent_on
+from tests.model_calls import generated, memory_runs_out, spent_on
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
 KINDS = ["llama", "qwen2", "gemma2"]
@@ -70,6 +74,97 @@ def test_a_stop_token_ends_a_row_and_is_not_part_of_it() -> None:
     [cut] = generated(engine, [(5, 6)], 8, stop_token_ids=(last,))
     assert cut.token_ids == whole.token_ids[: whole.token_ids.index(last)]
     assert (whole.finish_reason, cut.finish_reason) == ("length", "stop")
+
+
+def test_a_row_near_the_end_of_a_window_that_slides_writes_what_it_writes_alone_whatever_room_others_have() -> None:
+    # Each row fits into the window of 64 tokens, and both do not: the shared beginning slides out of a common cache.
+    head, long, short = ([*range(start, start + count)] for start, count in ((5, 20), (100, 40), (200, 2)))
+    for seed in range(2):
+        engine = build("gemma2", seed=seed)
+        requests = [
+            GenerationRequest((*head, *long), 4, stop_token_ids=()),
+            GenerationRequest((*head, *short), 42, stop_token_ids=(), temperature=1.0, seed=seed),
+        ]
+        assert engine.generate(requests) == [engine.generate([request])[0] for request in requests]
+
+
+@pytest.mark.slow
+def test_rows_that_go_on_after_a_lack_of_memory_beside_fresh_ones_stay_in_a_window_that_slides() -> None:
+    engine = build("gemma2", max_batch_rows=5)
+    prompt = tuple(range(5, 27))
+    requests = [GenerationRequest(prompt, 42, temperature=1.0, seed=seed, stop_token_ids=()) for seed in range(10)]
+    alone = [engine.generate([request])[0] for request in requests]
+    calls = itertools.count()
+    with memory_runs_out(engine, lambda ids: next(calls) == 20) as failed:
+        assert engine.generate(requests) == alone
+    assert len(failed) == 1
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 48,
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+}
+
+
+def of_two_rotations(**options: Any) -> Engine:
+    """A model that embeds positions in another way where a row has more than 48 tokens."""
+    return build(context=384, rope_parameters=LONGROPE, **options)
+
+
+@pytest.mark.parametrize("most_rows", [2, 64])
+@pytest.mark.parametrize("drafts", [False, True])
+def test_rows_that_are_or_become_long_leave_the_positions_of_the_others_as_they_are(
+    most_rows: int, drafts: bool
+) -> None:
+    engine, ended, told = of_two_rotations(max_batch_rows=most_rows), list[Any](), list[int]()
+    shared = tuple(range(5, 25))
+    lengths = [(20, 8), (10, 40), (27, 1), (28, 1), (28, 9), (29, 9), (60, 9), (30, 30), (80, 4), (5, 80)]
+    requests = [
+        GenerationRequest(
+            (*shared, *range(100, 100 + length)), most, float(row % 2), seed=row, stop_token_ids=(), on_end=ended.append
+        )
+        for row, (length, most) in enumerate(lengths)
+    ]
+    requests[1] = replace(requests[1], on_token=told.append)
+    expected = PlainModel(engine).generate([replace(request, on_end=None, on_token=None) for request in requests])
+    drafted = (
+        [(request.prompt, row.token_ids) for request, row in zip(requests, expected, strict=True)] if drafts else ()
+    )
+    with engine.session(drafted) as session:
+        assert session.generate(requests) == expected
+    assert sorted(map(repr, ended)) == sorted(map(repr, expected))  # each once, in its end
+    assert tuple(told) == expected[1].token_ids
+
+
+def test_a_lack_of_memory_changes_no_row_that_becomes_long() -> None:
+    engine = of_two_rotations(max_batch_rows=8)
+    requests = [GenerationRequest(tuple(range(5 + row, 35 + row)), 30, stop_token_ids=()) for row in range(6)]
+    expected = PlainModel(engine).generate(requests)
+    for at in (10, 25):
+        calls = itertools.count()
+        with memory_runs_out(engine, lambda ids, at=at, calls=calls: next(calls) == at) as failed:
+            assert engine.generate(requests) == expected
+        assert len(failed) == 1
+
+
+def test_long_rows_are_not_read_together_with_short_ones_whose_positions_they_would_change() -> None:
+    engine = of_two_rotations()
+    plain, rows = PlainModel(engine), [tuple(range(5, 5 + length)) for length in (60, 10, 48, 49, 30)]
+    queries = [TokenQuery(row, at) for row, tokens in enumerate(rows) for at in (7, len(tokens) - 1)]
+    for leaf in (Leaf((5,) * 5, engine.embed([7])), Leaf((5,) * 5, engine.embed([7, 8, 9, 10, 11]))):
+        found, expected = (model.logprob_gradient(rows, queries, leaf) for model in (engine, plain))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        engine.token_logprobs(rows, queries), plain.token_logprobs(rows, queries), rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(engine.next_token_logprobs(rows), plain.next_token_logprobs(rows), rtol=1e-4, atol=1e-4)
+    written = plain.generate([GenerationRequest(tokens, 3, stop_token_ids=()) for tokens in rows])
+    whole = [((*tokens, *text.token_ids), len(tokens)) for tokens, text in zip(rows, written, strict=True)]
+    assert greedy_tokens(engine, whole)[1:2] == [[True] * 3]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,13 +19,14 @@ from dspy_greater.model.engine import Engine
 from dspy_greater.model.fast.generated_kv import GeneratedRows, GeneratedStates, Places, slot_mask
 from dspy_greater.model.fast.likelihoods import _alike
 from dspy_greater.model.fast.session import Session
-from dspy_greater.model.interface import GenerationRequest, Model
+from dspy_greater.model.interface import GenerationRequest, Leaf, Model, TokenQuery
 from dspy_greater.model.kv_cache import InPlaceLayer, shared_length
 from dspy_greater.model.plain import PlainModel
 from dspy_greater.model.prefill import parts_of
+from dspy_greater.model.teacher_forcing import in_batches
 from dspy_greater.objective.loss import Losses, losses
 from dspy_greater.prompt.spans import Span, Supervised
-from tests.model_calls import Full
+from tests.model_calls import Full, memory_runs_out
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 KINDS = ["llama", "qwen2", "gemma2"]
@@ -276,6 +278,46 @@ def test_when_memory_runs_out_while_scoring_the_rows_are_read_in_halves() -> Non
     expected = losses(unshared, rows)
     assert found.cross_entropy == pytest.approx(expected.cross_entropy, rel=1e-4)
     assert found.fluency_nll == pytest.approx(expected.fluency_nll, rel=1e-5)
+
+
+def asked_three_ways(session: Model, rows: Sequence[tuple[int, ...]], engine: Engine) -> list[Any]:
+    """What reads and generates nothing: gradients of each row and of all, log-probabilities, next tokens."""
+    queries = [TokenQuery(row, len(tokens) - 1) for row, tokens in enumerate(rows)]
+    leaf = engine.embed([7])
+    return [
+        lambda: session.logprob_gradient(rows, queries, Leaf((5,) * len(rows), leaf.expand(len(rows), -1))),
+        lambda: session.logprob_gradient(rows, queries, Leaf((5,) * len(rows), leaf)),
+        lambda: session.token_logprobs(rows, queries),
+        lambda: session.next_token_logprobs(rows),
+    ]
+
+
+@pytest.mark.parametrize("way", range(4))
+@pytest.mark.parametrize("continues", [False, True])
+def test_what_is_kept_gives_way_to_whatever_is_read_where_memory_runs_out(way: int, continues: bool) -> None:
+    engine, written, others = build(), prompts(rows=2), prompts(rows=2, seed=7)
+    with engine.session() as session:
+        rows = [row.token_ids for row in write(session, written, [6] * len(written))]
+        rows = rows if continues else [prompt for prompt, _ in others]
+        states = [weakref.ref(kept.layers[0][0]) for kept in kept_by(session)._rows]
+        assert states
+        with memory_runs_out(engine, lambda ids: any(state() is not None for state in states)) as failed:
+            found = asked_three_ways(session, rows, engine)[way]()
+        assert failed and kept_by(session).bytes == 0
+    expected = asked_three_ways(engine, rows, engine)[way]()
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_a_row_that_does_not_fit_is_tried_once_more_for_what_was_given_up_and_no_more() -> None:
+    tried: list[Any] = []
+
+    def work(batch: Sequence[str]) -> list[str]:
+        tried.append(list(batch))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(EngineMemoryError, match="A row of 1 tokens alone does not fit into memory"):
+        in_batches(work, ["a", "b"], [1, 1], 8, lambda: True)
+    assert tried == [["a", "b"], ["a"], ["a"]]
 
 
 def test_a_lack_of_memory_while_writing_gives_up_what_was_kept() -> None:

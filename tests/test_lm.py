@@ -213,6 +213,60 @@ def test_streamed_pieces_add_up_to_the_answer_and_closing_early_stops_the_engine
     assert local.engine.counters.generated_tokens - before < 400
 
 
+@pytest.mark.slow
+def test_a_cancelled_asynchronous_stream_is_cancelled_and_ends_the_generation() -> None:
+    lm = tiny_lm()
+    engine = engine_of(lm).engine
+    engine.weights.__dict__["stop_token_ids"] = frozenset()
+    config = lm15.Config(max_tokens=900)
+    request = lm15.Request(model="m", messages=(lm15.Message.user("Hi"),), config=config)
+
+    async def hears(pieces: int) -> None:
+        stream, heard = lm._async_engine_spec.stream(request), 0
+        async for _ in stream:
+            heard += 1
+            if heard == pieces:
+                asyncio.current_task().cancel()  # pyright: ignore[reportOptionalMemberAccess]
+
+    async def in_time() -> None:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(hears(0), 0.2)
+
+    before = engine.counters.generated_tokens
+    for pieces in (1, 2, 5):
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(hears(pieces))
+    asyncio.run(in_time())
+    deadline = time.monotonic() + 20
+    while any(thread.name == "local-lm-stream" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert engine.counters.generated_tokens - before < 4 * 900
+
+
+def test_a_stream_that_its_own_writer_collects_ends_without_an_error(monkeypatch: Any) -> None:
+    local = LocalEngine.over(Engine(*pair(), name="tiny"))
+    request = lm15.Request(model="m", messages=(lm15.Message.user("Hi"),), config=lm15.Config(max_tokens=4))
+    written, streams = threading.Event(), list[Any]()
+    failed: list[Any] = []
+
+    def write(call: Any, put: Any) -> None:
+        put("piece")
+        written.wait(10)
+        try:
+            streams.pop().close()  # as the collector would, in whatever thread it runs
+        except RuntimeError as error:
+            failed.append(error)
+
+    monkeypatch.setattr(local, "_write", write)
+    streams.append(local.stream(request))
+    next(streams[0]), next(streams[0])
+    [writer] = [thread for thread in threading.enumerate() if thread.name == "local-lm-stream"]
+    written.set()
+    writer.join(10)
+    assert not writer.is_alive() and not failed and not streams
+
+
 def test_asynchronous_calls_share_a_batch(monkeypatch: Any) -> None:
     lm = tiny_lm()
 

@@ -15,7 +15,8 @@ from scripted_engine import SEED, optimizer, planted_engine, planted_rows, progr
 from stand_ins import Answers, completion, length_of, stand_in, vllm, vllm_over
 from tiny_models import tiny_model, tiny_tokenizer
 
-from dspy_greater.errors import OutageError, ParityError, SettingsError
+from dspy_greater import served_lm
+from dspy_greater.errors import OutageError, ParityError, ServerError, SettingsError
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.greedy import greedy_tokens
 from dspy_greater.model.interface import GenerationRequest
@@ -50,6 +51,17 @@ def student(url: str, **more: Any) -> Any:
 def compiled(answers: Answers, engine: Any, heard: Any = None, rows: Any = ROWS, **settings: Any) -> Any:
     with stand_in(answers, heard) as url:
         return optimizer(weights=engine, **settings).compile(student(url), rows, valset=HELD_OUT)
+
+
+def pool_on(*urls: str, **more: Any) -> dspy.LM:
+    options = {"temperature": 0.0, "max_tokens": 64, "cache": False, "num_retries": 0, **more}
+    return served_lm("openai/assistant", [f"{url}/v1" for url in urls], api_key="x", **options)
+
+
+def compiled_on(lm: dspy.LM, engine: Any, **settings: Any) -> Any:
+    program = dspy.ChainOfThought(dspy.Signature("question -> answer", SEED))
+    program.set_lm(lm)
+    return optimizer(weights=engine, **settings).compile(program, ROWS, valset=HELD_OUT)
 
 
 def twin_of(answers: Answers, engine: Engine) -> Iterator[Twin]:
@@ -212,6 +224,74 @@ def test_other_tokens_are_a_warning_with_numbers_and_an_error_where_asked_for(en
     assert server is not None and server.prompts_different == 0 and 0 < server.agreement < 0.95
     with pytest.raises(ParityError, match="strict=False searches all the same"):
         compiled(answers, engine, steps=1, strict=True)
+
+
+# --- several servers behind one LM ---
+
+
+@pytest.mark.slow
+def test_a_search_over_several_servers_compares_each_and_finds_what_the_search_in_this_process_finds(
+    engine: Engine,
+) -> None:
+    one, other = list[Any](), list[Any]()
+    answers = vllm_over(engine, tells_ids=True)
+    with stand_in(answers, one) as first, stand_in(answers, other) as second:
+        lm = pool_on(first, second, cache=True)
+        found = compiled_on(lm, engine, steps=2, strict=True).detailed_results
+    same = optimizer(steps=2).compile(program_on(engine), ROWS, valset=HELD_OUT).detailed_results
+    assert [step.chosen.instruction for step in found.steps] == [step.chosen.instruction for step in same.steps]
+    server = found.server
+    assert server is not None and server.url == f"{first}/v1, {second}/v1"
+    assert server.agreement == 1.0 and server.prompts_different == 0 and server.prompts == server.prompts_by_ids > 4
+    for heard in (one, other):
+        calls = [body for asked, body, _ in heard if "chat" in asked and "max_completion_tokens" in body]
+        searched = [body for body in calls if "repetition_penalty" in body]
+        assert len(calls) > len(searched) > 0  # what is validated is what is deployed
+        assert all(body["repetition_penalty"] == 1.0 and body["frequency_penalty"] == 0.0 for body in searched)
+        assert sum("chat" in asked and body.get("max_tokens") == 32 for asked, body, _ in heard) == 2
+
+
+def test_each_of_several_servers_has_to_read_the_same_prompt(engine: Engine) -> None:
+    other = copy.deepcopy(engine.tokenizer)
+    other.chat_template = other.chat_template.replace("+ '|>' +", "+ '|> ' +")
+    with stand_in(vllm_over(engine)) as one, stand_in(vllm_over(engine, tokenizer=other)) as changed:
+        for urls in ((one, changed), (changed, one)):
+            with pytest.raises(ParityError, match=f"the server at {changed}/v1 .* reads another prompt"):
+                compiled_on(pool_on(*urls), engine)
+
+
+def test_other_tokens_of_one_of_several_servers_are_not_made_up_for_by_the_others(engine: Engine) -> None:
+    strange = vllm_over(engine, write=lambda ids, text: "no maybe no maybe no maybe")
+    with stand_in(vllm_over(engine)) as one, stand_in(strange) as other:
+        with pytest.raises(ParityError, match=f"tokens that the server at {other}/v1 .* wrote at temperature 0"):
+            compiled_on(pool_on(one, other), engine, strict=True)
+
+
+def test_a_server_of_several_that_gives_no_answer_is_told_of_and_an_error_where_asked_for(engine: Engine) -> None:
+    down = "http://127.0.0.1:9"
+    with stand_in(vllm_over(engine)) as url:
+        lm = pool_on(down, url)
+        with pytest.warns(RuntimeWarning, match=f"1 of the servers .* No server answers at {down}/v1 .* once they do"):
+            server = who_answers(lm)
+        assert server is not None and server.address.base == f"{url}/v1" and server.others == ()
+        with pytest.raises(ServerError, match=r"cannot be compared .*served_lm\('openai/assistant', api_bases=\["):
+            compiled_on(lm, engine, strict=True)
+    with pytest.raises(ServerError, match="No server answers"):
+        who_answers(pool_on(down, "http://127.0.0.1:10"))
+
+
+def test_several_servers_are_given_the_settings_that_all_of_them_take(engine: Engine) -> None:
+    def picky(body: Any) -> Any:
+        if {"repeat_penalty", "return_token_ids"} & set(body):
+            return 400, {"error": {"message": "unknown setting"}}
+        return completion(body["model"])
+
+    knows_less = {**vllm("assistant", "/weights"), "POST /v1/chat/completions": picky}
+    with stand_in(vllm_over(engine, tells_ids=True)) as one, stand_in(knows_less) as other:
+        server = who_answers(pool_on(one, other))
+    assert server is not None and len(server.every) == 2
+    for each in server.every:
+        assert each.settings == {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
 
 
 # --- while a search runs ---

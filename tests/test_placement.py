@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ from tiny_models import numbered_tokenizer, save_tiny, tiny_model
 
 from dspy_greater import local_lm
 from dspy_greater.errors import SettingsError, WeightsError
+from dspy_greater.lm.local import LocalEngine
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.interface import GenerationRequest, Leaf, TokenQuery
-from dspy_greater.model.registry import as_engine
+from dspy_greater.model.registry import as_engine, live_engine
 
 ON_DISK = {"model.layers.1": "disk", "model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.norm": "cpu"}
 ALL_ON_DISK = dict.fromkeys((*ON_DISK, "lm_head"), "disk") | {"model.rotary_emb": "cpu", "model.norm": "cpu"}
@@ -72,6 +75,55 @@ def test_another_attention_is_loaded_and_keeps_the_name(saved: str) -> None:
     assert engine.identity == whole.identity
     for found, expected in zip(computed(engine)[:2], computed(whole)[:2], strict=True):
         torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-3, atol=1e-4)
+
+
+def test_a_saved_program_loads_its_weights_as_they_were_loaded(saved: str) -> None:
+    options: dict[str, Any] = {
+        "attn_implementation": "eager",
+        "device_map": {"": torch.device("cpu")},
+        "max_memory": {0: "1GiB", "cpu": "2GiB"},
+    }
+    lm = local_lm(saved, device="cpu", dtype="float32", **options)
+    state, identity = json.loads(json.dumps(lm.engine.dump_state())), lm.engine.engine.identity
+    del lm
+    gc.collect()
+    assert live_engine(identity) is None
+    engine = LocalEngine.load_state(state).engine
+    assert engine.load_device == "cpu" and engine.model.config._attn_implementation == "eager"
+    assert {name: engine.load_options[name] for name in options} == {**options, "device_map": {"": "cpu"}}
+
+
+def test_a_saved_program_of_before_and_one_of_a_device_that_is_not_here_load_where_this_machine_would(
+    saved: str,
+) -> None:
+    state = LocalEngine(Engine.from_pretrained(saved)).dump_state()
+    assert set(state["origin"]) == {"name_or_path", "dtype", "revision"}  # as ever, where nothing was said
+    gc.collect()
+    assert LocalEngine.load_state(state).engine.identity == state["identity"]
+    elsewhere = {**state, "origin": {**state["origin"], "device": "cuda:99"}}
+    assert LocalEngine.load_state(elsewhere).engine.load_device is None
+
+
+def test_what_cannot_be_saved_of_how_weights_were_loaded_is_named_before_they_are_loaded(saved: str) -> None:
+    engine = Engine.from_pretrained(saved, token="very-secret")
+    engine.load_options["quantization_config"] = object()
+    state = LocalEngine(engine).dump_state()
+    assert "very-secret" not in json.dumps(state)
+    del engine
+    gc.collect()
+    expected = r"loaded with quantization_config, which could not be saved with it.*quantization_config=\.\.\."
+    with pytest.raises(WeightsError, match=expected):
+        LocalEngine.load_state(state)
+
+
+def test_a_saved_program_lets_no_code_run_that_its_loader_did_not_allow(saved: str) -> None:
+    engine = Engine.from_pretrained(saved, trust_remote_code=True)
+    state = LocalEngine(engine).dump_state()
+    assert "trust_remote_code" not in json.dumps(state)
+    del engine
+    gc.collect()
+    state["origin"]["loading"] = {"trust_remote_code": True}
+    assert LocalEngine.load_state(state).engine.load_options["trust_remote_code"] is False
 
 
 def test_weights_take_a_name_with_options(saved: str) -> None:

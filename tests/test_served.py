@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,10 @@ from serving import free_port
 from stand_ins import Answers, completion, knows, llama_cpp, ollama, sglang, stand_in, vllm
 from tiny_models import save_tiny
 
+from dspy_greater import served_lm
 from dspy_greater.errors import ServerError, WeightsError
 from dspy_greater.lm.address import address_of
+from dspy_greater.served.http import ask
 from dspy_greater.served.kinds import who_answers
 from dspy_greater.served.weights import weights_behind
 
@@ -101,6 +106,17 @@ def test_weights_of_a_nickname_are_those_that_the_server_names(tmp_path: Path) -
             lm = lm_on(f"{url}/v1")
             assert weights_behind(lm, server=who_answers(lm)).name == path
             assert weights_behind(lm, weights={"openai/assistant": path}, server=who_answers(lm)).name == path
+
+
+def test_weights_behind_several_servers_are_those_that_they_name(tmp_path: Path) -> None:
+    path = save_tiny(tmp_path / "model")
+    heard: list[Any] = []
+    with stand_in(vllm("assistant", path), heard) as one, stand_in(vllm("assistant", path), heard) as other:
+        lm = served_lm("openai/assistant", [f"{one}/v1", f"{other}/v1"], api_key="secret\n")
+        server = who_answers(lm)
+        assert weights_behind(lm, server=server).name == path
+    assert server is not None and [each.address.root for each in server.every] == [one, other]
+    assert {key for *_, key in heard} == {"Bearer secret"} and "secret" not in repr(server)
 
 
 def test_calls_of_ollamas_own_api_are_known_by_their_address() -> None:
@@ -195,6 +211,59 @@ def test_a_server_that_refuses_a_message_is_quoted(reply: Any, words: str) -> No
         text = refusal(f"{url}/v1")
         said = reply[1] if isinstance(reply[1], str) else next(iter(reply[1].values()))
         assert words in text and said in text and f"status {reply[0]}" in text and "secret" not in text
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nabc", None),
+        (b"HTTP/1.1 502 Bad\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nabc", 502),
+        (b"HTTP/1.1 503 X\r\nContent-Length: 100\r\n\r\nabc", 503),
+        (b"nonsense\r\n\r\n", None),
+        (b"", None),
+    ],
+)
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_question_gets_a_reply_however_the_connection_breaks(sent: bytes, status: int | None, hangs: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as threads:
+        ended = threading.Event()
+
+        def serve() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(sent)
+                if hangs:
+                    ended.wait(10)
+
+        done = threads.submit(serve)
+        reply = ask(f"http://127.0.0.1:{listening.getsockname()[1]}/v1/models", {}, seconds=0.2)
+        ended.set()
+        done.result()
+    assert (reply.status, reply.data, reply.ok) == (status, None, False) and reply.text
+    assert str(reply).startswith("GET http://127.0.0.1:")
+
+
+def test_a_deeply_nested_answer_is_a_reply_without_data() -> None:
+    with stand_in({"GET /v1/models": "[" * 100_000}) as url:
+        assert ask(f"{url}/v1/models", {}).data is None
+
+
+@pytest.mark.parametrize("key", ["sk-very\nsecret", "sk-very\u2026secret"])
+def test_a_key_that_cannot_be_sent_is_named_and_not_shown(key: str) -> None:
+    with stand_in(vllm("assistant", "/weights")) as url, pytest.raises(ServerError) as caught:
+        who_answers(dspy.LM("openai/assistant", api_base=f"{url}/v1", api_key=key))
+    text = str(caught.value)
+    assert "the header Authorization (the API key?) has characters that HTTP does not allow" in text
+    assert "sk-" not in text and "secret" not in text and "Start the server" not in text
+    assert "sk-" not in str(ask("http://127.0.0.1:9/v1/models", {"Authorization": f"Bearer {key}"}))
+
+
+def test_the_end_of_the_line_of_a_key_from_a_file_is_no_part_of_it() -> None:
+    heard: list[Any] = []
+    with stand_in(vllm("assistant", "/weights"), heard) as url:
+        assert who_answers(dspy.LM("openai/assistant", api_base=f"{url}/v1", api_key="secret\r\n")) is not None
+    assert {key for *_, key in heard} == {"Bearer secret"}
 
 
 def test_every_kind_of_error_is_a_server_error_or_names_weights() -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from dspy_greater.lm.served import ServerPool, served_name
+
 # Provider prefixes of DSPy's model strings that stand for an OpenAI-compatible server -> variables of the environment
 # that hold its address, first of all the one that counts most.
 _OPENAI = ("OPENAI_BASE_URL", "OPENAI_API_BASE")
@@ -33,6 +35,7 @@ _DEFAULTS = {
     "llamafile": "http://127.0.0.1:8080/v1",
 }
 NATIVE = frozenset({"ollama", "ollama_chat"})  # whose address has no /v1, and whose models are tags of its own
+SEVERAL = "api_bases"  # what the addresses of a `served_lm` are given by
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,26 @@ def model_name(model: str) -> str:
     return rest if prefix in _VARIABLES and rest else model
 
 
+def addresses_of(lm: Any) -> tuple[Address, ...]:
+    """Where the calls of an LM go: one address, those of all servers of a `served_lm`, or none; as `address_of`.
+
+    >>> from dspy_greater import served_lm
+    >>> [found.base for found in addresses_of(served_lm("openai/name", ["http://one:8000/v1", "http://two:8000/v1"]))]
+    ['http://one:8000/v1', 'http://two:8000/v1']
+    """
+    pool = getattr(lm, "engine", None)
+    if not isinstance(pool, ServerPool):
+        found = address_of(lm)
+        return () if found is None else (found,)
+    model = str(lm.model)
+    return tuple(
+        Address(base, served_name(model), SEVERAL, model, headers=pool.headers, options=_of_the_prompt(lm.kwargs))
+        for base in pool.api_bases
+    )
+
+
 def address_of(lm: Any) -> Address | None:
-    """Where the calls of an LM go; None for one in this process, and for a provider's own service.
+    """Where the calls of an LM go; None for one in this process or over several servers, and for a provider's service.
 
     In this order: `api_base` or `base_url` of the LM, LiteLLM's global `api_base`, the environment, and the
     addresses that LiteLLM takes for Ollama and llamafile where nothing is said.
@@ -123,8 +144,8 @@ def _headers(prefix: str, options: Mapping[str, Any]) -> dict[str, str]:
     more = options.get("extra_headers") or options.get("headers")
     found = {str(name): str(value) for name, value in more.items()} if isinstance(more, Mapping) else {}
     key = options.get("api_key") or os.environ.get(f"{prefix.upper()}_API_KEY")
-    if isinstance(key, str) and key:
-        found.setdefault("Authorization", f"Bearer {key}")
+    if isinstance(key, str) and key.strip():  # of a key that was read from a file the end of the line is no part
+        found.setdefault("Authorization", f"Bearer {key.strip()}")
     return found
 
 

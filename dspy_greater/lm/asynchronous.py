@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any
 
@@ -30,14 +30,29 @@ class AsyncEngine:
         return await asyncio.get_running_loop().run_in_executor(_waiters(), self.engine.complete, request)
 
     async def stream(self, request: lm15.Request) -> AsyncIterator[Any]:
-        """Answer one request in pieces of text."""
-        loop, end = asyncio.get_running_loop(), object()
-        events: Any = self.engine.stream(request)
+        """Answer one request in pieces of text.
+
+        Who is cancelled while it waits for a piece is not kept waiting: the answer ends by itself soon after.
+        """
+        end = object()
+        events, cancel = self._begun(request)
+        waiting: Future[Any] | None = None
         try:
-            while (event := await loop.run_in_executor(_waiters(), next, events, end)) is not end:
+            while True:
+                waiting = _waiters().submit(next, events, end)
+                if (event := await asyncio.wrap_future(waiting)) is end:
+                    break
                 yield event
         finally:
-            await loop.run_in_executor(_waiters(), events.close)
+            cancel()
+            # A generator cannot be closed while a thread is inside it.
+            closed = _waiters().submit(_close_after, waiting, events)
+            if waiting is None or waiting.done():
+                await asyncio.wrap_future(closed)
+
+    def _begun(self, request: lm15.Request) -> tuple[Any, Callable[[], None]]:
+        """The pieces of an answer, and what ends it early while its next piece is waited for, if anything can."""
+        return self.engine.stream(request), lambda: None
 
     async def aclose(self) -> None:
         """Nothing to close: what there is belongs to the engine."""
@@ -50,6 +65,12 @@ class AsyncEngine:
     def load_state(cls, state: dict[str, Any]) -> AsyncEngine:
         """The asynchronous engine of a saved program; raises what the engine's own `load_state` raises."""
         return cls(cls.kind.load_state(state))
+
+
+def _close_after(waiting: Future[Any] | None, events: Any) -> None:
+    if waiting is not None:
+        wait([waiting])
+    events.close()
 
 
 @cache

@@ -62,7 +62,8 @@ def local_lm(
     A program that carries such an LM is saved with it, and
     `program.load(path, allow_unsafe_lm_state=True)` loads the same weights again, in a fresh process too
     (DSPy asks for the flag for every LM that is not its own; no code comes from the file, and weights that
-    have changed since are an error). A program that takes its LM from `dspy.configure` needs no flag.
+    have changed since are an error, as is an object that they were loaded with, such as a `quantization_config`: load
+    them first in the same way). A program that takes its LM from `dspy.configure` needs no flag.
 
     Args:
         name_or_path: a hub id, a directory, a GGUF file (as llama.cpp, Ollama and LM Studio have them) or a
@@ -188,11 +189,11 @@ class LocalEngine:
             usage=_usage(call, generation),
         )
 
-    def stream(self, request: lm15.Request) -> Iterator[Any]:
-        """Answer one request in pieces of text; closing the iterator stops the generation."""
+    def stream(self, request: lm15.Request, cancelled: threading.Event | None = None) -> Iterator[Any]:
+        """Answer one request in pieces of text; closing the iterator stops the generation, and so does `cancelled`."""
         pieces: queue.SimpleQueue[Any] = queue.SimpleQueue()
         with as_lm15_errors():
-            call = self._call(request, on_text=pieces.put)
+            call = self._call(request, on_text=pieces.put, cancelled=cancelled)
         yield lm15.StreamStartEvent(model=request.model)
         writer = threading.Thread(target=self._write, args=(call, pieces.put), name="local-lm-stream")
         writer.start()
@@ -204,7 +205,8 @@ class LocalEngine:
                     raise piece
         finally:
             call.writer.cancel()
-            writer.join()
+            if writer is not threading.current_thread():  # which may be where an iterator left behind is collected
+                writer.join()
         self._count_repeat(request)
         if rest := call.writer.rest():
             yield lm15.StreamDeltaEvent(lm15.TextDelta(rest))
@@ -241,21 +243,24 @@ class LocalEngine:
 
     def dump_state(self) -> dict[str, Any]:
         """What `program.save` writes: how to load the same weights, and which they have to be."""
-        return {"identity": self.engine.identity, "origin": self.engine.origin}
+        from dspy_greater.model.registry import saved_origin
+
+        return {"identity": self.engine.identity, "origin": saved_origin(self.engine)}
 
     @classmethod
     def load_state(cls, state: dict[str, Any]) -> LocalEngine:
         """The engine of a saved program: the weights that are loaded already, or the same loaded again.
 
         Raises:
-            WeightsError: the weights are gone, have changed, or were handed in as objects.
+            WeightsError: the weights are gone, have changed, were handed in as objects, or were loaded with something
+                that cannot be saved.
         """
-        from dspy_greater.model.registry import live_engine, shared_engine
+        from dspy_greater.model.registry import live_engine, load_saved
 
         identity, origin = state.get("identity"), state.get("origin")
         engine = live_engine(str(identity))
         if engine is None and isinstance(origin, dict) and isinstance(origin.get("name_or_path"), str):
-            engine = shared_engine(origin["name_or_path"], dtype=origin.get("dtype"), revision=origin.get("revision"))
+            engine = load_saved(origin)
         if engine is None:
             raise WeightsError(
                 f"The saved LM ran on {identity!r}, a model that was passed as an object and that nothing in "
@@ -272,7 +277,12 @@ class LocalEngine:
     def _encoder(self) -> PromptEncoder:
         return PromptEncoder(self.engine.tokenizer)
 
-    def _call(self, request: lm15.Request, on_text: Callable[[str], object] | None = None) -> _Call:
+    def _call(
+        self,
+        request: lm15.Request,
+        on_text: Callable[[str], object] | None = None,
+        cancelled: threading.Event | None = None,
+    ) -> _Call:
         from dspy_greater.model.interface import GenerationRequest
         from dspy_greater.model.requests import room_after
         from dspy_greater.model.sampling import row_seed
@@ -282,7 +292,7 @@ class LocalEngine:
         prompt = self.prompt_ids(request)
         room = room_after(self.engine, len(prompt))
         most = config.max_tokens or DEFAULT_MAX_TOKENS
-        writer = TextWriter(tokenizer, stop=config.stop, on_text=on_text)
+        writer = TextWriter(tokenizer, stop=config.stop, on_text=on_text, cancelled=cancelled)
         temperature = config.temperature or 0.0
         seed = 0
         if temperature > 0:
@@ -337,6 +347,10 @@ class AsyncLocalEngine(AsyncEngine):
         if self.engine.batcher.is_in_lockstep():
             return self.engine.complete(request)
         return await super().complete(request)
+
+    def _begun(self, request: lm15.Request) -> tuple[Any, Callable[[], None]]:
+        cancelled = threading.Event()
+        return self.engine.stream(request, cancelled), cancelled.set
 
 
 def local_engine(lm: Any) -> LocalEngine | None:

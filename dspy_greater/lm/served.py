@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from json import JSONDecodeError
 from typing import Any
 
 import dspy
@@ -89,7 +90,8 @@ class ServerPool:
     ) -> None:
         self.api_bases = _addresses(api_bases)
         self.model, self.timeout, self.rest = model, timeout, rest
-        self._key = api_key
+        self._key = api_key.strip() if api_key else ""
+        self._settings: Mapping[str, Any] = {}
         self._lock = threading.Lock()
         self._servers = [_Server(address, self._router(address)) for address in self.api_bases]
 
@@ -99,6 +101,18 @@ class ServerPool:
             api_keys={_PROVIDER: self._key}, base_urls={_PROVIDER: api_base}, timeouts=timeouts, env={}
         )
         return lm15.LMRouter(config)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What goes with every question to one of the servers; never to be shown."""
+        return {"Authorization": f"Bearer {self._key}"} if self._key else {}
+
+    def with_settings(self, settings: Mapping[str, Any]) -> ServerPool:
+        """The same servers, which are sent these settings with every request that does not have its own."""
+        other = object.__new__(ServerPool)
+        vars(other).update(vars(self))
+        other._settings = {**self._settings, **settings}
+        return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ServerPool:
         return self
@@ -112,7 +126,7 @@ class ServerPool:
         Raises:
             lm15.LM15Error: what the last of them said, or a refusal of the request itself.
         """
-        routed = _routed(request)
+        routed = self._routed(request)
         last: lm15.LM15Error | None = None
         left = list(self._servers)
         while left:
@@ -131,14 +145,30 @@ class ServerPool:
         raise last or lm15.ServerError("no server is left")
 
     def stream(self, request: lm15.Request) -> Iterator[Any]:
-        """Answer one request in pieces, by the server that is next; what has begun cannot go on elsewhere."""
-        with self._next(self._servers) as server:
-            try:
-                yield from server.router.stream(_routed(request))
-            except lm15.LM15Error as error:
-                if _is_theirs(error):
-                    self._leave_out(server, error)
-                raise
+        """Answer one request in pieces, by the first server that can; what has begun cannot go on elsewhere.
+
+        Raises:
+            lm15.LM15Error: what the last of them said, a refusal of the request itself, or what broke off an answer.
+        """
+        routed = self._routed(request)
+        left, begun = list(self._servers), False
+        while True:
+            with self._next(left) as server:
+                left.remove(server)
+                try:
+                    for event in _pieces(server, routed):
+                        begun = True
+                        yield event
+                except lm15.LM15Error as error:
+                    if _is_theirs(error):
+                        self._leave_out(server, error)
+                    if begun or not left or not _is_theirs(error):
+                        raise
+                else:
+                    if begun or not left:
+                        server.rests_until = 0.0
+                        return
+                    self._leave_out(server)  # what it sent is no answer
 
     def under_way(self) -> dict[str, int]:
         """How many calls each server has to answer now, by address."""
@@ -159,6 +189,13 @@ class ServerPool:
         """The engine of a saved program."""
         return cls(state["model"], state["api_bases"], timeout=state.get("timeout"), rest=state.get("rest", REST))
 
+    def _routed(self, request: lm15.Request) -> lm15.Request:
+        config = request.config
+        settings = {name: value for name, value in self._settings.items() if getattr(config, name, None) is None}
+        if settings:
+            config = replace(config, extensions={**settings, **(config.extensions or {})})
+        return replace(request, model=f"{_PROVIDER}:{served_name(request.model)}", config=config)
+
     @contextmanager
     def _next(self, servers: Sequence[_Server]) -> Iterator[_Server]:
         """The server to ask, which counts as busy while the block lasts."""
@@ -176,7 +213,7 @@ class ServerPool:
             with self._lock:
                 chosen.under_way -= 1
 
-    def _leave_out(self, server: _Server, error: lm15.LM15Error) -> None:
+    def _leave_out(self, server: _Server, error: lm15.LM15Error | None = None) -> None:
         told = getattr(error, "retry_after", None)
         server.rests_until = time.monotonic() + (self.rest if told is None else float(told))
 
@@ -190,8 +227,38 @@ class AsyncServerPool(AsyncEngine):
 _PROVIDER = "openai-chat"
 
 
-def _routed(request: lm15.Request) -> lm15.Request:
-    return replace(request, model=f"{_PROVIDER}:{request.model.partition('/')[2] or request.model}")
+def served_name(model: str) -> str:
+    """The name that the servers of a pool are asked for.
+
+    >>> served_name("openai/Qwen/Qwen3-4B")
+    'Qwen/Qwen3-4B'
+    """
+    return model.partition("/")[2] or model
+
+
+def with_settings(lm: dspy.LM, settings: Mapping[str, Any]) -> dspy.LM:
+    """A copy of an LM whose server, or servers, get these sampling settings with every call.
+
+    DSPy has no way to hand settings of a server's own to an engine, so a pool sends them itself. DSPy's cache does not
+    see them there, and has to tell the answers apart.
+
+    >>> with_settings(dspy.LM("openai/model"), {"repetition_penalty": 1.0}).kwargs["repetition_penalty"]
+    1.0
+    """
+    if not isinstance(lm.engine, ServerPool):
+        return lm.copy(**settings)
+    pool = lm.engine.with_settings(settings)
+    changes = {"rollout_id": f"{lm.kwargs.get('rollout_id')}/{sorted(settings.items())}"} if lm.cache else {}
+    copied = lm.copy(engine=pool, async_engine=AsyncServerPool(pool), **changes)
+    copied._warned_zero_temp_rollout = True  # that it draws nothing anew at temperature 0 is as it should be
+    return copied
+
+
+def _pieces(server: _Server, routed: lm15.Request) -> Iterator[Any]:
+    try:
+        yield from server.router.stream(routed)
+    except JSONDecodeError as error:
+        raise lm15.ProviderError(f"The server at {server.api_base} sent a piece that is no JSON: {error}") from error
 
 
 def _is_theirs(error: lm15.LM15Error) -> bool:

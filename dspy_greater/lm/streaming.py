@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ class TextWriter:
         tokenizer: decodes ids; only its `decode` is used.
         stop: the answer ends before the first of these strings.
         on_text: called with each new piece of text; the pieces and `rest()` together are the answer.
+        cancelled: once it is set, by whichever thread, the answer ends at the next token.
 
     Example:
         >>> class Letters:
@@ -26,7 +28,12 @@ class TextWriter:
     """
 
     def __init__(
-        self, tokenizer: Any, *, stop: Sequence[str] = (), on_text: Callable[[str], object] | None = None
+        self,
+        tokenizer: Any,
+        *,
+        stop: Sequence[str] = (),
+        on_text: Callable[[str], object] | None = None,
+        cancelled: threading.Event | None = None,
     ) -> None:
         self._tokenizer, self._stop, self._on_text = tokenizer, tuple(stop), on_text
         self._watches = bool(stop) or on_text is not None
@@ -35,7 +42,7 @@ class TextWriter:
         self._text = ""
         self._known = self._new = 0  # ids[known:new] is the tail already in the text, kept as context
         self._given = 0
-        self._cancelled = False
+        self._cancelled = cancelled or threading.Event()
         self._cut: int | None = None
 
     def accept(self, token: int) -> bool:
@@ -43,7 +50,7 @@ class TextWriter:
         if self._cut is not None:
             return True
         self._ids.append(token)
-        if self._cancelled:
+        if self._cancelled.is_set():
             return True
         if not self._watches:
             return False
@@ -61,7 +68,7 @@ class TextWriter:
 
     def cancel(self) -> None:
         """End the answer at the next token."""
-        self._cancelled = True
+        self._cancelled.set()
 
     def finish(self) -> str:
         """The whole answer: everything written, without the stop string and what came after it."""

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 
 from dspy_greater.model.backward_probe import Backward, try_backward
 from dspy_greater.model.handshake import shake_hands
-from dspy_greater.model.kv_cache import reach_of
+from dspy_greater.model.kv_cache import reach_of, rotation_is_fixed_up_to
 from dspy_greater.model.placement import refuse_parts
 from dspy_greater.model.weights import Weights
 from dspy_greater.model.weights_digest import WeightsDigest, quantisation
@@ -24,6 +24,7 @@ class Checks:
     Attributes:
         handshake: what the last handshake found.
         cache_reach: the most tokens of a sequence in which key-value states of its beginning can be shared; 0: never.
+        fixed_rotation: the most tokens of a sequence up to which positions are embedded in one way (LongRoPE, NTK).
 
     Raises:
         WeightsError: model and tokenizer failed the handshake, or this process has a part of them; says why.
@@ -73,6 +74,7 @@ class Checks:
     def _shake_hands(self) -> None:
         model = self._weights.model
         self.handshake = shake_hands(model, self._weights.tokenizer, self._weights.name)
+        self.fixed_rotation = rotation_is_fixed_up_to(model)
         self.cache_reach: float = reach_of(model) if self.handshake.keys_and_values else 0
 
     def _identity(self, revision: str) -> str:

@@ -71,7 +71,8 @@ class Engine:
         self.max_batch_tokens = max_batch_tokens
         # How to load the same weights in another process; None for weights that were handed in.
         self.origin: dict[str, str | None] | None = None
-        self.load_options: dict[str, Any] = {}  # what else `from_pretrained` was given
+        self.load_options: dict[str, Any] = {}  # what else `from_pretrained` was given,
+        self.load_device: str | None = None  # and where it was told to load to
 
     @classmethod
     def from_pretrained(
@@ -123,6 +124,7 @@ class Engine:
         }
         options = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
         engine.load_options = {**options, **model_settings}
+        engine.load_device = None if device is None else str(device)
         return engine
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:

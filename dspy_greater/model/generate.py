@@ -73,13 +73,13 @@ class _Batch:
         contexts = [row.context for row in self.rows]
         lengths = [len(row.context) + len(row.expected) for row in self.rows]
         # Drafts need no room of their own at the end, but may leave unused slots in the middle of a part.
-        self._capacity = max(lengths) + max(row.max_new_tokens - len(row.generated) for row in self.rows)
+        self._capacity = self._slots(max(lengths))
         self._reach = self.engine.checks.cache_reach
         plain = self._capacity <= self._reach
         if not plain:
             for row in self.rows:
                 row.draft = ()
-            self._capacity = max(len(row.context) + row.max_new_tokens - len(row.generated) for row in self.rows)
+            self._capacity = self._slots(max(map(len, contexts)))
         parts = parts_of(contexts, lengths, divide=plain)
         read = [prefill(self.engine, self.rows, part, prefixes, self._capacity) for part in parts]
         for prefilled in read:
@@ -101,7 +101,7 @@ class _Batch:
             tuple(range(count)), tuple(self._places), known, (0,) * count, self._length, self.cache, logits[live]
         )
         self.rows += rows
-        self._capacity = max(len(row.prompt) + row.max_new_tokens for row in self.rows)
+        self._capacity = self._slots(max(self._length, *(len(row.context) for row in rows)))
         parts = [
             Part(tuple(count + row for row in part.rows), part.shared)
             for part in parts_of([row.context for row in rows])
@@ -109,6 +109,10 @@ class _Batch:
         return self._begin(
             [under_way, *(prefill(self.engine, self.rows, part, prefixes, self._capacity) for part in parts)]
         )
+
+    def _slots(self, filled: int) -> int:
+        """The most slots that the cache will have, once so many are filled: all rows of a batch end at the last."""
+        return filled + max(row.room for row in self.rows)
 
     def _begin(self, read: Sequence[Prefilled]) -> Tensor:
         """Put together what goes on: cache, mask, positions and logits."""

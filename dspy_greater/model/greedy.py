@@ -53,4 +53,4 @@ def greedy_tokens(engine: Engine, rows: Sequence[Row]) -> list[list[bool]]:
         return found
 
     lengths = [len(sequence) for sequence, _ in rows]
-    return in_batches(work, rows, lengths, engine.max_batch_tokens)
+    return in_batches(work, rows, lengths, engine.max_batch_tokens, apart=engine.checks.fixed_rotation)

@@ -38,7 +38,7 @@ class PlainModel(OverEngine):
             while row.finish_reason is None:
                 logits = self._logits(row.context)[-1:]  # [1, V]
                 row.accept(choose(logits, [row])[0])
-            done.append(Generation(tuple(row.generated), row.finish_reason))
+            done.append(row.result())
         return done
 
     @torch.no_grad()

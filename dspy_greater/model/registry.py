@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from importlib import import_module
@@ -11,15 +12,18 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from dspy_greater.errors import WeightsError
-from dspy_greater.model.dtypes import default_dtype
+from dspy_greater.errors import SettingsError, WeightsError
+from dspy_greater.model.dtypes import default_dtype, named_dtype
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.gguf import digest, find_gguf, is_gguf, load_gguf
-from dspy_greater.model.placement import refuse_dividing
+from dspy_greater.model.placement import LOADING, refuse_dividing
 
 POCKET = "pocket"  # the name of the model that travels with the package
 
 _READ = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # files of a model's directory
+
+# Arguments of `from_pretrained` that are about who loads the weights, and where from.
+_OF_THE_LOADER = frozenset({"trust_remote_code", "local_files_only", "token", "cache_dir", "proxies"})
 
 _shared: WeakValueDictionary[Any, Engine] = WeakValueDictionary()
 
@@ -112,6 +116,79 @@ def remember(engine: Engine) -> None:
     _shared[(engine.identity, id(engine))] = engine
 
 
+def saved_origin(engine: Engine) -> dict[str, Any] | None:
+    """How to load the same weights again, as plain values; None for weights that were handed in as objects.
+
+    Code that comes with weights and keys are the business of whoever loads them, and are not saved. What cannot be
+    saved is named, so that `load_saved` does not load the weights in another way.
+    """
+    if engine.origin is None:
+        return None
+    kept: dict[str, Any] = {}
+    lost: list[str] = []
+    for name, value in engine.load_options.items():
+        if name in _OF_THE_LOADER or value is None:
+            continue
+        plain = _plain(value) if name in LOADING else None
+        if plain is None:
+            lost.append(name)
+        else:
+            kept[name] = plain
+    more = {"device": engine.load_device, "loading": kept, "lost": lost}
+    return {**engine.origin, **{name: value for name, value in more.items() if value}}
+
+
+def load_saved(origin: Mapping[str, Any]) -> Engine:
+    """The engine of what `saved_origin` said, in this process or another one.
+
+    A device that this machine lacks does not count.
+
+    Raises:
+        WeightsError: the weights could not be loaded, or something of how they were could not be saved.
+    """
+    name, lost = origin["name_or_path"], origin.get("lost") or ()
+    if lost:
+        raise WeightsError(
+            f"The saved LM ran on {name!r}, loaded with {', '.join(lost)}, which could not be saved with it. Load the "
+            f"weights in the same way first and keep them, as in lm = local_lm({name!r}, {lost[0]}=...), and load the "
+            "program again."
+        )
+    given = origin.get("loading") or {}
+    loading = {option: _numbered(given[option]) for option in LOADING if option in given}
+    device = _if_here(origin.get("device"))
+    return shared_engine(name, device=device, dtype=origin.get("dtype"), revision=origin.get("revision"), **loading)
+
+
+def _plain(value: Any) -> Any:
+    """The same as JSON has it; None for what it cannot hold."""
+
+    def spelled(part: Any) -> str:
+        if isinstance(part, (torch.device, os.PathLike)):
+            return str(part)
+        raise SettingsError(f"A {type(part).__name__} cannot be saved.")
+
+    try:
+        return json.loads(json.dumps(value, default=spelled))
+    except (SettingsError, TypeError, ValueError):  # an object, or keys that are none of JSON
+        return None
+
+
+def _numbered(value: Any) -> Any:
+    """A mapping whose keys are numbers where JSON made them text, as those of devices are."""
+    if not isinstance(value, Mapping):
+        return value
+    return {int(key) if key.isdecimal() else key: _numbered(each) for key, each in value.items()}
+
+
+def _if_here(device: str | None) -> str | None:
+    """The device, if this machine has it."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # torch says the latter where it was built without it
+        return None
+    return device
+
+
 def load_pretrained(
     name: str,
     *,
@@ -127,6 +204,7 @@ def load_pretrained(
     from transformers import AutoTokenizer
 
     refuse_dividing(name, settings)
+    dtype = dtype if dtype in (None, "auto") else named_dtype(dtype)
     target = torch.device(device) if device is not None else _best_device()
     if file := gguf_behind(name):
         return load_gguf(file, target=target, dtype=dtype, revision=revision, **settings)

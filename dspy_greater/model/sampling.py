@@ -32,7 +32,8 @@ class Row:
     on_end: Callable[[Generation], None] | None = None
     draft: tuple[int, ...] = ()  # what it will probably generate
     generated: list[int] = field(default_factory=list)
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: Literal["stop", "length", "pause"] | None = None
+    pause_at: int | None = None  # after so many generated tokens it leaves its batch, to go on in another one
     _noise: list[float] = field(default_factory=list)
     _generator: torch.Generator | None = None
 
@@ -45,7 +46,18 @@ class Row:
     def expected(self) -> tuple[int, ...]:
         """What it will probably write from here on, but for the last token that it may."""
         begun = len(self.generated)
-        return self.draft[begun : self.max_new_tokens - 1] if self.draft[:begun] == tuple(self.generated) else ()
+        return self.draft[begun : begun + self.room - 1] if self.draft[:begun] == tuple(self.generated) else ()
+
+    @property
+    def length(self) -> int:
+        """How many tokens its context has."""
+        return len(self.prompt) + len(self.generated)
+
+    @property
+    def room(self) -> int:
+        """How many tokens it may generate until it ends or pauses."""
+        most = self.max_new_tokens if self.pause_at is None else min(self.pause_at, self.max_new_tokens)
+        return most - len(self.generated)
 
     def uniform(self) -> float:
         """The random number in [0, 1) of the token that is about to be generated."""
@@ -66,8 +78,14 @@ class Row:
                 self.finish_reason = "stop"
             elif len(self.generated) >= self.max_new_tokens:
                 self.finish_reason = "length"
-        if self.finish_reason is not None and self.on_end is not None:
-            self.on_end(Generation(tuple(self.generated), self.finish_reason))
+            elif self.room <= 0:
+                self.finish_reason = "pause"
+        if self.finish_reason in ("stop", "length") and self.on_end is not None:
+            self.on_end(self.result())
+
+    def result(self) -> Generation:
+        """What it generated."""
+        return Generation(tuple(self.generated), "stop" if self.finish_reason == "stop" else "length")
 
 
 def row_seed(seed: int, row: int) -> int:

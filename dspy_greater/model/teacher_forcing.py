@@ -9,6 +9,7 @@ tokens, V vocabulary, d embedding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -142,19 +143,22 @@ def embedded_at(layer: Module, places: Sequence[int], embedding: Tensor) -> Iter
         hook.remove()
 
 
-def token_batches(lengths: Sequence[int], max_batch_tokens: int) -> list[list[int]]:
+def token_batches(lengths: Sequence[int], max_batch_tokens: int, apart: float = math.inf) -> list[list[int]]:
     """Indices of the rows, neighbours in length together, so that rows times longest row stays in bounds.
 
-    A row longer than the bound gets a batch of its own.
+    A row longer than the bound gets a batch of its own. Rows of up to `apart` tokens are not put beside longer ones.
 
     >>> token_batches([4, 9, 5, 30], max_batch_tokens=20)
     [[0, 2], [1], [3]]
+    >>> token_batches([4, 9, 5, 30], max_batch_tokens=99, apart=5)
+    [[0, 2], [1, 3]]
     """
     if max_batch_tokens < 1:
         raise SettingsError(f"max_batch_tokens is {max_batch_tokens}; give at least 1 token.")
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
-        if batches and (len(batches[-1]) + 1) * lengths[index] <= max_batch_tokens:
+        alike = bool(batches) and (lengths[batches[-1][-1]] <= apart) == (lengths[index] <= apart)
+        if alike and (len(batches[-1]) + 1) * lengths[index] <= max_batch_tokens:
             batches[-1].append(index)
         else:
             batches.append([index])
@@ -166,18 +170,21 @@ def in_batches(
     rows: Sequence[RowT],
     lengths: Sequence[int],
     max_batch_tokens: int,
-    relieve: Callable[[], None] = lambda: None,
+    relieve: Callable[[], bool] = lambda: False,
+    apart: float = math.inf,
 ) -> list[ResultT]:
     """What `work` makes of each row, in the rows' order; `work` is given some rows at a time.
 
     Batches are those of `token_batches`. When memory runs out `relieve` is called and the batch is tried again in
-    two halves; a row that does not fit alone raises `EngineMemoryError`.
+    two halves. A row alone is tried once more where `relieve` says that it gave something up, and otherwise raises
+    `EngineMemoryError`.
 
     >>> in_batches(lambda batch: [row.upper() for row in batch], ["abc", "d"], [3, 1], max_batch_tokens=4)
     ['ABC', 'D']
     """
     results: dict[int, ResultT] = {}
-    waiting = token_batches(lengths, max_batch_tokens)
+    retried: set[int] = set()
+    waiting = token_batches(lengths, max_batch_tokens, apart)
     while waiting:
         batch = waiting.pop(0)
         try:
@@ -185,7 +192,11 @@ def in_batches(
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not is_out_of_memory(error):
                 raise
-            relieve()
+            freed = relieve()
+            if len(batch) == 1 and freed and batch[0] not in retried:
+                retried.add(batch[0])
+                waiting.insert(0, batch)
+                continue
             if len(batch) == 1:
                 raise EngineMemoryError(
                     f"A row of {lengths[batch[0]]} tokens alone does not fit into memory; use a smaller "

@@ -13,6 +13,7 @@ from typing import Any
 SECONDS = 5.0  # for what a server knows by heart
 _MOST_BYTES = 16_000_000
 _SHOWN = 200
+_FAILURES = (OSError, http.client.HTTPException, ValueError)
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,18 @@ def ask(
         with urllib.request.build_opener(_StayHere).open(request, timeout=seconds) as answer:
             status, raw = answer.status, answer.read(_MOST_BYTES)
     except urllib.error.HTTPError as error:
-        with error:
-            status, raw = error.code, error.read(_MOST_BYTES)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        return Reply(asked, None, None, str(getattr(reason, "strerror", None) or reason).strip())
+        status = error.code
+        try:
+            with error:
+                raw = error.read(_MOST_BYTES)
+        except _FAILURES as failure:  # of the connection, in the middle of what the server says
+            return Reply(asked, status, None, _reason(failure, headers))
+    except _FAILURES as error:
+        return Reply(asked, None, None, _reason(error, headers))
     text = raw.decode("utf-8", "replace")
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     return Reply(asked, status, found if isinstance(found, dict) else None, _shortened(text))
 
@@ -72,6 +76,26 @@ class _StayHere(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
+
+
+def unsendable(headers: Mapping[str, str]) -> str | None:
+    """Which headers HTTP cannot carry, without their values, which may be keys; None where it can.
+
+    >>> unsendable({"Authorization": "Bearer sk-\\n1"})
+    'the header Authorization (the API key?) has characters that HTTP does not allow'
+    """
+    strange = [name for name, value in headers.items() if {"\r", "\n"} & set(value) or max(value, default="") > "\xff"]
+    if not strange:
+        return None
+    return f"the header {', '.join(strange)} (the API key?) has characters that HTTP does not allow"
+
+
+def _reason(error: Exception, headers: Mapping[str, str]) -> str:
+    """Why nothing came."""
+    if isinstance(error, ValueError) and (strange := unsendable(headers)):
+        return strange
+    reason = getattr(error, "reason", error)
+    return str(getattr(reason, "strerror", None) or reason).strip()
 
 
 def _shortened(text: str) -> str:

@@ -7,16 +7,18 @@ knows by heart, and for one token.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from dspy_greater.errors import ServerError
-from dspy_greater.lm.address import Address, address_of
+from dspy_greater.errors import GreaterError, OutageError, ServerError
+from dspy_greater.lm.address import SEVERAL, Address, addresses_of
+from dspy_greater.notices import warn_caller
 from dspy_greater.program.faults import FaultKind, ServerFault, by_status
 from dspy_greater.program.servers import Servers, Spent
-from dspy_greater.served.http import Reply, ask
+from dspy_greater.served.http import Reply, ask, unsendable
 
 _PATIENCE = 120.0  # seconds for a first token: a server may load its weights only then
 _FROM = re.compile(r'^FROM\s+"?(.+?)"?\s*$', re.MULTILINE)  # of an Ollama modelfile
@@ -39,6 +41,7 @@ class Server:
         told_by: the question that it answered so, or all that were asked in vain.
         neutral: sampling settings that it takes and that switch its defaults off.
         tells_ids: whether it returns the token ids of a prompt and of what it wrote.
+        others: the other servers of a `served_lm`; what one of them does not take, none has in `neutral`.
     """
 
     kind: str
@@ -48,6 +51,12 @@ class Server:
     told_by: str
     neutral: Mapping[str, float] = field(default_factory=dict[str, float])
     tells_ids: bool = False
+    others: tuple[Server, ...] = ()
+
+    @property
+    def every(self) -> tuple[Server, ...]:
+        """It and the others."""
+        return (self, *self.others)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -55,20 +64,86 @@ class Server:
         return {**self.neutral, **(_IDS if self.tells_ids else {})}
 
 
-def who_answers(lm: Any, *, predictor_name: str = "", servers: Servers | None = None) -> Server | None:
+def who_answers(
+    lm: Any, *, predictor_name: str = "", servers: Servers | None = None, strict: bool = False
+) -> Server | None:
     """The server behind an LM; None for an LM in this process, or of a provider's own service.
 
-    `servers` waits for one that answered before, or says that it has too much to do; by default nobody waits.
+    `servers` waits for one that answered before, or says that it has too much to do; by default nobody waits. Of a
+    `served_lm` it is the first server that answers, with the others. Where some do not answer, a warning says so;
+    with `strict`, an error.
 
     Raises:
         OutageError: the server gave no answer for longer than `servers` waits.
         ServerError: nothing answers there, it is no chat API, or the model is not served; says what was asked, what
             came back, and the line to write.
     """
-    address = address_of(lm)
-    if address is None:
+    addresses = list(addresses_of(lm))
+    if not addresses:
         return None
-    who = f"the LM {address.lm!r}{f' of predictor {predictor_name!r}' if predictor_name else ''}"
+    options: Mapping[str, Any] = getattr(lm, "kwargs", None) or {}
+    of_whom = f" of predictor {predictor_name!r}" if predictor_name else ""
+    found: list[Server] = []
+    silent: list[GreaterError] = []
+    for address in addresses if len(addresses) > 1 else ():
+        with not_waiting(servers) as at_once:
+            try:
+                found.append(_server_at(address, options, of_whom, at_once))
+            except (OutageError, ServerError) as error:
+                silent.append(error)
+    if not found:
+        return _server_at(addresses[0], options, of_whom, servers)
+    if silent:
+        tell_of_silent(silent, strict=strict)
+    return _together(found)
+
+
+@contextmanager
+def not_waiting(servers: Servers | None) -> Iterator[Servers]:
+    """Servers that are not waited for, as there are others; what they spend counts for `servers`."""
+    at_once = Servers()
+    try:
+        yield at_once
+    finally:
+        if servers is not None:
+            servers.count(at_once.spent)
+
+
+def tell_of_silent(errors: Sequence[GreaterError], *, strict: bool) -> None:
+    """Say which servers of several could not be compared.
+
+    Raises:
+        ServerError: with `strict`.
+    """
+    text = (
+        f"{len(errors)} of the servers of a served_lm cannot be compared with the weights that are loaded here: "
+        f"{' '.join(str(error) for error in errors)}"
+    )
+    if strict:
+        raise ServerError(f"{text} strict=False searches all the same, with those that answer.")
+    warn_caller(f"{text} Calls go to those that answer, and to these once they do.", RuntimeWarning)
+
+
+def _together(servers: Sequence[Server]) -> Server:
+    """The first with the others, each with the settings that all of them take: a call may go to any."""
+    neutral = {
+        name: value
+        for name, value in servers[0].neutral.items()
+        if all(server.neutral.get(name) == value for server in servers)
+    }
+    tells = all(server.tells_ids for server in servers)
+    first, *others = (replace(server, neutral=neutral, tells_ids=tells) for server in servers)
+    return replace(first, others=tuple(others))
+
+
+def _server_at(address: Address, options: Mapping[str, Any], of_whom: str, servers: Servers | None) -> Server:
+    """The server at an address that an LM with these options uses; raises what `who_answers` raises."""
+    who = f"the LM {address.lm!r}{of_whom}"
+    if strange := unsendable(address.headers):
+        raise ServerError(
+            f"The server at {address.base} ({address.given_by}) cannot be asked for {who}: {strange}. Write "
+            f"{_line(address, key='YOUR KEY')}."
+        )
     models = ask(f"{address.api}/models", address.headers)
     if models.status is None:
         raise ServerError(
@@ -76,7 +151,6 @@ def who_answers(lm: Any, *, predictor_name: str = "", servers: Servers | None = 
             f"the server, or write its address: {_line(address, base='http://HOST:PORT/v1')}."
         )
     entries = _entries(models)
-    options: Mapping[str, Any] = getattr(lm, "kwargs", None) or {}
     answered, taken = _settings_taken(address, _neutral(options), servers)
     if not answered.ok:
         raise ServerError(_refusal(address, who, models, entries, answered))
@@ -243,4 +317,6 @@ def _line(address: Address, *, base: str | None = None, model: str | None = None
     prefix = address.lm.partition("/")[0]
     name = address.lm if model is None else f"{prefix}/{model}"
     more = f", api_key={key!r}" if key else ""
+    if address.given_by == SEVERAL:
+        return f"served_lm({name!r}, api_bases=[{(base or address.base)!r}, ...]{more})"
     return f"dspy.LM({name!r}, api_base={(base or address.base)!r}{more})"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dspy_greater.errors import LayoutError, ParityError
+from dspy_greater.errors import GreaterError, LayoutError, OutageError, ParityError, ServerError
+from dspy_greater.lm.served import with_settings
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.called import merged_options
 from dspy_greater.program.copies import with_instructions
@@ -16,6 +18,7 @@ from dspy_greater.program.servers import Servers
 from dspy_greater.program.tracing import Exchange
 from dspy_greater.prompt.chat_template import content_text
 from dspy_greater.prompt.layout import Layout
+from dspy_greater.served.kinds import not_waiting, tell_of_silent
 from dspy_greater.served.parity import Probed, Twin, Written, answer_of, probe, too_little
 from dspy_greater.served.record import ServedModel
 
@@ -42,21 +45,42 @@ class Watch:
 
     def __init__(self, server: Server, engine: Engine, predictor: str, *, strict: bool = False) -> None:
         self._twin, self._strict = Twin(server, engine, predictor), strict
+        # Which of several servers answered a run is not known.
+        place = replace(server.address, base=" or ".join(each.address.base for each in server.every))
+        self._any = Twin(replace(server, address=place), engine, predictor)
         self._found = Probed(0, 0, 0, 0)
         self._different, self._warned = 0, False
 
     def begin(self, predictor: Predictor, layout: Layout, rows: Sequence[Any], servers: Servers) -> None:
         """Compare on two of these rows, before anything is searched, and log who answers.
 
+        Of several servers each is compared. Where some give no answer, a warning says so; with `strict`, an error.
+
         Raises:
             OutageError: the server gave no answer for longer than `servers` waits.
-            ParityError: the server reads another prompt; with `strict`, or its tokens are not those of the weights.
+            ParityError: a server reads another prompt; with `strict`, or its tokens are not those of the weights.
             ServerError: it does not take what a row asks.
         """
         _LOG.info("Predictor `%s`: %s", predictor.name, self.record())
         asked = [_messages(predictor, layout, row) for row in rows[:_COMPARED]]
-        self._add(probe(self._twin, asked, servers), different=0)
-        self._judge()
+        every, silent = self._twin.server.every, list[GreaterError]()
+        for server in every if len(every) > 1 else ():
+            twin = Twin(server, self._twin.engine, predictor.name)
+            with not_waiting(servers) as at_once:
+                try:
+                    found = probe(twin, asked, at_once)
+                except ParityError:
+                    raise
+                except (OutageError, ServerError) as error:
+                    silent.append(error)
+                    continue
+            self._add(found, different=0)
+            self._judge(too_little(twin, found.agreed, found.written))
+        if len(silent) == len(every) or len(every) == 1:
+            self._add(probe(self._twin, asked, servers), different=0)
+            self._judge(self._too_little())
+        elif silent:
+            tell_of_silent(silent, strict=self._strict)
 
     def heard(self, rollouts: Sequence[Rollout], *, before: bool) -> None:
         """Compare on runs of the program, `before` the search or in it.
@@ -65,7 +89,7 @@ class Watch:
             ParityError: the server read another prompt, before the search or with `strict`; or with `strict` its
                 tokens are not those of the weights.
         """
-        twin = self._twin
+        twin = self._any
         calls = [call.sent for rollout in rollouts for call in rollout.trace if call.predictor == twin.predictor]
         asked = [sent for sent in calls if sent is not None and sent.messages]
         told, by_ids, different = 0, 0, 0
@@ -85,7 +109,7 @@ class Watch:
         spread = readable[:: max(1, -(-len(readable) // _READ))]
         agreed, compared = twin.agreement(spread)
         self._add(Probed(told, by_ids, compared, agreed), different)
-        self._judge()
+        self._judge(self._too_little())
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -99,7 +123,7 @@ class Watch:
         return ServedModel(
             predictor=twin.predictor,
             kind=server.kind,
-            url=server.address.base,
+            url=", ".join(each.address.base for each in server.every),
             model=server.address.model,
             said=server.said,
             weights=twin.engine.identity,
@@ -129,8 +153,10 @@ class Watch:
         if self._different == 0:
             warn_caller(f"{text} The search goes on; `detailed_results.server` counts such prompts.", RuntimeWarning)
 
-    def _judge(self) -> None:
-        text = too_little(self._twin, self._found.agreed, self._found.written)
+    def _too_little(self) -> str | None:
+        return too_little(self._any, self._found.agreed, self._found.written)
+
+    def _judge(self, text: str | None) -> None:
         if text is None or self._warned:
             return
         self._warned = True
@@ -151,7 +177,8 @@ def neutral(program: Any, watches: Mapping[str, Watch | None]) -> Any:
     for name, predictor in copied.named_predictors():
         if name in settings:
             key = (id(predictor.lm), repr(settings[name]))
-            made.setdefault(key, predictor.lm.copy(**settings[name]))
+            if key not in made:
+                made[key] = with_settings(predictor.lm, settings[name])
             predictor.lm = made[key]
     return copied
 
@@ -194,9 +221,9 @@ def _history(lm: Any) -> dict[str, Written]:
 
 
 def _as_mapping(response: Any) -> Mapping[str, Any]:
-    """An answer of LiteLLM as plain values; what DSPy's own engine returns has no token ids."""
+    """An answer as plain values: LiteLLM's, or what DSPy's own engine keeps of what the server sent."""
     dump = getattr(response, "model_dump", None)
-    found = dump() if callable(dump) else response
+    found = dump() if callable(dump) else getattr(response, "provider_data", response)
     if not isinstance(found, Mapping):
         return {}
     choices = found.get("choices")

@@ -10,7 +10,7 @@ Shapes: n rows of one batch, S slots of its cache, T tokens that are read after 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -117,9 +117,11 @@ class GeneratedStates:
         """What is kept at the moment."""
         return sum(rows.bytes for rows in self._rows)
 
-    def drop(self) -> None:
-        """Give the memory back; what is needed again is read again."""
+    def drop(self) -> bool:
+        """Give the memory back; what is needed again is read again. Whether there was any."""
+        held = bool(self._rows)
         self._rows, self._order = [], None
+        return held
 
     def make_room(self, size: int, device: torch.device) -> bool:
         """Let the oldest go where `size` bytes more would be too many; False: they are by themselves."""
@@ -149,6 +151,11 @@ class GeneratedStates:
         found = [(min(most, shared_length([wanted, tokens])), at, row) for tokens, at, row in near]
         known, at, row = max(found, key=lambda candidate: candidate[0])
         return Continuation(self._rows[at], row, known) if known >= least else None
+
+
+def relief(generated: GeneratedStates | None, *others: Callable[[], bool]) -> Callable[[], bool]:
+    """What gives up the kept states, and whatever `others` give up; it says whether there was any."""
+    return lambda: any([generated is not None and generated.drop(), *(give_up() for give_up in others)])
 
 
 def _most_bytes(device: torch.device) -> float:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dspy_greater.model.fast.generated_kv import Continuation, GeneratedStates, continued
+from dspy_greater.errors import EngineMemoryError
+from dspy_greater.model.fast.generated_kv import Continuation, GeneratedStates, continued, relief
 from dspy_greater.model.fast.prefix_cache import LEAST_SHARED, Beginning, PrefixCache
 from dspy_greater.model.fast.readings import Reading, last_run
 from dspy_greater.model.kv_cache import shared_length
@@ -43,8 +44,9 @@ class Reader:
         """The log-probability that each query asks for, by its number."""
         found: dict[int, float] = {}
         early, kept, rest = self._divided(readings)
-        self._read_continued(kept, found)
+        left = self._read_continued(kept, found)
         self._read(rest, found)
+        self._read(left, found)
         self._read_early(early, found)
         return found
 
@@ -99,7 +101,9 @@ class Reader:
 
         shared = len(beginning.prefix() or ())
         lengths = [len(reading.tokens) - shared for reading in readings]
-        in_batches(of_batch, readings, lengths, self._engine.max_batch_tokens, beginning.forget)
+        relieve = relief(self._generated, beginning.forget)
+        engine = self._engine
+        in_batches(of_batch, readings, lengths, engine.max_batch_tokens, relieve, engine.checks.fixed_rotation)
 
     def _read_early(self, readings: Sequence[Reading], found: dict[int, float]) -> None:
         """Beginnings, each distinct one once."""
@@ -116,15 +120,25 @@ class Reader:
                 pairs = zip(reading.queries, group[0].queries, strict=True)
                 found.update((number, found[original]) for (number, _), (original, _) in pairs)
 
-    def _read_continued(self, kept: Sequence[tuple[Reading, Continuation]], found: dict[int, float]) -> None:
-        """Sequences from where their states end."""
+    def _read_continued(self, kept: list[tuple[Reading, Continuation]], found: dict[int, float]) -> list[Reading]:
+        """Sequences from where their states end; those that there is no memory for beside the states are returned.
+
+        `kept` is emptied: it would hold the states that are given up.
+        """
         for rows in _alike([states.rows.slots for _, states in kept], self._engine.max_batch_rows):
             # Rows that were kept side by side stay side by side, so that they are copied in one piece.
             together = {id(kept[row][1].rows): number for number, row in reversed(list(enumerate(rows)))}
             batch = sorted((kept[row] for row in rows), key=lambda pair: (together[id(pair[1].rows)], pair[1].row))
             lengths = [len(reading.tokens) - states.known for reading, states in batch]
             work = partial(self._continued, found)
-            in_batches(work, batch, lengths, self._engine.max_batch_tokens, relieve=self._prefixes.drop)
+            try:
+                in_batches(work, batch, lengths, self._engine.max_batch_tokens, relieve=self._prefixes.drop)
+            except EngineMemoryError:
+                relief(self._generated)()
+                break
+        left = [reading for reading, _ in kept if any(number not in found for number, _ in reading.queries)]
+        kept.clear()
+        return left
 
     def _continued(self, found: dict[int, float], batch: Sequence[tuple[Reading, Continuation]]) -> list[None]:
         """One forward pass over what follows the kept states."""

@@ -84,9 +84,10 @@ class PrefixCache:
     def __init__(self, engine: Engine, kept: Prefix | None = None) -> None:
         self._engine, self.kept = engine, kept
 
-    def drop(self) -> None:
-        """Give the memory back; what is needed again is read again."""
-        self.kept = None
+    def drop(self) -> bool:
+        """Give the memory back; what is needed again is read again. Whether there was any."""
+        held, self.kept = self.kept is not None, None
+        return held
 
     def read(self, token_ids: Sequence[int], *, rows: int, longest: int) -> Prefix | None:
         """The states of `token_ids`, or of a first part of them where the rest is not worth a forward pass.
@@ -160,7 +161,8 @@ class Beginning:
             self._asked, self._prefix = True, self._read()
         return self._prefix
 
-    def forget(self) -> None:
-        """Give the memory back."""
+    def forget(self) -> bool:
+        """Give the memory back; whether there was any."""
+        held = self._prefix is not None
         self._asked, self._prefix = False, None
-        self._prefixes.drop()
+        return self._prefixes.drop() or held

@@ -53,18 +53,17 @@ class Session(OverEngine):
         self._generated = GeneratedStates() if keeps else None
         self._drafts = Drafts(expected)
         self._reader = Reader(engine, self._prefixes, self._generated)
-        self._backward = Backward(engine, self._prefixes)
+        self._backward = Backward(engine, self._prefixes, self._generated)
 
     @contextmanager
     def session(self, expected: Iterable[tuple[Tokens, Tokens]] = ()) -> Iterator[Session]:
         """Itself: what it keeps serves the calls inside as well."""
         yield self
 
-    def forget(self) -> None:
-        """Give the memory back; what is needed again is read again."""
-        self._prefixes.drop()
-        if self._generated is not None:
-            self._generated.drop()
+    def forget(self) -> bool:
+        """Give the memory back; what is needed again is read again. Whether there was any."""
+        held = self._prefixes.drop()
+        return (self._generated is not None and self._generated.drop()) or held
 
     def continues(self, tokens: Tokens, beyond: int) -> bool:
         """Whether the states of more than the first `beyond` tokens are kept, of a row that was generated here."""
@@ -100,27 +99,22 @@ class Session(OverEngine):
         most = self._engine.max_batch_rows
         with self._engine.exclusive():
             while waiting:
-                batches = -(-len(waiting) // self._engine.max_batch_rows)
-                size = -(-len(waiting) // batches)  # even batches, no small rest
-                batch, waiting = waiting[:size], waiting[size:]
+                batch, waiting = _next_batch(self._engine, waiting)
                 try:
-                    decoded = self._decoded(batch, arrivals)
+                    self._decode(batch, arrivals)
                 except EngineMemoryError as error:  # it is this row, and not the size of the batches
                     failed[id(batch[0])], self._engine.max_batch_rows = error, most
                     continue
-                if not decoded:
-                    waiting = [row for row in batch if row.finish_reason is None] + waiting
-        finished = {
-            place: Generation(tuple(row.generated), row.finish_reason or "length")
-            for place, row in enumerate(rows)
-            if id(row) not in failed
-        }
+                for row in batch:
+                    row.finish_reason = None if row.finish_reason == "pause" else row.finish_reason
+                waiting = [row for row in batch if row.finish_reason is None] + waiting
+        finished = {place: row.result() for place, row in enumerate(rows) if id(row) not in failed}
         for error in failed.values():
             raise EngineMemoryError(str(error), finished=finished) from error
         return [finished[place] for place in range(len(rows))]
 
-    def _decoded(self, batch: list[Row], arrivals: Callable[[int], Sequence[GenerationRequest]] | None = None) -> bool:
-        """Decode the batch; False when memory ran out and something was given up for another try.
+    def _decode(self, batch: list[Row], arrivals: Callable[[int], Sequence[GenerationRequest]] | None = None) -> None:
+        """Decode the batch, or a part of it where memory ran out and something was given up for another try.
 
         What joins it is put into `batch`, which then holds what has not ended.
 
@@ -140,12 +134,11 @@ class Session(OverEngine):
                 raise
             failure = str(error).splitlines()[0]
         else:
-            return True
+            return
         kept = self._generated is not None and self._generated.bytes > 0
         self.forget()
         if not kept:  # otherwise what was kept may have been too much, and not the batch
             _halve_batches(self._engine, min(len(batch), self._engine.max_batch_rows), failure)
-        return False
 
     def _join(
         self, batch: list[Row], arrivals: Callable[[int], Sequence[GenerationRequest]], most: int
@@ -164,9 +157,11 @@ class Session(OverEngine):
         def of_batch(batch: Sequence[Sequence[int]]) -> list[Tensor]:
             return list(next_logits(self._engine, batch).log_softmax(-1).cpu())  # N times [V]
 
-        with self._engine.exclusive():
+        engine = self._engine
+        with engine.exclusive():
             lengths = [len(context) for context in contexts]
-            return torch.stack(in_batches(of_batch, contexts, lengths, self._engine.max_batch_tokens))
+            apart = engine.checks.fixed_rotation
+            return torch.stack(in_batches(of_batch, contexts, lengths, engine.max_batch_tokens, self.forget, apart))
 
     @torch.no_grad()
     def token_logprobs(self, sequences: Sequence[Tokens], queries: Sequence[TokenQuery]) -> Tensor:
@@ -188,6 +183,22 @@ class Session(OverEngine):
         with self._engine.exclusive(), torch.inference_mode(False), torch.enable_grad():
             readings = by_row(sequences, queries, self._engine.checks.cache_reach)
             return self._backward.gradient(len(sequences), readings, leaf)
+
+
+def _next_batch(engine: Engine, waiting: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Rows to decode together, and the others.
+
+    Some models embed the positions of a long row in another way, and of all rows in a pass as of its longest. So long
+    and short rows are not mixed, and a row that becomes long on its way pauses: it goes on when it is read anew.
+    """
+    limit = engine.checks.fixed_rotation
+    short = [row for row in waiting if row.length <= limit]
+    alike, others = (short, [row for row in waiting if row.length > limit]) if short else (list(waiting), [])
+    batches = -(-len(alike) // engine.max_batch_rows)
+    size = -(-len(alike) // batches)  # even batches, no small rest
+    for row in alike[:size]:
+        row.pause_at = int(limit) + 1 - len(row.prompt) if short and limit < math.inf else None
+    return alike[:size], [*alike[size:], *others]
 
 
 def _halve_batches(engine: Engine, rows: int, failure: str) -> None:

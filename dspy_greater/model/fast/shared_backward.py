@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dspy_greater.errors import EngineMemoryError
+from dspy_greater.model.fast.generated_kv import GeneratedStates, relief
 from dspy_greater.model.fast.prefix_cache import LEAST_SAVED, Beginning, Prefix, PrefixCache
 from dspy_greater.model.fast.readings import Reading
 from dspy_greater.model.interface import Leaf, Tokens
@@ -41,10 +42,11 @@ class Backward:
     Args:
         engine: the weights.
         prefixes: what was read of beginnings.
+        generated: the states of rows that were generated, which give way where memory runs out.
     """
 
-    def __init__(self, engine: Engine, prefixes: PrefixCache) -> None:
-        self._engine, self._prefixes = engine, prefixes
+    def __init__(self, engine: Engine, prefixes: PrefixCache, generated: GeneratedStates | None) -> None:
+        self._engine, self._prefixes, self._generated = engine, prefixes, generated
 
     def gradient(self, sequences: int, readings: Mapping[int, Reading], leaf: Leaf) -> Tensor:
         """As `interface.Model.logprob_gradient`, for the queries about N = `sequences` sequences."""
@@ -87,7 +89,9 @@ class Backward:
 
         rows = list(readings)
         lengths = [len(readings[row].tokens) - len(beginning.prefix() or ()) for row in rows]
-        in_batches(of_batch, rows, lengths, self._engine.max_batch_tokens, beginning.forget)
+        relieve = relief(self._generated, beginning.forget)
+        engine = self._engine
+        in_batches(of_batch, rows, lengths, engine.max_batch_tokens, relieve, engine.checks.fixed_rotation)
 
     def _together(self, readings: Mapping[int, Reading], places: Tokens, embedding: Tensor) -> Tensor | None:
         """The sum over all sequences, [1, d], through what they share behind the leaf.
@@ -117,6 +121,7 @@ class Backward:
                 list(readings.values()),
                 [len(reading.tokens) - alike for reading in readings.values()],
                 self._engine.max_batch_tokens,
+                relief(self._generated),
             )
             total = _through(segment, value, asked)
         except (EngineMemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one

@@ -85,7 +85,7 @@ class GReaTer(Teleprompter):
         predictors: names (of `program.named_predictors()`) of those to optimise; by default all that can be.
         mode: "rewrite" or "append", for all predictors or by name. An instruction that is appended to stays to
             the byte, and a sentence after it is searched; so it is by default where an instruction lists its
-            tools, as `dspy.ReAct`'s does.
+            tools, as those of `dspy.ReAct`, `dspy.CodeAct` and `dspy.RLM` do.
         warm_start: another optimizer, such as `GradSum`, that runs first; the search goes on from
             the instructions that it finds. The floor is still the student that `compile` was given. To resume
             both, give both a `log_dir`, and not the same.

@@ -8,13 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from enum import Enum
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import dspy
 import numpy as np
 import pytest
 from any_event import bits
 from dspy.utils.dummies import DummyLM
+from pydantic import AfterValidator
 from scripted_engine import (
     SEED,
     ScriptedEngine,
@@ -40,7 +41,7 @@ from dspy_greater.errors import (
     WeightsError,
 )
 from dspy_greater.program.dataset import split
-from dspy_greater.program.fingerprint import fingerprint
+from dspy_greater.program.fingerprint import _field, fingerprint
 from dspy_greater.search.default_step import DefaultStep, by_score_gradient
 from dspy_greater.search.problem import Options, Problem, prepare
 from dspy_greater.search.variants import described_step, step_of
@@ -773,6 +774,15 @@ def test_the_identity_tells_apart_types_of_one_name(engine: Any) -> None:
     assert identity("yes", "no") == identity("yes", "no") != identity("yes", "no", "maybe")
 
 
+class Slotted:
+    """Has neither a text nor a dictionary."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+
 class Nameless:
     """Has no text of its own."""
 
@@ -785,6 +795,21 @@ def test_a_digest_of_rows_takes_keys_of_any_kind_and_holds_no_address_in_memory(
         return dspy.Example(question="q", table={("a", 1): value, 2: {None: [{3: 4}]}, "b": Nameless(value)})
 
     assert fingerprint([row(1)]) == fingerprint([row(1)]) != fingerprint([row(2)])
+    slotted = [dspy.Example(question=Slotted(value)) for value in (1, 1, 2)]
+    assert fingerprint(slotted[:1]) == fingerprint(slotted[1:2]) != fingerprint(slotted[2:])
+    parent = Nameless(1)
+    parent.value = {("a", "b"): parent}  # pyright: ignore[reportAttributeAccessIssue]
+    assert fingerprint([dspy.Example(question=parent)]) == fingerprint([dspy.Example(question=parent)])
+
+
+def test_the_identity_takes_types_that_are_no_data_and_holds_no_address_of_theirs(engine: Any) -> None:
+    functions = Enum("Functions", {"ONE": (len, object()), "TWO": (max, object())})
+    kinds = [list[Annotated[int, AfterValidator(lambda value: value)]] for _ in range(2)]
+    signatures = [dspy.Signature("question -> answer").with_updated_fields("answer", kind) for kind in kinds]
+    described_ = [_field("answer", signature.output_fields["answer"]) for signature in signatures]
+    assert " at 0x" not in str(described_) and described_[0] == described_[1]
+    odd = dspy.Signature("question -> answer").with_updated_fields("answer", functions)
+    assert _field("answer", odd.output_fields["answer"])["values"] is None
 
 
 def with_demo(program: Any) -> Any:

@@ -357,6 +357,25 @@ def test_candidates_of_a_program_with_clients_have_instructions_of_their_own_and
     assert others and not {id(module) for module in student.predictors()} & {id(module) for module in one.predictors()}
 
 
+class Cache(dict[Any, Any]):
+    """A mapping that cannot be copied itself."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.lock = threading.Lock()
+
+
+def test_containers_that_cannot_be_copied_or_hold_themselves_are_no_reason_to_refuse_a_program() -> None:
+    student = TwoHops()
+    student.cache, student.locks, student.loop = Cache({"a": 1}), {threading.Lock(): 1}, [threading.Lock()]
+    student.loop.append(student.loop)
+    copied = copy_program(student)
+    assert copied.cache is student.cache and copied.query is not student.query
+    student.cache["predictor"] = dspy.Predict("question -> answer")  # which would be the student's in every copy
+    with pytest.raises(ProgramError, match="cannot be copied"):
+        copy_program(student)
+
+
 def test_a_program_that_cannot_be_copied_is_refused() -> None:
     class Stubborn(TwoHops):
         def __deepcopy__(self, memo: Any) -> Any:
@@ -420,7 +439,7 @@ def test_calls_of_one_predictor_in_several_threads_are_told_in_one_order_whichev
                 [future.result() for future in started]
             self.ask(question="the last one")
 
-    for order in ([1, 2, 3], [3, 1, 2]):
+    for order in ([1, 2, 3], [3, 1, 2]):  # the last call is the run's own
         with dspy.context(lm=dummy([{"answer": "yes"}] * 4), adapter=dspy.ChatAdapter()):
             trace = trace_calls(Fan(), dspy.Example(question="Number", order=order).with_inputs("question", "order"))
         asked = [call.inputs["question"] for call in trace.calls]

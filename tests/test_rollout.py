@@ -23,11 +23,14 @@ from scripted_engine import (
     program_on,
     value_in,
 )
+from scripted_text import text_lm
 
-from dspy_greater import local_lm
+from dspy_greater import local_lm, served_lm
 from dspy_greater.errors import MetricError, ProgramError
+from dspy_greater.lm.served import with_settings
 from dspy_greater.metric import RowMetric
-from dspy_greater.program.rollout import Running, pin_lms, roll_out, searching_copy
+from dspy_greater.program.asked_lm import for_search
+from dspy_greater.program.rollout import Running, pin_lms, roll_out, searching_copy, uncached
 from dspy_greater.program.traced_run import carrying
 from dspy_greater.program.validation import validation_scores
 
@@ -357,6 +360,28 @@ def test_attempts_of_one_run_draw_anew_in_a_searching_copy_as_they_do_deployed()
         "Please end it.": 3,
         SEED: 1,
     }
+
+
+@pytest.mark.parametrize("kind", [dspy.BestOfN, dspy.Refine])
+def test_attempts_over_a_server_run_in_a_search_and_when_a_row_is_asked_again(kind: Any) -> None:
+    asked: list[str] = []
+
+    def answer(request: Any) -> str:
+        asked.append(request.instruction)
+        return chat_answer(answer="yes")
+
+    module = kind(module=TwoSteps(), N=2, reward_fn=lambda *_: 1.0, threshold=1.0)
+    with dspy.context(lm=text_lm(answer)):
+        program = pin_lms(module)
+    for each in (program, searching_copy(program, {}), uncached(program)):
+        assert each(question="one").answer == "yes"
+    assert asked
+
+
+def test_a_cached_lm_on_a_server_is_told_from_others_by_a_number_that_attempts_count_on_from() -> None:
+    lm = for_search(dspy.LM("openai/model", api_base="http://127.0.0.1:1/v1"))
+    several = with_settings(served_lm("openai/model", ["http://127.0.0.1:1/v1", "http://127.0.0.1:2/v1"]), {"top_k": 1})
+    assert type(lm.kwargs["rollout_id"]) is int and type(several.kwargs["rollout_id"]) is int
 
 
 def test_two_threads_roll_out_on_one_model_at_once() -> None:

@@ -61,3 +61,7 @@ def test_what_is_put_together_is_what_the_template_writes() -> None:
         prompt = tokenizer.apply_chat_template([asked], tokenize=False, add_generation_prompt=True)
         joined = THINK.joined(thoughts, text) if thoughts else text
         assert whole == f"{prompt}{joined}<|eot|>"
+
+
+def test_thoughts_whose_end_cannot_be_told_are_left_in_the_text() -> None:
+    assert ThoughtTags("", "\n").said("Two and two.\nfour") == "Two and two.\nfour"

@@ -89,7 +89,7 @@ class Evaluator:
     def _generate(self, pairs: Sequence[tuple[Prompts, int]]) -> list[Output]:
         """Module 1: the program itself."""
         task, meter = self._task, self._meter
-        meter.admit(len(pairs) * task.calls_per_output(meter.calls_per_run()))
+        meter.admit(len(pairs) * task.calls_per_output(meter.calls_per_run(unknown=len(task.predictors))))
         programs = {_key(prompts): searching_copy(task.program, prompts) for prompts, _ in pairs}
         runs = [(programs[_key(prompts)], self._rows[row]) for prompts, row in pairs]
         proven = self._deployed or bool(self._known)

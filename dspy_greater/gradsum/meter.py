@@ -55,15 +55,17 @@ class Meter:
         with self._lock:
             self._spent = {module: dict(counted) for module, counted in spent.items()}
 
-    def calls_per_run(self) -> int:
-        """LM calls of one run of the program, as measured so far and rounded up; 1 before the first run.
+    def calls_per_run(self, unknown: int = 1) -> int:
+        """LM calls of one run of the program, as measured so far and rounded up; `unknown` before the first run.
 
         `runs` and `predictor_calls` are counted with the LM calls. A predictor's call that a cache answered took no
         LM call, and the next prompt's will.
         """
         counted = self.spent().get("generation", {})
+        if not counted.get("runs"):
+            return unknown
         made = max(counted.get("calls", 0), counted.get("predictor_calls", 0))
-        return max(1, math.ceil(made / max(1, counted.get("runs", 0))))
+        return max(1, math.ceil(made / counted["runs"]))
 
     def reserve(self, calls: int) -> None:
         """Keep so many calls, and as many tokens as they took on average, for what comes after the loop."""

@@ -15,6 +15,7 @@ from dspy import lm15
 
 from dspy_greater.errors import SettingsError
 from dspy_greater.lm.asynchronous import AsyncEngine
+from dspy_greater.lm.request import told_apart
 
 REST = 30.0  # seconds for which a server that failed is asked only where no other is left
 _THEIRS = (  # errors that another server may not have
@@ -248,7 +249,7 @@ def with_settings(lm: dspy.LM, settings: Mapping[str, Any]) -> dspy.LM:
     if not isinstance(lm.engine, ServerPool):
         return lm.copy(**settings)
     pool = lm.engine.with_settings(settings)
-    changes = {"rollout_id": f"{lm.kwargs.get('rollout_id')}/{sorted(settings.items())}"} if lm.cache else {}
+    changes = {"rollout_id": told_apart(lm.kwargs.get("rollout_id"), sorted(settings.items()))} if lm.cache else {}
     copied = lm.copy(engine=pool, async_engine=AsyncServerPool(pool), **changes)
     copied._warned_zero_temp_rollout = True  # that it draws nothing anew at temperature 0 is as it should be
     return copied

@@ -6,13 +6,12 @@ weights behind the same name would replay those of the old ones.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
 import dspy
 
 from dspy_greater.lm.address import address_of
+from dspy_greater.lm.request import told_apart
 from dspy_greater.lm.served import ServerPool
 from dspy_greater.program.faults import is_served
 
@@ -38,10 +37,7 @@ def for_search(lm: Any, *, weights: str = "", timeout: float | None = None) -> A
         return lm
     changes: dict[str, Any] = {}
     if lm.cache:
-        parts = [lm.kwargs.get("rollout_id"), lm.model, _server_of(lm), weights]
-        # No part of a request: DSPy keeps it to tell cached answers apart.
-        digest = hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
-        changes["rollout_id"] = f"dspy_greater/{digest[:24]}"
+        changes["rollout_id"] = told_apart(lm.kwargs.get("rollout_id"), lm.model, _server_of(lm), weights)
     if timeout is not None and isinstance(lm.engine, str) and lm.kwargs.get("timeout") is None:
         changes["timeout"] = timeout
     if not changes:

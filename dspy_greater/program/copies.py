@@ -58,14 +58,28 @@ def _uncopyable(value: Any, known: Mapping[int, Any]) -> dict[int, Any]:
     """What cannot be copied in the place of a module's attribute, or among the items of its containers, by id."""
     if id(value) in known:
         return {}
-    if isinstance(value, (list, tuple, set, frozenset, dict)):
-        items: Any = value.values() if isinstance(value, dict) else value
-        return {at: part for item in items for at, part in _uncopyable(item, known).items()}
+    parts: dict[int, Any] = {}
+    for item in _items(value):
+        parts |= _uncopyable(item, {**known, **parts, id(value): value})  # it may hold itself
     try:
-        copy.deepcopy(value, dict(known))
+        copy.deepcopy(value, {**known, **parts})
     except Exception:
-        return {id(value): value}
-    return {}
+        return parts if _holds_modules(value, set()) else {id(value): value}
+    return parts
+
+
+def _items(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return list(value) if isinstance(value, (list, tuple, set, frozenset)) else []
+
+
+def _holds_modules(value: Any, seen: set[int]) -> bool:
+    """Whether a module would be shared with a container; there is no copy without one of its own then."""
+    if id(value) in seen:
+        return False
+    seen.add(id(value))
+    return any(isinstance(item, dspy.Module) or _holds_modules(item, seen) for item in _items(value))
 
 
 def with_instructions(program: Any, texts: Mapping[str, str]) -> Any:

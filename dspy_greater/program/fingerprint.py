@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from pydantic import TypeAdapter
-from pydantic.errors import PydanticUserError
 
 from dspy_greater.program.predictors import Predictor
 from dspy_greater.scalars import plain_scalar
 
 JSON = Any  # what `json.dumps` takes
 
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _NUMBERS = ("temperature", "top_p", "max_tokens", "max_completion_tokens", "seed")  # as they are
 _OTHERS = (  # by digest
     *("top_k", "min_p", "n", "stop", "frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias"),
@@ -57,14 +58,15 @@ def _field(name: str, info: Any) -> dict[str, JSON]:
     extra = info.json_schema_extra or {}
     output = extra.get("__dspy_field_type") == "output"
     told = {key: extra.get(key) for key in ("desc", "prefix", "constraints")}
-    return {"name": name, "type": str(info.annotation), "values": _values(info.annotation) if output else None, **told}
+    spelt = _ADDRESS.sub("", str(info.annotation))
+    return {"name": name, "type": spelt, "values": _values(info.annotation) if output else None, **told}
 
 
 def _values(annotation: Any) -> JSON:
     """The values of a type; nothing of one that is no data."""
     try:
         return TypeAdapter(annotation).json_schema()
-    except PydanticUserError:
+    except Exception:  # a type may have a schema of its own, or values that are no data
         return None
 
 
@@ -73,16 +75,24 @@ def _digest(values: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _canonical(values: Mapping[str, Any]) -> str:
-    try:
-        return json.dumps(values, sort_keys=True, default=_as_text)
-    except TypeError:  # keys that are no text, or of several kinds
-        return json.dumps(_with_text_keys(values), sort_keys=True, default=_as_text)
+    for given, tell in ((values, _as_text), (_with_text_keys(values), _as_text), (_with_text_keys(values), _as_type)):
+        try:
+            return json.dumps(given, sort_keys=True, default=tell)
+        except (TypeError, ValueError, RecursionError):  # keys that are no text; objects that hold themselves
+            continue
+    return _as_type(values)
 
 
-def _with_text_keys(value: Any) -> JSON:
+def _with_text_keys(value: Any, depth: int = 20) -> JSON:
+    if depth == 0:
+        return _as_type(value)
     if isinstance(value, Mapping):
-        return {repr(key): _with_text_keys(part) for key, part in value.items()}
-    return [_with_text_keys(part) for part in value] if isinstance(value, (list, tuple)) else value
+        return {repr(key): _with_text_keys(part, depth - 1) for key, part in value.items()}
+    return [_with_text_keys(part, depth - 1) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def _as_type(value: object) -> str:
+    return type(value).__qualname__
 
 
 def _as_text(value: object) -> JSON:
@@ -90,4 +100,9 @@ def _as_text(value: object) -> JSON:
     if isinstance(value, Set):
         return sorted(map(repr, value))
     nameless = type(value).__str__ is object.__str__ and type(value).__repr__ is object.__repr__
-    return [type(value).__qualname__, getattr(value, "__dict__", None)] if nameless else str(value)
+    if not nameless:
+        return _ADDRESS.sub("", str(value))
+    slots = {
+        name: getattr(value, name, None) for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())
+    }
+    return [_as_type(value), _with_text_keys({**slots, **getattr(value, "__dict__", {})})]

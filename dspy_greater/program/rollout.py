@@ -364,9 +364,10 @@ def run_uncached(program: Any, row: Any, *, threads: int) -> Rollout:
 
 def uncached(program: Any) -> Any:
     """A copy of the program whose language models do not answer from a cache."""
-    copied = with_instructions(program, {})
+    copied, asked = with_instructions(program, {}), dict[int, Any]()
     for _, predictor in copied.named_predictors():
-        predictor.lm = uncached_lm(predictor.lm)
+        lm = predictor.lm
+        predictor.lm = asked[id(lm)] = asked.get(id(lm)) or uncached_lm(lm)  # what they share they go on sharing
     return copied
 
 

@@ -97,7 +97,7 @@ class CallRecorder(FailureListener):
         self._open: dict[str, _OpenCall] = {}
         self._asking: dict[str, _OpenExchange] = {}  # call id of an LM or a parser -> what it belongs to
         self._done: dict[str, _Ended | None] = {}
-        self._clock = itertools.count()
+        self._clock, self._own = itertools.count(), threading.get_ident()
 
     def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         name = self._names.get(id(instance))
@@ -178,13 +178,14 @@ class CallRecorder(FailureListener):
             call = self._open.pop(call_id)
             self.hear(exception, "predictor", call.name)
             closed = call.closed(outputs, exception, lm_failed=self.is_lms(exception))
-            self._done[call_id] = _Ended(closed, call.began, next(self._clock))
+            elsewhere = threading.get_ident() != self._own
+            self._done[call_id] = _Ended(closed, call.began, next(self._clock), elsewhere)
 
     def calls(self) -> tuple[PredictorCall, ...]:
         """The calls that have ended, in the order in which they started.
 
-        Which of several threads starts first is chance. Calls of one predictor that were under way together are
-        told in the order of their inputs, so that a run is told the same each time.
+        Which of several threads starts first is chance. Calls of one predictor that other threads than the run's own
+        make, one after another and some of them at once, are told in the order of their inputs.
         """
         with self._lock:
             return tuple(_in_order([call for call in self._done.values() if call is not None]))
@@ -192,30 +193,31 @@ class CallRecorder(FailureListener):
 
 @dataclass(frozen=True)
 class _Ended:
-    """A call, and when it began and ended, by the clock of its run."""
+    """A call, when it began and ended by the clock of its run, and whether another thread than the run's made it."""
 
     call: PredictorCall
     began: int
     ended: int
+    elsewhere: bool
 
 
 def _in_order(calls: Sequence[_Ended]) -> list[PredictorCall]:
-    """Calls in the order in which they began; those of a predictor that overlap, by what they were given."""
-    together: list[list[int]] = []  # places of calls that overlap
-    latest: dict[str, tuple[int, int]] = {}  # predictor -> its last group, and when that ends
-    for place, each in enumerate(calls):
-        group, until = latest.get(each.call.predictor, (-1, -1))
-        if each.began > until:
-            group = len(together)
-            together.append([])
-        together[group].append(place)
-        latest[each.call.predictor] = group, max(until, each.ended)
+    """Calls in the order in which they began; those of several threads by what they were given."""
     told = [each.call for each in calls]
-    for places in together:
-        ordered = sorted((told[place] for place in places), key=lambda call: repr((dict(call.inputs), call.completion)))
-        for place, call in zip(places, ordered, strict=True):
-            told[place] = call
+    for name in dict.fromkeys(call.predictor for call in told):
+        mine = [place for place, call in enumerate(told) if call.predictor == name]
+        for elsewhere, group in itertools.groupby(mine, key=lambda place: calls[place].elsewhere):
+            places = list(group)
+            at_once = any(calls[after].began < calls[before].ended for before, after in itertools.pairwise(places))
+            if elsewhere and at_once:
+                ordered = sorted((told[place] for place in places), key=_given)
+                for place, call in zip(places, ordered, strict=True):
+                    told[place] = call
     return told
+
+
+def _given(call: PredictorCall) -> str:
+    return repr((dict(call.inputs), call.completion))
 
 
 @dataclass

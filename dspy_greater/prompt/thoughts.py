@@ -50,8 +50,10 @@ class ThoughtTags:
         >>> ThoughtTags("<think>\\n", "\\n</think>\\n\\n").said("<think>\\nTwo and two.\\n</think>\\n\\nfour")
         'four'
         """
-        _, ended, said = text.rpartition(self.closing.strip())
-        opening = self.opening.strip()
+        opening, closing = self.opening.strip(), self.closing.strip()
+        if not closing:  # where they end cannot be told
+            return text
+        _, ended, said = text.rpartition(closing)
         begun = not opening or opening in text
         return said.lstrip("\n") if ended else "" if begun else text
 

@@ -205,8 +205,8 @@ class Evaluator:
 
     def on_rows(self, evaluated: Evaluation, rows: Sequence[int]) -> Evaluation:
         """What an evaluation says of some of its rows, to be compared with what was tried out on them."""
-        instruction, some = Instruction(evaluated.token_ids, evaluated.instruction), evaluated.rows
-        return self._evaluation(instruction, [row for row in some if row.row in rows], evaluated.fluency_nll)
+        instruction = Instruction(evaluated.token_ids, evaluated.instruction)
+        return self._evaluation(instruction, [row for row in evaluated.rows if row.row in rows], evaluated.fluency_nll)
 
     def evaluate(
         self, instructions: Sequence[Instruction], model: Model | None = None, tried: Sequence[Evaluation] = ()

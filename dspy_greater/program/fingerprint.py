@@ -75,12 +75,14 @@ def _digest(values: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _canonical(values: Mapping[str, Any]) -> str:
-    for given, tell in ((values, _as_text), (_with_text_keys(values), _as_text), (_with_text_keys(values), _as_type)):
-        try:
-            return json.dumps(given, sort_keys=True, default=tell)
-        except (TypeError, ValueError, RecursionError):  # keys that are no text; objects that hold themselves
-            continue
-    return _as_type(values)
+    try:
+        return json.dumps(values, sort_keys=True, default=_as_text)
+    except (TypeError, ValueError, RecursionError):  # keys that are no text; objects that hold themselves
+        plain = _with_text_keys(values)
+    try:
+        return json.dumps(plain, sort_keys=True, default=_as_text)
+    except (ValueError, RecursionError):
+        return json.dumps(plain, sort_keys=True, default=_as_type)
 
 
 def _with_text_keys(value: Any, depth: int = 20) -> JSON:

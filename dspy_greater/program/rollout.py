@@ -241,10 +241,10 @@ def searching_copy(program: Any, texts: Mapping[str, str], seed: int = 0) -> Any
         if local_engine(lm) is None:
             continue
         attempt = id(predictor) in attempts
-        key = (id(lm), attempt, place if samples(predictor) and not attempt else None)
+        draws = place if samples(predictor) and not attempt else 0
+        key = (id(lm), attempt, draws)
         if key not in shared:
-            own = lm.kwargs.get("seed")
-            drawn = None if attempt else seed + (key[-1] or 0)
+            own, drawn = lm.kwargs.get("seed"), None if attempt else seed + draws
             shared[key] = lm.copy(cache=False, seed=drawn if own is None else own)
         predictor.lm = shared[key]
     return copied

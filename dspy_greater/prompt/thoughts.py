@@ -54,8 +54,9 @@ class ThoughtTags:
         if not closing:  # where they end cannot be told
             return text
         _, ended, said = text.rpartition(closing)
-        begun = not opening or opening in text
-        return said.lstrip("\n") if ended else "" if begun else text
+        if ended:
+            return said.lstrip("\n")
+        return "" if opening in text else text  # an empty opening is in any text: the prompt has begun them
 
 
 def thought_tags(tokenizer: Any) -> ThoughtTags | None:

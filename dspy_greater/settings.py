@@ -13,8 +13,8 @@ makes up to two forward and backward passes over `replayed` sequences, for repla
 `forecasts` forward passes over them, and one more a step; appending costs no run.
 All that is bounded by `forecast_share` of what the step's runs cost, counted in tokens (`search.prices`): on a CPU a
 step of one candidate usually looks at one position, with a handful of reasonings. Phrases write up to 8 tokens each.
-The first step, and some later ones, try `written` whole instructions in place of that: two say what the gold values
-look like, and the model is asked for the others, in up to `max_instruction_tokens` + 32 tokens each. Each runs the
+The first step, and those at which it has paid more, try `written` whole instructions in place of that: two say what
+the gold values look like, and the model is asked for the others, in up to `max_instruction_tokens` + 32 tokens each. Each runs the
 program on 8 rows, and the best of them on the others.
 Once its forecasts have proven themselves it tries fewer than μ candidates; while they do not come true,
 about one step in `explore_every` makes neither forecasts nor gradients.
@@ -86,7 +86,7 @@ class Settings:
     forecast_share: float = 1.0  # of the price of a step's runs, what its gradients and forecasts may cost; 0: no bound
     write_price: float | None = None  # of a token written, in tokens read; None: 4 on a CPU, 32 on an accelerator
     phrases: int = 3  # continuations of a position that are drawn as phrases; 0: none
-    written: int = 6  # whole instructions at the first step, while it pays, and ever more seldom; 0: none
+    written: int = 6  # whole instructions at the first step, and while they pay more than edits; 0: none
     positions_ahead: int = 3  # positions at which a step forecasts; candidates are tried at the one that promises most
     answer_weight: float = 1.0  # α: the gold answer's part of the gradient, in nats, and of forecasts, against mistakes
     uncertainty_weight: float = 0.3  # of gold answers, against mistakes, when instructions are compared

@@ -38,6 +38,7 @@ from dspy_greater.prompt.layout import Layout
 from dspy_greater.run.log import edit_of
 from dspy_greater.search.answer_form import answer_forms
 from dspy_greater.search.edits import Edit
+from dspy_greater.search.payoff import UNTRIED, Payoff
 from dspy_greater.search.phrases import mean_likelihoods, propose_phrases
 from dspy_greater.search.state import SearchState, advance, begin
 from dspy_greater.search.step import StepContext
@@ -68,7 +69,7 @@ def before_a_step(
     instruction: str = SEED,
     *,
     position: int = 0,
-    step: int = 2,  # a later one, in which the model alone is asked
+    step: int = 2,  # a later one, in which the model alone is asked: the forms were tried
     fixed: str = "",
     objective: tuple[str, list[Any], Any] = ("answer", ROWS, exact_match),
     **knobs: Any,
@@ -84,7 +85,7 @@ def before_a_step(
     )
     [seed] = evaluator.evaluate([evaluator.seed()])
     state = begin(seed, settings, editable=evaluator.layout.edits.positions(seed.token_ids), fixed=fixed)
-    state = replace(state, position=position or state.position, step=step)
+    state = replace(state, position=position or state.position, step=step, fresh=step == 0)
     return StepContext(evaluator, evaluator.engine, state, settings, "predict", 0)
 
 
@@ -259,16 +260,23 @@ def test_tokens_of_the_models_own_are_not_spelt_in_an_instruction() -> None:
     assert edits.rewrite("Think <think> twice.") is None and edits.rewrite("Think <thrice> of [it].") is not None
 
 
-@pytest.mark.parametrize(("step", "expected"), [(0, True), (1, False), (2, True), (5, False), (6, True), (10, False)])
-def test_it_is_asked_at_the_first_step_and_ever_more_seldom(step: int, expected: bool) -> None:
-    assert writes(before_a_step(step=step)) is expected
-    assert not writes(before_a_step(step=step, written=0))
+def test_it_is_asked_at_the_first_step_and_then_while_that_pays_more_than_edits() -> None:
+    at = before_a_step(step=3)
+    spent = {"prefilled_tokens": 100, "backward_tokens": 10, "generated_tokens": 20}  # 200 tokens read, at 4 a token
 
+    def asks(rewrites: tuple[bool, ...], edits: tuple[bool, ...] = (), **spent_on_edits: int) -> bool:
+        state = replace(at.state, rewrites=UNTRIED, edits=UNTRIED)
+        for paid in rewrites:
+            state = replace(state, rewrites=state.rewrites.after(spent, paid))
+        for paid in edits:
+            state = replace(state, edits=state.edits.after(spent_on_edits or spent, paid))
+        return writes(replace(at, state=state))
 
-def test_after_a_written_instruction_that_was_better_the_breaks_begin_anew() -> None:
-    at = before_a_step(step=9)
-    asked = [writes(replace(at, state=replace(at.state, step=step, rewritten=9))) for step in range(9, 16)]
-    assert asked == [True, False, True, False, False, False, True]
+    assert asks(()) and not writes(before_a_step(written=0))
+    assert asks((True,)) and not asks((False,))  # an edit that was not tried counts as paying every other time
+    assert not asks((False,), (False,)) and asks((False,), (False, False))
+    assert asks((False,), (False,), prefilled_tokens=201) and not asks((False,), (False,), prefilled_tokens=199)
+    assert asks((False,), (False,), generated_tokens=51) and asks((False,), (False,), backward_tokens=101)
 
 
 # --- the form of a right answer
@@ -378,20 +386,23 @@ def test_while_it_makes_mistakes_fewer_the_next_step_asks_again_from_where_that_
     assert "written" not in {each.origin for each in third.candidates}
 
 
-def test_a_lower_loss_alone_is_no_reason_to_ask_again() -> None:
+def test_a_lower_loss_alone_does_not_pay() -> None:
     [result] = compiled(Writer(f"Now {BEST} and add."), steps=1).detailed_results.predictors
     state, [step] = begin(result.seed, Settings()), result.steps
 
     def after(chosen: Evaluation) -> SearchState:
         return advance(state, replace(step, chosen=chosen), (), Settings(), lambda ids: range(len(ids)))
 
-    assert after(step.chosen).rewritten == 1
+    assert after(step.chosen).rewrites == Payoff().after(step.spent, paid=True) and after(step.chosen).fresh
     alike = replace(step.chosen, score=result.seed.score, objective=result.seed.objective)
-    assert after(alike).current.instruction == step.chosen.instruction and after(alike).rewritten == 0
+    assert after(alike).current.instruction == step.chosen.instruction
+    assert after(alike).rewrites == Payoff().after(step.spent, paid=False) and not after(alike).fresh
+    edited = advance(state, replace(step, asked=False), (), Settings(), lambda ids: range(len(ids)))
+    assert (edited.edits.paid, edited.rewrites.steps, edited.fresh) == (1, 0, True)
     walked = replace(state, current=replace(result.seed, score=-1.0, instruction="Elsewhere."))  # worse than the best
     chosen = replace(step.chosen, score=result.seed.score)
     back = advance(walked, replace(step, chosen=chosen), (), Settings(), lambda ids: range(len(ids)))
-    assert chosen.score > walked.current.score and back.rewritten == 0
+    assert chosen.score > walked.current.score and (back.rewrites.steps, back.rewrites.paid) == (1, 0)
 
 
 def runs_by_instruction(step: Any) -> dict[str, int]:
@@ -443,13 +454,16 @@ def test_where_the_written_ones_are_worse_the_search_stays_at_its_position() -> 
     assert "written" not in {each.origin for each in second.candidates}
 
 
-def test_where_nothing_that_is_written_can_be_used_the_step_is_one_of_tokens() -> None:
-    objective = {"train_rows": 4, "validation_rows": 4, "steps": 1, "auto": None, "progress": False}
+def test_where_nothing_that_is_written_can_be_used_the_instruction_stays_and_the_next_step_is_one_of_tokens() -> None:
+    objective = {"train_rows": 4, "validation_rows": 4, "steps": 2, "auto": None, "progress": False}
     rows = [dspy.Example(question=row.question).with_inputs("question") for row in ROWS]
     optimizer = GReaTerTeleprompter(lambda example, prediction, trace=None: len(prediction.answer) / 9, **objective)
     better = optimizer.compile(program_on(Writer("!?")), rows[:4], valset=rows[4:])
-    [step] = better.detailed_results.predictors[0].steps
-    assert "token" in {each.origin for each in step.candidates}
+    [result] = better.detailed_results.predictors
+    asked, step = result.steps
+    assert asked.asked and not asked.candidates and asked.chosen == result.seed
+    assert asked.reason == "kept the instruction: no other was written"
+    assert not step.asked and "token" in {each.origin for each in step.candidates}
 
 
 def test_the_papers_variant_knows_neither() -> None:

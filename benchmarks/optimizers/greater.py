@@ -1,7 +1,8 @@
 """This package's own optimizer, in the variants that the comparison tells apart.
 
 - `greater`: `GReaTerTeleprompter` in its default variant and at the paper's sizes (`auto=None`: 105 steps, 50 rows), so
-  that the budget ends the search and not a preset.
+  that the budget ends the search and not a preset. It is told the budget's prices: a token written costs what one that
+  is read costs.
 - `greater-paper`: Algorithm 1 of GReaTer (arXiv 2412.09722) with the paper's values.
 - `greater-no-reasoning`: the paper's ablation. It is `greater-paper` in all but the gradient, which is taken of the
   answer alone, without the reasoning before it.
@@ -36,7 +37,7 @@ class Greater:
     name = "greater"
     about = "GReaTerTeleprompter, default variant, 105 steps, 50 rows"
     needs_weights = True
-    defaults: dict[str, Any] = {"auto": None}
+    defaults: dict[str, Any] = {"auto": None, "write_price": 1.0}  # a budget charges all tokens alike
 
     def __init__(self, **settings: Any) -> None:
         self._settings = {**self.defaults, **settings}

@@ -13,9 +13,9 @@ from dspy_greater.estimate.probe import Measured, prompt_lengths
 from dspy_greater.estimate.reasoned import Reasoned
 from dspy_greater.run.estimate import Cost
 from dspy_greater.search.default_step import TRIAL_ROWS
+from dspy_greater.search.payoff import DIFFERENTIATE
 from dspy_greater.search.phrases import LONGEST
 from dspy_greater.search.prices import KINDS, Glance, affordable_glance
-from dspy_greater.search.written import asks
 from dspy_greater.settings import Settings
 from dspy_greater.stats import mean
 
@@ -56,15 +56,20 @@ class Counts:
 
     def step(self) -> Cost:
         """A step, on the mean over its kinds."""
-        settings, steps = self.sizes.settings, max(1, self.sizes.settings.steps)
+        settings = self.sizes.settings
         if not self.sizes.looks_ahead:
             return self._proposed() + self._differentiated(1, 1, self.sizes.train_rows) + self._tried()
         seen = self._glance()
         usual = self._looked(seen) + self._tried()
         if not settings.written:
             return usual
-        asking = sum(map(asks, range(steps))) / steps
-        return (1.0 - asking) * usual + asking * self._rewritten()
+        rewritten = self._rewritten()
+        asking = self._price(usual) / (self._price(usual) + self._price(rewritten))
+        return (1.0 - asking) * usual + asking * rewritten
+
+    def _price(self, cost: Cost) -> float:
+        """In tokens read; where neither kind of step pays more, as much is spent on one as on the other."""
+        return cost.read + DIFFERENTIATE * cost.differentiated + self.sizes.price * cost.written
 
     def evaluated(self, instructions: float, drafted: float = _DRAFTED) -> Cost:
         """Instructions with reasoning of their own on all training rows, and the losses."""
@@ -109,7 +114,7 @@ class Counts:
     def _looked(self, seen: Glance) -> Cost:
         """Edits, slopes and forecasts at the positions ahead."""
         found = seen.positions * (self._proposed() + self._phrased())
-        if seen.reasonings:
+        if seen.reasonings and seen.slopes:
             found += self._differentiated(seen.positions, KINDS, seen.reasonings)
         return found + self._forecast(seen, seen.positions, seen.candidates)
 

@@ -195,7 +195,7 @@ def _evaluated(
 
 def _asked(at: StepContext, model: Watched, *, answered: bool) -> Asked:
     """What a step asks for whole instructions; `answered` has half of the requests made, for their answers."""
-    at = replace(at, state=replace(at.state, step=at.state.step + 1))  # no forms, for which nobody is asked
+    at = replace(at, state=replace(at.state, fresh=False))  # no forms, for which nobody is asked
     found = requests(at, at.settings.written) if any(row.inputs for row in at.current.rows) else []
     if not found:
         return Asked()

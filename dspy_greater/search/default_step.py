@@ -8,9 +8,10 @@ Each stage is dearer and more faithful than the one before, and fewer candidates
     evaluate            reasonings of their own                                generation
 
 The first three look at the next few positions, the last at the one of them that promises most. While forecasts do not
-come true, some steps leave gradient and forecast out and try edits by chance (`exploration`). Some ask the model for
-whole instructions instead (`written`). Those have no slope, and are too far from what the reasonings at hand were
-written under for a forecast: they reason on a few rows, and the best of them there on the others.
+come true, some steps leave gradient and forecast out and try edits by chance (`exploration`). While that pays better,
+a step asks the model for whole instructions instead (`payoff`, `written`). Those have no slope, and are too far from
+what the reasonings at hand were written under for a forecast: they reason on a few rows, and the best of them there on
+the others.
 """
 
 from __future__ import annotations
@@ -115,6 +116,7 @@ class _Look:
     slopes: Slopes
     shortlist: tuple[Edit, ...]
     forecasts: Forecasts
+    asked: bool = False  # for whole instructions
 
     @property
     def promise(self) -> float:
@@ -145,9 +147,8 @@ class DefaultStep:
     def take(self, at: StepContext) -> StepTaken:
         """One step from the state; see the module."""
         before, random = at.evaluator.spent(), at.random()
-        written = propose_written(at) if writes(at) else ()
-        if written:
-            return self._rewritten(at, written, random, before)
+        if writes(at):
+            return self._rewritten(at, propose_written(at), random, before)
         if self.rank is not None and explores(at.state, at.settings, random):
             return replace(self, rank=None, forecast=None)._step(at, random, before)
         return self._step(at, random, before)
@@ -165,11 +166,13 @@ class DefaultStep:
         self, at: StepContext, written: tuple[Edit, ...], random: Random, before: Mapping[str, int]
     ) -> StepTaken:
         """The best of whole instructions on a few rows reasons on all; the search moves to it only if it is better."""
+        look = _Look(at, written, {}, written, {}, asked=True)
+        if not written:
+            return self._taken(look, [], Selection(at.current, "kept the instruction: no other was written"), before)
         instructions, every = [edit.instruction for edit in written], [row.row for row in at.current.rows]
         rows = sorted(random.sample(every, min(TRIAL_ROWS, len(every))))
         tried = at.evaluator.try_out(instructions, rows, at.model)
         best = min(range(len(tried)), key=lambda place: tried[place].objective)
-        look = _Look(at, written, {}, written, {})
         if not tried[best].objective < at.evaluator.on_rows(at.current, rows).objective:
             kept = Selection(at.current, f"kept the instruction: on {len(rows)} rows it is the best")
             return self._taken(look, [], kept, before)
@@ -199,8 +202,7 @@ class DefaultStep:
         """What became of the look's candidates, of which those that were evaluated reasoned on all rows."""
         at, state = look.at, look.at.state
         stands = [] if state.appends() else [at.current.token_ids[state.position]]
-        rewrites = any(edit.kind == "rewrite" for edit in look.edits)
-        replaced = at.current.instruction if rewrites else at.model.tokenizer.decode(stands)
+        replaced = at.current.instruction if look.asked else at.model.tokenizer.decode(stands)
         return StepTaken(
             predictor=at.predictor,
             step=state.step,
@@ -211,6 +213,7 @@ class DefaultStep:
             reason=selection.reason,
             spent=at.evaluator.spent(before),
             current_text=replaced,
+            asked=look.asked,
         )
 
     def _look_ahead(self, at: StepContext, seen: Glance, random: Random) -> list[_Look]:
@@ -223,7 +226,8 @@ class DefaultStep:
         for state in ahead:
             here = replace(at, state=state)
             edits = (*propose_edits(here), *propose_phrases(here))
-            slopes = self.rank(here, replay, edits) if self.rank is not None else {}
+            ranks = self.rank if seen.slopes or forecaster is None else None
+            slopes = ranks(here, replay, edits) if ranks is not None else {}
             shortlist = self._shortlist(here, edits, slopes, seen, random)
             alone = len(ahead) == 1 and len(shortlist) < 2  # nothing to compare it with
             rounds = seen.rounds(len(shortlist))
@@ -234,7 +238,10 @@ class DefaultStep:
     def _shortlist(
         self, at: StepContext, edits: Sequence[Edit], slopes: Slopes, seen: Glance, random: Random
     ) -> tuple[Edit, ...]:
-        """The best by slope, kinds in turn: slopes of different kinds cannot be compared. Without ranking, some."""
+        """The best by slope, kinds in turn: slopes of different kinds cannot be compared. Without ranking, some.
+
+        Where slopes are too dear, those that the model finds likeliest.
+        """
         size = max(seen.candidates if self.forecast is not None else 0, self._most(at))
         if self.rank is None:
             return tuple(random.sample(list(edits), min(size, len(edits))))

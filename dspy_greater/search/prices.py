@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.kv_cache import shared_length
+from dspy_greater.search.payoff import DIFFERENTIATE
 from dspy_greater.search.step import StepContext
 from dspy_greater.settings import Settings
 from dspy_greater.stats import mean
 
 # In tokens read. A CPU computes what it reads; an accelerator waits for the weights with every token that it writes.
 _WRITE_ON_A_CPU, _WRITE_ON_AN_ACCELERATOR = 4.0, 32.0
-_DIFFERENTIATE = 3.0  # a forward pass, and a backward pass of twice its work
+_DIFFERENTIATE = 1.0 + DIFFERENTIATE  # a forward and a backward pass
 KINDS = 2  # of edits that have slopes, each with a pass of its own
 _FEWEST = 4  # reasonings from which anything is told
 
@@ -31,12 +32,14 @@ class Glance:
         candidates: of a position that pass from the gradient to forecasts.
         reasonings: that gradients go through, and that the forecasts of the last candidates read.
         races: whether most candidates are forecast from fewer reasonings.
+        slopes: whether a gradient ranks the edits before some of them are forecast.
     """
 
     positions: int
     candidates: int
     reasonings: int
     races: bool
+    slopes: bool = True
 
     def rounds(self, candidates: int) -> tuple[tuple[int, int], ...]:
         """Successive halving: how many candidates are still forecast, and from how many reasonings.
@@ -69,8 +72,8 @@ def affordable_glance(
 ) -> Glance:
     """How far a step looks whose instruction has these `runs`, prompts and what was written after each.
 
-    `selections` is μ, `price` that of a token written. Positions are given up first, then candidates, and reasonings
-    down to four before either.
+    `selections` is μ, `price` that of a token written. Positions are given up first, then the gradient, which costs six
+    forecasts a position whatever the number of edits, then candidates; reasonings down to four before any of them.
     """
     most = Glance(settings.positions_ahead, settings.forecasts, settings.replayed, races=False)
     if not settings.forecast_share or not runs:
@@ -78,15 +81,15 @@ def affordable_glance(
     affordable = settings.forecast_share * selections * _readings_for(runs, price)
     if affordable >= _cost(most):
         return most
-    ladder = [(positions, most.candidates) for positions in range(most.positions, 0, -1)]
-    ladder += [(1, candidates) for candidates in range(most.candidates - 1, 1, -1)]
-    for positions, candidates in ladder:
-        reasonings = int(affordable / _cost(Glance(positions, candidates, 1, races=True)))
-        if reasonings >= _FEWEST:
-            break
-    else:
-        positions, candidates, reasonings = 1, min(2, most.candidates), _FEWEST
-    return Glance(positions, candidates, min(reasonings, most.reasonings), races=True)
+    ladder = [(positions, most.candidates, True) for positions in range(most.positions, 0, -1)]
+    ladder += [(1, candidates, False) for candidates in range(most.candidates, 1, -1)]
+    for positions, candidates, slopes in ladder:
+        for reasonings in range(most.reasonings, _FEWEST - 1, -1):
+            seen = Glance(positions, candidates, reasonings, races=True, slopes=slopes)
+            if _cost(seen) <= affordable:
+                return seen
+    positions, candidates, slopes = ladder[-1]
+    return Glance(positions, candidates, min(_FEWEST, most.reasonings), races=True, slopes=slopes)
 
 
 def _readings_for(runs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], price: float) -> float:
@@ -103,5 +106,9 @@ def _readings_for(runs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], price
 
 def _cost(seen: Glance) -> float:
     """In reasonings read: gradients, forecasts, and the current instruction once."""
-    forecasts = seen.positions * seen.candidates * (0.5 if seen.races else 1.0)
-    return seen.reasonings * (seen.positions * KINDS * _DIFFERENTIATE + forecasts + 1.0)
+    forecasts, done = 0, 0
+    for kept, reasonings in seen.rounds(seen.candidates):
+        forecasts += kept * max(0, reasonings - done)
+        done = max(done, reasonings)
+    slopes = KINDS * _DIFFERENTIATE * seen.reasonings if seen.slopes else 0.0
+    return seen.positions * (slopes + forecasts) + done

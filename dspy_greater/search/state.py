@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from dspy_greater.objective.types import Evaluation
 from dspy_greater.run.events import StepTaken
+from dspy_greater.search.payoff import UNTRIED, Payoff
 from dspy_greater.settings import Settings
 
 _SENTENCE_ENDS = (".", "!", "?", "。", "！", "？")
@@ -69,7 +70,9 @@ class SearchState:
     fixed: str = ""  # the leading text of the instruction that may not change
     unchanged: int = 0
     predictions: tuple[tuple[float, tuple[float, float]], ...] = ()  # (predicted, realised) of what was tried
-    rewritten: int = 0  # the step after the last one that took a whole instruction with fewer mistakes than any before
+    edits: Payoff = UNTRIED  # of the steps that changed the current instruction,
+    rewrites: Payoff = UNTRIED  # and of those that asked for others
+    fresh: bool = True  # whether a whole instruction was found since others were last asked for
 
     def finished(self, settings: Settings) -> bool:
         """Whether all steps are taken, or a budget is spent."""
@@ -113,7 +116,7 @@ def advance(
     `positions` tells which positions of an instruction may be changed, and `failed` whether no loss was finite.
     """
     state, chosen = replace(state, position=step.position), step.chosen
-    rewritten = any(candidate.edit == "rewrite" for candidate in step.candidates)
+    paid = any(found.score > state.best[0].score for found in (chosen, *evaluated))
     best = _ranked((*state.best, chosen, *evaluated), settings)
     further = best[0].instruction != state.best[0].instruction
     return replace(
@@ -122,13 +125,15 @@ def advance(
         best=best,
         step=state.step + 1,
         position=_after_rewriting(state, chosen, positions)
-        if rewritten
+        if step.asked
         else _next_position(state, chosen, settings, positions(chosen.token_ids)),
         failed_steps=state.failed_steps + 1 if failed else 0,
         usage=state.usage.after(step.spent, step.seconds),
         unchanged=0 if further else state.unchanged + 1,
         predictions=(*state.predictions, *step.predictions)[-_RECENT:],
-        rewritten=state.step + 1 if rewritten and chosen.score > state.best[0].score else state.rewritten,
+        edits=state.edits if step.asked else state.edits.after(step.spent, paid),
+        rewrites=state.rewrites.after(step.spent, paid) if step.asked else state.rewrites,
+        fresh=paid if step.asked else state.fresh,
     )
 
 

@@ -4,7 +4,7 @@ A token at a time, a search stays near where it began. The gold values say in wh
 the model whose instruction is optimised knows the language of its task, so it is asked for other instructions now and
 then, in two ways. From right answers alone it says what is asked for and in which form; other tasks with their
 instructions come first, because a small model repeats a request that comes without. From its mistakes it says what to
-do better. It is asked again at once where that made fewer mistakes than anything before, and else ever more seldom.
+do better. Whether it is asked again or an edit is tried is decided by what either has paid (`search.payoff`).
 All of them reason for themselves, as any edit; the gradient has nothing to say of them.
 """
 
@@ -23,6 +23,7 @@ from dspy_greater.objective.types import RowOutcome
 from dspy_greater.prompt.thoughts import thought_tags
 from dspy_greater.search.answer_form import answer_forms
 from dspy_greater.search.edits import Edit, Origin
+from dspy_greater.search.prices import write_price
 from dspy_greater.search.state import ends_sentence
 from dspy_greater.search.step import StepContext
 
@@ -82,25 +83,15 @@ _ACCENTS = (
 
 
 def writes(at: StepContext) -> bool:
-    """Whether the step asks for whole instructions."""
-    due = asks(at.state.step - at.state.rewritten)
-    return at.settings.written > 0 and due and any(row.inputs for row in at.current.rows)
-
-
-def asks(steps: int) -> bool:
-    """Whether to ask, so many steps after that was last worth it (or after the search began).
-
-    At once, and after ever longer breaks: a model that cannot write instructions is asked a few times and no more.
-
-    >>> [steps for steps in range(64) if asks(steps)]
-    [0, 2, 6, 14, 30, 62]
-    """
-    return (steps + 2).bit_count() == 1
+    """Whether the step asks for whole instructions: where that has paid more often, for its price, than edits have."""
+    called = any(row.inputs for row in at.current.rows)
+    price = write_price(at.evaluator.engine, at.settings)
+    return at.settings.written > 0 and called and at.state.rewrites.is_ahead_of(at.state.edits, price)
 
 
 def propose_written(at: StepContext) -> tuple[Edit, ...]:
     """At most `written` of them that can be deployed and are new; forms only behind an instruction that is new too."""
-    forms = _forms(at) if at.state.step == at.state.rewritten else []
+    forms = _forms(at) if at.state.fresh else []
     count = at.settings.written - len(forms)
     asking = at.evaluator.layout.asking
     decode, tags = asking.decode, thought_tags(asking.tokenizer)

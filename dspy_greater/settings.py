@@ -13,9 +13,9 @@ makes up to two forward and backward passes over `replayed` sequences, for repla
 `forecasts` forward passes over them, and one more a step; appending costs no run.
 All that is bounded by `forecast_share` of what the step's runs cost, counted in tokens (`search.prices`): on a CPU a
 step of one candidate usually looks at one position, with a handful of reasonings. Phrases write up to 8 tokens each.
-The first step, and those at which it has paid more, try `written` whole instructions in place of that: two say what
-the gold values look like, and the model is asked for the others, in up to `max_instruction_tokens` + 32 tokens each. Each runs the
-program on 8 rows, and the best of them on the others.
+The first step, and later ones while that pays more (`search.payoff`), try `written` whole instructions in place of it:
+two say what the gold values look like, and the model is asked for the others, in up to `max_instruction_tokens` + 32
+tokens each. Each runs the program on 8 rows, and the best of them on the others.
 Once its forecasts have proven themselves it tries fewer than μ candidates; while they do not come true,
 about one step in `explore_every` makes neither forecasts nor gradients.
 

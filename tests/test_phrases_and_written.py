@@ -38,7 +38,7 @@ from dspy_greater.prompt.layout import Layout
 from dspy_greater.run.log import edit_of
 from dspy_greater.search.answer_form import answer_forms
 from dspy_greater.search.edits import Edit
-from dspy_greater.search.payoff import UNTRIED, Payoff
+from dspy_greater.search.payoff import Payoff
 from dspy_greater.search.phrases import mean_likelihoods, propose_phrases
 from dspy_greater.search.state import SearchState, advance, begin
 from dspy_greater.search.step import StepContext
@@ -260,23 +260,26 @@ def test_tokens_of_the_models_own_are_not_spelt_in_an_instruction() -> None:
     assert edits.rewrite("Think <think> twice.") is None and edits.rewrite("Think <thrice> of [it].") is not None
 
 
-def test_it_is_asked_at_the_first_step_and_then_while_that_pays_more_than_edits() -> None:
+@pytest.mark.parametrize(
+    ("rewrites", "edits", "expected"),
+    [
+        ((), (), True),
+        ((), (True,), True),  # the first time without a record
+        ((True,), (), True),  # an edit that was not tried counts as paying every other time
+        ((False,), (), False),
+        ((False,), (False,), False),
+        ((False,), (False, False), True),
+        ((True, False), (False,), True),
+        ((False, False), (True, False, False), False),
+    ],
+)
+def test_it_is_asked_at_the_first_step_and_then_while_that_pays_more_often_than_edits(
+    rewrites: tuple[bool, ...], edits: tuple[bool, ...], expected: bool
+) -> None:
     at = before_a_step(step=3)
-    spent = {"prefilled_tokens": 100, "backward_tokens": 10, "generated_tokens": 20}  # 200 tokens read, at 4 a token
-
-    def asks(rewrites: tuple[bool, ...], edits: tuple[bool, ...] = (), **spent_on_edits: int) -> bool:
-        state = replace(at.state, rewrites=UNTRIED, edits=UNTRIED)
-        for paid in rewrites:
-            state = replace(state, rewrites=state.rewrites.after(spent, paid))
-        for paid in edits:
-            state = replace(state, edits=state.edits.after(spent_on_edits or spent, paid))
-        return writes(replace(at, state=state))
-
-    assert asks(()) and not writes(before_a_step(written=0))
-    assert asks((True,)) and not asks((False,))  # an edit that was not tried counts as paying every other time
-    assert not asks((False,), (False,)) and asks((False,), (False, False))
-    assert asks((False,), (False,), prefilled_tokens=201) and not asks((False,), (False,), prefilled_tokens=199)
-    assert asks((False,), (False,), generated_tokens=51) and asks((False,), (False,), backward_tokens=101)
+    state = replace(at.state, rewrites=Payoff(len(rewrites), sum(rewrites)), edits=Payoff(len(edits), sum(edits)))
+    assert writes(replace(at, state=state)) is expected
+    assert not writes(replace(at, state=state, settings=Settings(written=0)))
 
 
 # --- the form of a right answer
@@ -393,16 +396,16 @@ def test_a_lower_loss_alone_does_not_pay() -> None:
     def after(chosen: Evaluation) -> SearchState:
         return advance(state, replace(step, chosen=chosen), (), Settings(), lambda ids: range(len(ids)))
 
-    assert after(step.chosen).rewrites == Payoff().after(step.spent, paid=True) and after(step.chosen).fresh
+    assert after(step.chosen).rewrites == Payoff(1, 1) and after(step.chosen).fresh
     alike = replace(step.chosen, score=result.seed.score, objective=result.seed.objective)
     assert after(alike).current.instruction == step.chosen.instruction
-    assert after(alike).rewrites == Payoff().after(step.spent, paid=False) and not after(alike).fresh
+    assert after(alike).rewrites == Payoff(1, 0) and not after(alike).fresh
     edited = advance(state, replace(step, asked=False), (), Settings(), lambda ids: range(len(ids)))
-    assert (edited.edits.paid, edited.rewrites.steps, edited.fresh) == (1, 0, True)
+    assert (edited.edits, edited.rewrites, edited.fresh) == (Payoff(1, 1), Payoff(), True)
     walked = replace(state, current=replace(result.seed, score=-1.0, instruction="Elsewhere."))  # worse than the best
     chosen = replace(step.chosen, score=result.seed.score)
     back = advance(walked, replace(step, chosen=chosen), (), Settings(), lambda ids: range(len(ids)))
-    assert chosen.score > walked.current.score and (back.rewrites.steps, back.rewrites.paid) == (1, 0)
+    assert chosen.score > walked.current.score and back.rewrites == Payoff(1, 0)
 
 
 def runs_by_instruction(step: Any) -> dict[str, int]:

@@ -13,12 +13,12 @@ from dspy_greater.estimate.probe import Measured, prompt_lengths
 from dspy_greater.estimate.reasoned import Reasoned
 from dspy_greater.run.estimate import Cost
 from dspy_greater.search.default_step import TRIAL_ROWS
-from dspy_greater.search.payoff import DIFFERENTIATE
 from dspy_greater.search.phrases import LONGEST
 from dspy_greater.search.prices import KINDS, Glance, affordable_glance
 from dspy_greater.settings import Settings
 from dspy_greater.stats import mean
 
+_ASKING = 0.5  # of steps ask for whole instructions where neither kind pays more
 _BETTER = 0.5  # how likely the best of the whole instructions on a few rows goes on to the others
 _DRAFTED = 0.7  # of the decoding steps are left where earlier rows are drafts,
 _IN_VAIN = 0.5  # of which so much is read in vain
@@ -63,13 +63,7 @@ class Counts:
         usual = self._looked(seen) + self._tried()
         if not settings.written:
             return usual
-        rewritten = self._rewritten()
-        asking = self._price(usual) / (self._price(usual) + self._price(rewritten))
-        return (1.0 - asking) * usual + asking * rewritten
-
-    def _price(self, cost: Cost) -> float:
-        """In tokens read; where neither kind of step pays more, as much is spent on one as on the other."""
-        return cost.read + DIFFERENTIATE * cost.differentiated + self.sizes.price * cost.written
+        return (1.0 - _ASKING) * usual + _ASKING * self._rewritten()
 
     def evaluated(self, instructions: float, drafted: float = _DRAFTED) -> Cost:
         """Instructions with reasoning of their own on all training rows, and the losses."""

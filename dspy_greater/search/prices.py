@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.kv_cache import shared_length
-from dspy_greater.search.payoff import DIFFERENTIATE
 from dspy_greater.search.step import StepContext
 from dspy_greater.settings import Settings
 from dspy_greater.stats import mean
 
 # In tokens read. A CPU computes what it reads; an accelerator waits for the weights with every token that it writes.
 _WRITE_ON_A_CPU, _WRITE_ON_AN_ACCELERATOR = 4.0, 32.0
-_DIFFERENTIATE = 1.0 + DIFFERENTIATE  # a forward and a backward pass
+_DIFFERENTIATE = 3.0  # a forward pass, and a backward pass of twice its work
 KINDS = 2  # of edits that have slopes, each with a pass of its own
 _FEWEST = 4  # reasonings from which anything is told
 

@@ -131,8 +131,8 @@ def advance(
         usage=state.usage.after(step.spent, step.seconds),
         unchanged=0 if further else state.unchanged + 1,
         predictions=(*state.predictions, *step.predictions)[-_RECENT:],
-        edits=state.edits if step.asked else state.edits.after(step.spent, paid),
-        rewrites=state.rewrites.after(step.spent, paid) if step.asked else state.rewrites,
+        edits=state.edits if step.asked else state.edits.after(paid),
+        rewrites=state.rewrites.after(paid) if step.asked else state.rewrites,
         fresh=paid if step.asked else state.fresh,
     )
 

@@ -23,7 +23,6 @@ from dspy_greater.objective.types import RowOutcome
 from dspy_greater.prompt.thoughts import thought_tags
 from dspy_greater.search.answer_form import answer_forms
 from dspy_greater.search.edits import Edit, Origin
-from dspy_greater.search.prices import write_price
 from dspy_greater.search.state import ends_sentence
 from dspy_greater.search.step import StepContext
 
@@ -83,10 +82,10 @@ _ACCENTS = (
 
 
 def writes(at: StepContext) -> bool:
-    """Whether the step asks for whole instructions: where that has paid more often, for its price, than edits have."""
+    """Whether the step asks for whole instructions: the first does, and later ones where that paid more often."""
     called = any(row.inputs for row in at.current.rows)
-    price = write_price(at.evaluator.engine, at.settings)
-    return at.settings.written > 0 and called and at.state.rewrites.is_ahead_of(at.state.edits, price)
+    asked, edited = at.state.rewrites, at.state.edits
+    return at.settings.written > 0 and called and (not asked.steps or asked.chance > edited.chance)
 
 
 def propose_written(at: StepContext) -> tuple[Edit, ...]:

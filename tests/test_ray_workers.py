@@ -96,8 +96,8 @@ def test_a_search_on_two_actors_of_which_one_is_killed_in_a_gradient_writes_the_
         victim.submit = murderous
         return pool
 
-    searched(hire_and_kill, tmp_path / "ray", steps=1)
-    searched(lambda engine: ray_actors.hire(engine, 1), tmp_path / "one", steps=1)
+    searched(hire_and_kill, tmp_path / "ray", steps=1, forecast_share=0)
+    searched(lambda engine: ray_actors.hire(engine, 1), tmp_path / "one", steps=1, forecast_share=0)
     assert len(killed) == 1
     assert lines_of(tmp_path / "ray") == lines_of(tmp_path / "one")
 

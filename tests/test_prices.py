@@ -70,6 +70,13 @@ def test_where_a_gradient_is_too_dear_for_what_runs_cost_likelier_edits_are_fore
     assert glance(at_step(runs, write_price=0.5, forecasts=1), 1) == Glance(1, 1, 4, races=True)
 
 
+@pytest.mark.parametrize("replayed", [1, 3])
+def test_who_asks_for_fewer_than_four_reasonings_has_all_that_they_pay_for(replayed: int) -> None:
+    seen = glance(at_step([(75, 25)] * 40, write_price=1.0, replayed=replayed), 1)  # 40 readings
+    expected = {1: Glance(3, 6, 1, races=False), 3: Glance(1, 6, 3, races=True)}
+    assert seen == expected[replayed] and readings(seen) <= 40
+
+
 def test_without_a_bound_it_looks_as_far_as_the_settings_say() -> None:
     at = at_step([(40, 20)] * 24, forecast_share=0)
     assert glance(at, 1) == Glance(3, 6, 24, races=False)

@@ -154,12 +154,9 @@ class Counts:
         """The current instruction once, and each candidate as long as it is in the race."""
         if not candidates or not self.sizes.settings.forecasts:
             return Cost()
-        done, readings, beginnings = 0, 0, 0
-        for kept, reasonings in seen.rounds(candidates):
-            readings += kept * max(0, reasonings - done)
-            beginnings += kept
-            done = max(done, reasonings)
-        read = (positions * readings + done) * self._own() + positions * beginnings * self.measured.tail
+        beginnings = sum(kept for kept, _ in seen.rounds(candidates))
+        readings = positions * seen.forecasts(candidates) + seen.reasonings
+        read = readings * self._own() + positions * beginnings * self.measured.tail
         return Cost(read=read, seconds=self._reading(read))
 
     def _reading(self, tokens: float) -> float:

@@ -191,10 +191,12 @@ class DefaultStep:
         return self.forecast(at, replay)
 
     def _glance(self, at: StepContext) -> Glance:
-        """Chance costs nothing."""
-        if self.rank is None and self.forecast is None:
+        """Chance costs nothing, and what is not forecast is not paid for."""
+        if self.forecast is not None:
+            return glance(at, self._most(at))
+        if self.rank is None:
             return Glance(1, 0, at.settings.replayed, races=False)
-        return glance(at, self._most(at))
+        return glance(replace(at, settings=replace(at.settings, forecasts=0)), self._most(at))
 
     def _taken(
         self, look: _Look, evaluated: Sequence[Evaluation], selection: Selection, before: Mapping[str, int]
@@ -226,8 +228,7 @@ class DefaultStep:
         for state in ahead:
             here = replace(at, state=state)
             edits = (*propose_edits(here), *propose_phrases(here))
-            ranks = self.rank if seen.slopes or forecaster is None else None
-            slopes = ranks(here, replay, edits) if ranks is not None else {}
+            slopes = self.rank(here, replay, edits) if self.rank is not None and seen.slopes else {}
             shortlist = self._shortlist(here, edits, slopes, seen, random)
             alone = len(ahead) == 1 and len(shortlist) < 2  # nothing to compare it with
             rounds = seen.rounds(len(shortlist))
@@ -242,7 +243,7 @@ class DefaultStep:
 
         Where slopes are too dear, those that the model finds likeliest.
         """
-        size = max(seen.candidates if self.forecast is not None else 0, self._most(at))
+        size = max(seen.candidates, self._most(at))
         if self.rank is None:
             return tuple(random.sample(list(edits), min(size, len(edits))))
         ranked = [

@@ -37,6 +37,3 @@ class Payoff:
         (0.5, 0.6666666666666666, 0.25)
         """
         return (self.paid + 1) / (self.steps + 2)
-
-
-UNTRIED = Payoff()

@@ -52,6 +52,18 @@ class Glance:
         stages = ((candidates, few), (-(-candidates // 2), 2 * few), (-(-candidates // 4), self.reasonings))
         return tuple((kept, min(read, self.reasonings)) for kept, read in stages)
 
+    def forecasts(self, candidates: int) -> int:
+        """Readings of a reasoning that so many candidates' forecasts take, the current instruction's left out.
+
+        >>> Glance(1, 8, 16, races=True).forecasts(8)
+        64
+        """
+        readings, done = 0, 0
+        for kept, count in self.rounds(candidates):
+            readings += kept * max(0, count - done)
+            done = max(done, count)
+        return readings
+
 
 def write_price(engine: Engine, settings: Settings) -> float:
     """What writing a token costs, in tokens read: as set, or as the list has it for the kind of device."""
@@ -82,13 +94,13 @@ def affordable_glance(
         return most
     ladder = [(positions, most.candidates, True) for positions in range(most.positions, 0, -1)]
     ladder += [(1, candidates, False) for candidates in range(most.candidates, 1, -1)]
-    for positions, candidates, slopes in ladder:
-        for reasonings in range(most.reasonings, _FEWEST - 1, -1):
-            seen = Glance(positions, candidates, reasonings, races=True, slopes=slopes)
-            if _cost(seen) <= affordable:
-                return seen
-    positions, candidates, slopes = ladder[-1]
-    return Glance(positions, candidates, min(_FEWEST, most.reasonings), races=True, slopes=slopes)
+    fewest = min(_FEWEST, most.reasonings)
+    looks = [
+        Glance(positions, candidates, reasonings, races=True, slopes=slopes)
+        for positions, candidates, slopes in ladder
+        for reasonings in range(most.reasonings, fewest - 1, -1)
+    ]
+    return next((seen for seen in looks if _cost(seen) <= affordable), looks[-1])
 
 
 def _readings_for(runs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], price: float) -> float:
@@ -105,9 +117,5 @@ def _readings_for(runs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], price
 
 def _cost(seen: Glance) -> float:
     """In reasonings read: gradients, forecasts, and the current instruction once."""
-    forecasts, done = 0, 0
-    for kept, reasonings in seen.rounds(seen.candidates):
-        forecasts += kept * max(0, reasonings - done)
-        done = max(done, reasonings)
     slopes = KINDS * _DIFFERENTIATE * seen.reasonings if seen.slopes else 0.0
-    return seen.positions * (slopes + forecasts) + done
+    return seen.positions * (slopes + seen.forecasts(seen.candidates)) + seen.reasonings

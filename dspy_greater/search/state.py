@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from dspy_greater.objective.types import Evaluation
 from dspy_greater.run.events import StepTaken
-from dspy_greater.search.payoff import UNTRIED, Payoff
+from dspy_greater.search.payoff import Payoff
 from dspy_greater.settings import Settings
 
 _SENTENCE_ENDS = (".", "!", "?", "。", "！", "？")
@@ -70,8 +70,8 @@ class SearchState:
     fixed: str = ""  # the leading text of the instruction that may not change
     unchanged: int = 0
     predictions: tuple[tuple[float, tuple[float, float]], ...] = ()  # (predicted, realised) of what was tried
-    edits: Payoff = UNTRIED  # of the steps that changed the current instruction,
-    rewrites: Payoff = UNTRIED  # and of those that asked for others
+    edits: Payoff = field(default_factory=Payoff)  # of the steps that changed the current instruction,
+    rewrites: Payoff = field(default_factory=Payoff)  # and of those that asked for others
     fresh: bool = True  # whether a whole instruction was found since others were last asked for
 
     def finished(self, settings: Settings) -> bool:

@@ -85,7 +85,7 @@ def before_a_step(
     )
     [seed] = evaluator.evaluate([evaluator.seed()])
     state = begin(seed, settings, editable=evaluator.layout.edits.positions(seed.token_ids), fixed=fixed)
-    state = replace(state, position=position or state.position, step=step, fresh=step == 0)
+    state = replace(state, position=position or state.position, step=step, formed=seed.instruction if step else None)
     return StepContext(evaluator, evaluator.engine, state, settings, "predict", 0)
 
 
@@ -159,11 +159,11 @@ def test_of_three_requests_one_shows_the_instruction_and_rows_that_went_wrong_fi
     wrong = [row for row in at.current.rows if row.score < 1.0]
     assert wrong
     about_mistakes = [each for each in engine.asked if ANSWERS_ONLY not in each]
-    assert len(engine.asked) == 6 and about_mistakes == engine.asked[2::3]
+    assert len(engine.asked) == 9 and about_mistakes == engine.asked[2::3]  # some to spare
     for prompt in about_mistakes:
         assert f"Instruction: {SEED}" in prompt and prompt.count("Right answer: ") == 3
         assert any(str(row.inputs["question"]) in prompt for row in wrong)
-    assert len(set(engine.asked)) == 6
+    assert len(set(engine.asked)) == 9
 
 
 def test_the_others_show_right_answers_alone_behind_other_tasks_with_their_instructions() -> None:
@@ -171,7 +171,7 @@ def test_the_others_show_right_answers_alone_behind_other_tasks_with_their_instr
     at = before_a_step(engine, written=4)
     propose_written(at)
     about_answers = [each for each in engine.asked if ANSWERS_ONLY in each]
-    assert about_answers == [engine.asked[at] for at in (0, 1, 3)] and len(set(about_answers)) == 3
+    assert about_answers == [engine.asked[at] for at in (0, 1, 3, 4)] and len(set(about_answers)) == 4
     for prompt in about_answers:
         *lessons, own = prompt.split(ANSWERS_ONLY)[:-1]
         assert len(lessons) == 3 and "such as (B)." in prompt and "positive or negative." in prompt
@@ -185,7 +185,40 @@ def test_without_right_answers_every_request_is_about_mistakes() -> None:
     rows = [dspy.Example(question=row.question).with_inputs("question") for row in ROWS]
     at = before_a_step(engine, written=4, objective=("", rows, lambda example, prediction, trace=None: 0.5))
     propose_written(at)
-    assert len(engine.asked) == 4 and not any(ANSWERS_ONLY in each for each in engine.asked)
+    assert len(engine.asked) == 6 and not any(ANSWERS_ONLY in each for each in engine.asked)
+
+
+@pytest.mark.parametrize(("alone", "shown"), [(True, 4), (False, 0)])
+def test_of_another_predictors_right_answers_alone_nobody_is_asked_what_this_one_is_for(
+    alone: bool, shown: int
+) -> None:
+    engine = Writer("List and count.")  # the labels' name is that of no output field of the predictor
+    rows = [dspy.Example(question=row.question, verdict=row.answer).with_inputs("question") for row in ROWS]
+    at = before_a_step(engine, written=4, objective=("", rows, lambda example, prediction, trace=None: 0.5))
+    at.evaluator.alone = alone
+    propose_written(at)
+    assert sum(ANSWERS_ONLY in prompt for prompt in engine.asked) == shown
+    assert all("Right verdict: " in prompt for prompt in engine.asked)  # what mistakes are measured by is said anyway
+
+
+def test_what_no_output_field_has_is_not_said_to_be_a_right_answer_beside_what_one_has() -> None:
+    engine, rows = Writer("List and count."), [row.copy(level="hard") for row in ROWS]
+    propose_written(before_a_step(engine, written=4, objective=("answer", rows, exact_match)))
+    assert all("Right answer: " in prompt and "hard" not in prompt for prompt in engine.asked)
+
+
+@pytest.mark.parametrize("points", [1.0, 100.0])
+def test_a_request_about_mistakes_shows_what_was_written_whatever_a_metric_counts_in(points: float) -> None:
+    engine = Writer("List and count.")
+
+    def metric(example: Any, prediction: Any, trace: Any = None) -> float:
+        return points * exact_match(example, prediction)
+
+    propose_written(before_a_step(engine, written=4, objective=("answer", ROWS, metric)))
+    without_gold = [row.without("answer").with_inputs("question") for row in ROWS]
+    propose_written(before_a_step(engine, written=4, objective=("", without_gold, lambda *_: points)))
+    about_mistakes = [prompt for prompt in engine.asked if ANSWERS_ONLY not in prompt]
+    assert len(about_mistakes) == 2 + 6 and all(prompt.count("It wrote: ") == 3 for prompt in about_mistakes)
 
 
 def test_what_it_writes_becomes_a_candidate_only_where_it_can_be_deployed_and_is_new() -> None:
@@ -248,7 +281,7 @@ def test_a_thinking_model_is_asked_for_instructions_at_once_and_its_thoughts_are
         if "Write a better one" not in prompt and ANSWERS_ONLY not in prompt:
             return obedient_script(prompt)
         asked.append(prompt)
-        return answers[len(asked) - 1]
+        return answers[(len(asked) - 1) % len(answers)]
 
     at = before_a_step(ScriptedEngine(write, tokenizer=thinking_tokenizer()), written=3)
     assert {each.instruction.text for each in propose_written(at)} == {"List and count.", "Say how many there are."}
@@ -292,8 +325,23 @@ def test_behind_a_new_instruction_the_first_candidates_say_what_the_gold_values_
         (f"{SEED} Answer with one word: no or yes.", "form"),
         (f"{SEED} The answer is no or yes.", "form"),
     ]
-    assert len(engine.asked) == 2 and {each.kind for each in found} == {"rewrite"}
+    assert len(engine.asked) == 3 and {each.kind for each in found} == {"rewrite"}
     assert_deployed_as_scored(before_a_step(step=0), found)
+
+
+def test_forms_are_tried_behind_a_new_best_whatever_kind_of_step_found_it_and_once_behind_each() -> None:
+    at = before_a_step(Writer("List and count."), written=4)  # those behind the seed were tried
+    [found] = at.evaluator.evaluate([Instruction(*(at.evaluator.layout.edits.rewrite("Count them.") or ((), "")))])
+    better = replace(at, state=replace(at.state, best=(found, *at.state.best)))
+    forms = [each.instruction.text for each in propose_written(better) if each.origin == "form"]
+    assert forms == ["Count them. Answer with one word: no or yes.", "Count them. The answer is no or yes."]
+    assert "form" not in {each.origin for each in propose_written(at)}
+
+
+def test_answers_to_spare_take_the_places_of_those_that_cannot_be_tried_and_no_others() -> None:
+    texts = ("!?", "List and count.", "Look twice.", "Add them up.", "Name each thing.", "Never tried.")
+    found = propose_written(before_a_step(Writer(*texts), written=4))
+    assert [each.instruction.text for each in found] == list(texts[1:5])
 
 
 def test_an_open_sentence_is_ended_before_the_form_and_a_fixed_text_stays_in_front() -> None:
@@ -351,9 +399,31 @@ def test_whatever_gold_values_are_a_form_is_one_line_or_nothing(golds: list[obje
         assert len(each.splitlines()) == 1 and each == each.strip()
 
 
-@given(st.text(max_size=60))
-def test_whatever_is_written_is_one_line_or_nothing(answer: str) -> None:
-    found = instruction_in(answer)
+@pytest.mark.parametrize(
+    ("answer", "ended", "expected"),
+    [
+        ('Answer with "yes" or "no"', True, 'Answer with "yes" or "no"'),
+        ("Round to two decimals, such as 3.14", True, "Round to two decimals, such as 3.14"),
+        ("Use the form 3.14 for numbers. Then wri", False, "Use the form 3.14 for numbers."),
+        ("Count the items, e.g. apples and pea", False, "Count the items, e.g. apples and pea"),
+        ("1. List the items\n2. Count th", False, "1. List the items 2. Count th"),
+        ("1. List the items.\n2. Count them.\n3. Ad", False, "1. List the items. 2. Count them."),
+        ("Sure! Here is a better one: Count the items.", True, "Count the items."),
+        ("Here is the new text:\n\nCount the items.", True, "Count the items."),
+        ("Look at the map: north is up.", True, "Look at the map: north is up."),
+        ("**Instruction:** Count the items.", True, "Count the items."),
+        ('Better instruction: "Count the items. The', False, "Count the items."),
+        ("“Count the items.”", True, "Count the items."),
+        ("数一数。然后相", False, "数一数。"),
+    ],
+)
+def test_an_instruction_is_taken_from_an_answer_as_it_was_meant(answer: str, ended: bool, expected: str) -> None:
+    assert instruction_in(answer, ended=ended) == expected
+
+
+@given(st.text(max_size=60), st.booleans())
+def test_whatever_is_written_is_one_line_or_nothing(answer: str, ended: bool) -> None:
+    found = instruction_in(answer, ended=ended)
     assert found == found.strip() and len(found.splitlines()) <= 1
 
 
@@ -384,7 +454,8 @@ def test_while_it_makes_mistakes_fewer_the_next_step_asks_again_from_where_that_
     assert first.chosen.instruction == f"Now {BEST} and add."
     assert [each.origin for each in second.candidates] == ["form", "form", "written", "written", "written"]
     assert all(each.text.startswith(f"Now {BEST} and add. ") for each in second.candidates[:2])
-    assert f"Instruction: Now {BEST} and add." in engine.asked[5] and len(engine.asked) == 6
+    about_it = [at for at, prompt in enumerate(engine.asked) if f"Instruction: Now {BEST} and add." in prompt]
+    assert about_it == [7] and len(engine.asked) == 10
     assert second.chosen.instruction == first.chosen.instruction
     assert "written" not in {each.origin for each in third.candidates}
 
@@ -394,18 +465,30 @@ def test_a_lower_loss_alone_does_not_pay() -> None:
     state, [step] = begin(result.seed, Settings()), result.steps
 
     def after(chosen: Evaluation) -> SearchState:
-        return advance(state, replace(step, chosen=chosen), (), Settings(), lambda ids: range(len(ids)))
+        return advance(state, replace(step, chosen=chosen), [chosen], Settings(), lambda ids: range(len(ids)))
 
-    assert after(step.chosen).rewrites == Payoff(1, 1) and after(step.chosen).fresh
+    assert after(step.chosen).rewrites == Payoff(1, 1) and after(step.chosen).formed == SEED
     alike = replace(step.chosen, score=result.seed.score, objective=result.seed.objective)
     assert after(alike).current.instruction == step.chosen.instruction
-    assert after(alike).rewrites == Payoff(1, 0) and not after(alike).fresh
-    edited = advance(state, replace(step, asked=False), (), Settings(), lambda ids: range(len(ids)))
-    assert (edited.edits, edited.rewrites, edited.fresh) == (Payoff(1, 1), Payoff(), True)
+    assert after(alike).rewrites == Payoff(1, 0)
+    edited = advance(state, replace(step, asked=False), [step.chosen], Settings(), lambda ids: range(len(ids)))
+    assert (edited.edits, edited.rewrites, edited.formed) == (Payoff(1, 1), Payoff(), None)
     walked = replace(state, current=replace(result.seed, score=-1.0, instruction="Elsewhere."))  # worse than the best
     chosen = replace(step.chosen, score=result.seed.score)
-    back = advance(walked, replace(step, chosen=chosen), (), Settings(), lambda ids: range(len(ids)))
+    back = advance(walked, replace(step, chosen=chosen), [chosen], Settings(), lambda ids: range(len(ids)))
     assert chosen.score > walked.current.score and back.rewrites == Payoff(1, 0)
+
+
+def test_a_step_that_keeps_an_instruction_with_fewer_mistakes_than_the_best_has_found_nothing() -> None:
+    [result] = compiled(Writer(f"Now {BEST} and add."), steps=1).detailed_results.predictors
+    [step], settings = result.steps, Settings()
+    dear = replace(step.chosen, objective=(9.0, 9.0))  # more rows right, and a worse objective: the walk goes there
+    walked = advance(
+        begin(result.seed, settings), replace(step, chosen=dear, asked=False), [dear], settings, lambda ids: range(1)
+    )
+    assert walked.best[0].instruction == SEED and walked.edits == Payoff(1, 1)
+    kept = advance(walked, replace(step, chosen=dear), [], settings, lambda ids: range(1))
+    assert kept.rewrites == Payoff(1, 0)
 
 
 def runs_by_instruction(step: Any) -> dict[str, int]:

@@ -15,6 +15,7 @@ from dspy_greater.run.estimate import Cost
 from dspy_greater.search.default_step import TRIAL_ROWS
 from dspy_greater.search.phrases import LONGEST
 from dspy_greater.search.prices import KINDS, Glance, affordable_glance
+from dspy_greater.search.written import asked_for
 from dspy_greater.settings import Settings
 from dspy_greater.stats import mean
 
@@ -114,13 +115,14 @@ class Counts:
 
     def _rewritten(self) -> Cost:
         """Whole instructions are written, and reason on a few rows; the best of them may reason on the others."""
-        rows, usable = self.sizes.train_rows, self.sizes.settings.written * self.measured.asked.usable
+        rows, wanted = self.sizes.train_rows, self.sizes.settings.written
+        usable = min(wanted, asked_for(wanted) * self.measured.asked.usable)
         trial = min(TRIAL_ROWS, rows)
         return self._asked() + self._scored(usable, trial) + min(usable, _BETTER) * self._scored(1, rows - trial)
 
     def _asked(self) -> Cost:
         """Whole instructions, written by the model."""
-        requests, asked, speed = self.sizes.settings.written, self.measured.asked, self.measured.speed
+        requests, asked, speed = asked_for(self.sizes.settings.written), self.measured.asked, self.measured.speed
         read, written = requests * asked.read, requests * asked.written
         seconds = speed.read * read + speed.writing(requests, asked.longest, written)
         return Cost(0, read, 0.0, written, seconds)

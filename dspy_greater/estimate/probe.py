@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import wraps
 from random import Random
 from typing import Any
@@ -30,7 +30,7 @@ from dspy_greater.search.edits import propose_edits
 from dspy_greater.search.problem import Problem, Target
 from dspy_greater.search.state import begin
 from dspy_greater.search.step import StepContext
-from dspy_greater.search.written import propose_written, requests
+from dspy_greater.search.written import answered, requests
 from dspy_greater.stats import mean
 
 ROWS = 8  # that the program is run on, under each instruction
@@ -119,7 +119,7 @@ def probe(problem: Problem, target: Target, most_rows: int = ROWS) -> Measured:
         others, more = _evaluated(evaluator, [*_longer(evaluator), *edits], model)
         spent = evaluator.spent(start)
         asks = isinstance(problem.step, DefaultStep)
-        asked = _asked(at, model, answered=most_rows >= ROWS) if asks else Asked()
+        asked = _asked(at, model, tried=most_rows >= ROWS) if asks else Asked()
     evaluations, wall = [*seed, *others], wall + more
     reasoned = lengths(evaluator, evaluations, spent["generated_tokens"])
     runs = len(rows) * len(evaluations)
@@ -193,18 +193,17 @@ def _evaluated(
     return found, time.perf_counter() - began - (model.reading.seconds - before)
 
 
-def _asked(at: StepContext, model: Watched, *, answered: bool) -> Asked:
-    """What a step asks for whole instructions; `answered` has half of the requests made, for their answers."""
-    at = replace(at, state=replace(at.state, fresh=False))  # no forms, for which nobody is asked
+def _asked(at: StepContext, model: Watched, *, tried: bool) -> Asked:
+    """What a step asks for whole instructions; where it is `tried`, half of it is, for the answers."""
     found = requests(at, at.settings.written) if any(row.inputs for row in at.current.rows) else []
     if not found:
         return Asked()
     read, room = mean([float(len(request.prompt)) for request in found]), float(found[0].max_new_tokens)
-    if not answered:
+    if not tried:
         return Asked(read, room / 2, room, 0.5)
     count = -(-len(found) // 2)
     before, known = model.writing, len(model.answers)
-    usable = propose_written(replace(at, settings=replace(at.settings, written=count)))
+    usable = answered(at, found[:count])
     longest = max((len(generation.token_ids) for generation in list(model.answers.values())[known:]), default=0)
     written = (model.writing.written - before.written) / count
     return Asked(read, written, float(longest), (len(usable) + 1) / (count + 2))

@@ -117,7 +117,7 @@ class Evaluator:
         self._engines = list({id(used): used for used in [engine, *engines_behind(objective.program)]}.values())
         self._first: Evaluation | None = None
         self._runs, self._served, self._servers = 0, Spent(), objective.servers
-        self._asks_servers = asks_servers(objective.program)
+        self._asks_servers, self.alone = asks_servers(objective.program), len(objective.program.predictors()) == 1
 
     def _lay_out(self, called: CalledAs) -> None:
         self.called = called

@@ -56,11 +56,16 @@ class Examples:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def labels(self, row: RowOutcome) -> dict[str, str]:
-        """What the row's example says is right, in words, by name."""
+    def labels(self, row: RowOutcome, *, others: bool) -> dict[str, str]:
+        """What the row's example says is right, in words, by name: of the predictor's own output fields.
+
+        With `others`, every label where it has none of these: a metric may read it.
+        """
         fields: Any = self._predictor.signature.output_fields
-        annotations = {name: info.annotation for name, info in fields.items()}
-        return labels_as_text(self._rows[row.row].labels().toDict(), annotations)
+        found = self._rows[row.row].labels().toDict()
+        own = {name: value for name, value in found.items() if name in fields}
+        shown = own or (found if others else {})
+        return labels_as_text(shown, {name: info.annotation for name, info in fields.items()})
 
     def golds(self) -> list[Any]:
         """The gold value of each row, the first of those that are acceptable; none without a field that has them."""

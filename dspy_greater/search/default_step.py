@@ -178,7 +178,7 @@ class DefaultStep:
             return self._taken(look, [], kept, before)
         evaluated = at.evaluator.evaluate([instructions[best]], at.model, tried)
         # A walk goes on over worse instructions; another one altogether has to be better.
-        return self._taken(look, evaluated, select(at.current, evaluated), before)
+        return self._taken(look, evaluated, select(at.current, evaluated, what="instruction"), before)
 
     def _replay(self, at: StepContext, seen: Glance, random: Random) -> Replay:
         reasonings = at.evaluator.replay(at.current, random, seen.reasonings)

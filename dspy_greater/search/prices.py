@@ -32,6 +32,7 @@ class Glance:
         reasonings: that gradients go through, and that the forecasts of the last candidates read.
         races: whether most candidates are forecast from fewer reasonings.
         slopes: whether a gradient ranks the edits before some of them are forecast.
+        selections: how many of them will be tried, which stay in the race to its end.
     """
 
     positions: int
@@ -39,6 +40,7 @@ class Glance:
     reasonings: int
     races: bool
     slopes: bool = True
+    selections: int = 1
 
     def rounds(self, candidates: int) -> tuple[tuple[int, int], ...]:
         """Successive halving: how many candidates are still forecast, and from how many reasonings.
@@ -48,8 +50,9 @@ class Glance:
         """
         if not self.races:
             return ((candidates, self.reasonings),)
-        few = max(2, self.reasonings // 4)
-        stages = ((candidates, few), (-(-candidates // 2), 2 * few), (-(-candidates // 4), self.reasonings))
+        few, least = max(2, self.reasonings // 4), min(candidates, self.selections)
+        half, quarter = max(least, -(-candidates // 2)), max(least, -(-candidates // 4))
+        stages = ((candidates, few), (half, 2 * few), (quarter, self.reasonings))
         return tuple((kept, min(read, self.reasonings)) for kept, read in stages)
 
     def forecasts(self, candidates: int) -> int:
@@ -86,17 +89,19 @@ def affordable_glance(
     `selections` is μ, `price` that of a token written. Positions are given up first, then the gradient, which costs six
     forecasts a position whatever the number of edits, then candidates; reasonings down to four before any of them.
     """
-    most = Glance(settings.positions_ahead, settings.forecasts, settings.replayed, races=False)
+    # Without forecasts there is nothing to compare positions by.
+    ahead = settings.positions_ahead if settings.forecasts else 1
+    most = Glance(ahead, settings.forecasts, settings.replayed, races=False, selections=selections)
     if not settings.forecast_share or not runs:
         return most
     affordable = settings.forecast_share * selections * _readings_for(runs, price)
     if affordable >= _cost(most):
         return most
     ladder = [(positions, most.candidates, True) for positions in range(most.positions, 0, -1)]
-    ladder += [(1, candidates, False) for candidates in range(most.candidates, 1, -1)]
+    ladder += [(1, candidates, False) for candidates in range(most.candidates, min(2, most.candidates) - 1, -1)]
     fewest = min(_FEWEST, most.reasonings)
     looks = [
-        Glance(positions, candidates, reasonings, races=True, slopes=slopes)
+        Glance(positions, candidates, reasonings, races=True, slopes=slopes, selections=selections)
         for positions, candidates, slopes in ladder
         for reasonings in range(most.reasonings, fewest - 1, -1)
     ]

@@ -39,11 +39,14 @@ def realised_change(current: Evaluation, challenger: Evaluation) -> tuple[float,
     return mean(mistakes), mean(finite)
 
 
-def select(current: Evaluation, challengers: Sequence[Evaluation], *, stays: bool = True) -> Selection:
+def select(
+    current: Evaluation, challengers: Sequence[Evaluation], *, stays: bool = True, what: str = "token"
+) -> Selection:
     """Line 15: the best of the challengers and the current instruction; a tie keeps the current one.
 
     Unless the current instruction `stays` in the contest, the best challenger with a finite objective is chosen, though
     it be worse: line 14 may select others than the current token, and line 15 replaces it by one of the selected.
+    `what` is kept otherwise, for the reason in words.
 
     Example:
         >>> from dspy_greater.objective.score import evaluation
@@ -55,12 +58,12 @@ def select(current: Evaluation, challengers: Sequence[Evaluation], *, stays: boo
     usable = [challenger for challenger in challengers if challenger.objective[0] < math.inf]
     if not usable:
         why = "no candidate had a finite loss" if challengers else "nothing to try at this position"
-        return Selection(current, f"kept the token: {why}")
+        return Selection(current, f"kept the {what}: {why}")
     best = min(usable, key=lambda challenger: challenger.objective)
     if not stays:
         return Selection(best, f"the best of {len(usable)} selected: {_change(current, best)}")
     if not best.objective < current.objective:
-        return Selection(current, f"kept the token: the best of {len(usable)} did not lower the objective")
+        return Selection(current, f"kept the {what}: the best of {len(usable)} did not lower the objective")
     return Selection(best, _change(current, best))
 
 

@@ -6,6 +6,7 @@ replaying its recorded steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -72,7 +73,8 @@ class SearchState:
     predictions: tuple[tuple[float, tuple[float, float]], ...] = ()  # (predicted, realised) of what was tried
     edits: Payoff = field(default_factory=Payoff)  # of the steps that changed the current instruction,
     rewrites: Payoff = field(default_factory=Payoff)  # and of those that asked for others
-    fresh: bool = True  # whether a whole instruction was found since others were last asked for
+    highest: float = -math.inf  # score of all that was evaluated
+    formed: str | None = None  # the best instruction when whole ones were last asked for: its forms were tried
 
     def finished(self, settings: Settings) -> bool:
         """Whether all steps are taken, or a budget is spent."""
@@ -99,7 +101,7 @@ def begin(
     """
     first = min(editable, default=_nowhere(seed, fixed)) if editable is not None else 0
     best = _ranked((seed,), settings)
-    return SearchState(seed, seed, best, position=first, usage=usage, fixed=fixed)
+    return SearchState(seed, seed, best, position=first, usage=usage, fixed=fixed, highest=seed.score)
 
 
 def advance(
@@ -116,7 +118,8 @@ def advance(
     `positions` tells which positions of an instruction may be changed, and `failed` whether no loss was finite.
     """
     state, chosen = replace(state, position=step.position), step.chosen
-    paid = any(found.score > state.best[0].score for found in (chosen, *evaluated))
+    highest = max([state.highest, *(found.score for found in evaluated)])
+    paid = highest > state.highest
     best = _ranked((*state.best, chosen, *evaluated), settings)
     further = best[0].instruction != state.best[0].instruction
     return replace(
@@ -133,7 +136,8 @@ def advance(
         predictions=(*state.predictions, *step.predictions)[-_RECENT:],
         edits=state.edits if step.asked else state.edits.after(paid),
         rewrites=state.rewrites.after(paid) if step.asked else state.rewrites,
-        fresh=paid if step.asked else state.fresh,
+        highest=highest,
+        formed=state.best[0].instruction if step.asked else state.formed,
     )
 
 

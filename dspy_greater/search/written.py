@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -28,10 +29,14 @@ from dspy_greater.search.step import StepContext
 
 EXAMPLES = 3  # rows in a request about mistakes, which come first
 ANSWERED = 4  # rows in a request about right answers
+_SPARE = 0.5  # requests in addition: some answers are copies of what was shown, or known
 _TURNS = 3  # requests of which one is about mistakes
 _LONGEST = 400  # characters of a text in a request
 ROOM = 32  # tokens that a request leaves beside the instruction: a greeting, a cut sentence
 _TEMPERATURE, _TOP_P = 0.8, 0.95
+# The end of a sentence, and neither that of an abbreviation nor a number in a list.
+_SENTENCE = re.compile(r"(?<!\b\d)(?<!\b\d\d)[.!?][\"')\]]*(?=\s+[^a-z\s]|\s*$)|[。！？]")
+_GREETINGS = ("sure", "certainly", "okay", "ok", "here", "here's")
 _COPIED = 0.85  # of the words alike, in their order, from which on a text is a copy
 
 Message = dict[str, str]
@@ -89,25 +94,44 @@ def writes(at: StepContext) -> bool:
 
 
 def propose_written(at: StepContext) -> tuple[Edit, ...]:
-    """At most `written` of them that can be deployed and are new; forms only behind an instruction that is new too."""
-    forms = _forms(at) if at.state.fresh else []
-    count = at.settings.written - len(forms)
+    """At most `written` of them that can be deployed and are new; forms where the best has become another one."""
+    most = at.settings.written
+    forms = _forms(at) if at.state.best[0].instruction != at.state.formed else []
+    found = [*forms, *answered(at, requests(at, most - len(forms)))]
+    return tuple({edit.instruction.text: edit for edit in found}.values())[:most]
+
+
+def answered(at: StepContext, asked: Sequence[GenerationRequest]) -> list[Edit]:
+    """What the model writes when it is asked, without what cannot be tried."""
     asking = at.evaluator.layout.asking
-    decode, tags = asking.decode, thought_tags(asking.tokenizer)
-    answers = [decode(generation.token_ids) for generation in at.model.generate(requests(at, count))]
-    texts = [instruction_in(answer if tags is None else tags.said(answer)) for answer in answers]
-    asked = [_edit(at, text, "written") for text in dict.fromkeys(texts) if text]
-    return tuple({edit.instruction.text: edit for edit in (*forms, *asked) if edit is not None}.values())
+    tags = thought_tags(asking.tokenizer)
+    texts: list[str] = []
+    for generation in at.model.generate(asked):
+        answer = asking.decode(generation.token_ids)
+        text = answer if tags is None else tags.said(answer)
+        texts.append(instruction_in(text, ended=generation.finish_reason == "stop"))
+    edits = [_edit(at, text, "written") for text in dict.fromkeys(texts) if text]
+    return [edit for edit in edits if edit is not None]
 
 
-def requests(at: StepContext, count: int) -> list[GenerationRequest]:
-    """So many requests for an instruction, without those that leave the model no room for an answer."""
+def requests(at: StepContext, wanted: int) -> list[GenerationRequest]:
+    """Requests for so many instructions and some to spare, without those that leave the model no room for an answer."""
+    count = asked_for(wanted)
     encoder, room, random = at.evaluator.layout.asking, at.settings.max_instruction_tokens + ROOM, _random(at)
     return [
         GenerationRequest(prompt, room, _TEMPERATURE, _TOP_P, seed=random.randrange(2**31))
         for prompt in map(encoder.chat_ids, _messages(at, count, random))
         if _fits(at, len(prompt) + room)
     ]
+
+
+def asked_for(wanted: int) -> int:
+    """How many requests are made for so many instructions.
+
+    >>> asked_for(4)
+    6
+    """
+    return wanted + math.ceil(_SPARE * wanted)
 
 
 def _random(at: StepContext) -> Random:
@@ -123,43 +147,63 @@ def _forms(at: StepContext) -> list[Edit]:
     return [edit for edit in edits if edit is not None][: at.settings.written]
 
 
-def instruction_in(answer: str) -> str:
-    """The instruction in an answer, on one line: without quotation marks, a heading and a sentence that was cut off.
+def instruction_in(answer: str, *, ended: bool) -> str:
+    """The instruction in an answer, on one line, without quotation marks around it and words that introduce it.
 
-    >>> instruction_in('"List the items.\\nThen add the numbers." ')
+    Of an answer that has not `ended` by itself, a sentence that was cut off is left out.
+
+    >>> instruction_in('"List the items.\\nThen add the numbers." ', ended=True)
     'List the items. Then add the numbers.'
-    >>> instruction_in("Instruction: Count every item. Then add")
-    'Count every item.'
+    >>> instruction_in("Instruction: Count all, e.g. 3.5 apples. Then add", ended=False)
+    'Count all, e.g. 3.5 apples.'
     """
     lines = [line.strip() for line in answer.strip().splitlines()]
-    text = " ".join(line for line in lines if line and not line.startswith(("```", "#")))
-    heading, colon, rest = text.partition(":")
-    if colon and "instruction" in heading.lower() and len(heading.split()) <= 4:
-        text = rest
-    text = text.strip().strip("\"'`*").strip()
-    ends = [at + 1 for at, letter in enumerate(text) if ends_sentence(text[: at + 1]) and letter in ".!?。！？"]
-    return text[: ends[-1]] if ends else text
+    lines = [line for line in lines if line and not line.startswith(("```", "#"))]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        lines = lines[1:]
+    text = _bare(_without_heading(" ".join(lines)))
+    ends = [found.end() for found in _SENTENCE.finditer(text)]
+    return text[: ends[-1]] if ends and not ended else text
+
+
+def _without_heading(text: str) -> str:
+    heading, _, rest = text.partition(":")
+    words = heading.lower().split()
+    named = len(words) <= 4 and "instruction" in heading.lower()
+    greets = 0 < len(words) <= 10 and words[0].strip("!,.") in _GREETINGS
+    return rest.strip() if (named or greets) and rest.strip() else text
+
+
+def _bare(text: str) -> str:
+    """Without marks around all of it, and without one that has lost its other half."""
+    text = text.strip()
+    for opening, closing in ("**", "**"), ("*", "*"), ("`", "`"), ('"', '"'), ("'", "'"), ("“", "”"):
+        count = sum(text.count(mark) for mark in {opening, closing})
+        if count == 1 or (count == 2 and text.startswith(opening) and text.endswith(closing)):
+            text = text.removeprefix(opening).removesuffix(closing).strip()
+    return text
 
 
 def _messages(at: StepContext, count: int, random: Random) -> list[list[Message]]:
     """So many, each with rows of its own; two from right answers, and one from mistakes, in turn."""
     called = [row for row in at.current.rows if row.inputs]
-    answered = [row for row in called if at.evaluator.examples.labels(row)]
+    # Of another predictor's answers nobody can tell what this one is for.
+    labelled = [row for row in called if at.evaluator.examples.labels(row, others=at.evaluator.alone)]
     accents = itertools.cycle(random.sample(_ACCENTS, len(_ACCENTS)))
     return [
-        _from_answers(at, answered, random)
-        if answered and number % _TURNS < _TURNS - 1
+        _from_answers(at, labelled, random)
+        if labelled and number % _TURNS < _TURNS - 1
         else [_from_mistakes(at, called, next(accents), random)]
         for number in range(count)
     ]
 
 
-def _from_answers(at: StepContext, answered: Sequence[RowOutcome], random: Random) -> list[Message]:
+def _from_answers(at: StepContext, labelled: Sequence[RowOutcome], random: Random) -> list[Message]:
     """Other tasks with their instructions, in an order of their own, and then the rows of this one."""
     messages: list[Message] = []
     for lesson in random.sample(_LESSONS, len(_LESSONS)):
         messages += [_user(_ask(lesson.rows)), {"role": "assistant", "content": lesson.instruction}]
-    rows = random.sample(answered, min(ANSWERED, len(answered)))
+    rows = random.sample(labelled, min(ANSWERED, len(labelled)))
     return [*messages, _user(_ask([_shown(at, row, mistakes=False) for row in rows]))]
 
 
@@ -185,11 +229,12 @@ def _user(content: str) -> Message:
 
 
 def _shown(at: StepContext, row: RowOutcome, *, mistakes: bool = True) -> str:
-    """An example: inputs, what was reasoned where that went wrong, and the right answer where there is one."""
+    """An example: inputs, what the model wrote if it is about mistakes, and what is right where that is known."""
     lines = [f"{name}: {_shortened(value)}" for name, value in row.inputs.items()]
-    if mistakes and row.score < 1.0:
-        lines += [f"It wrote: {_shortened(text)}" for text in row.written.values() if text]
-    labels = at.evaluator.examples.labels(row)
+    if mistakes:
+        written = [*row.written.values()] or [row.preamble, *(call.completion for call in row.calls)]
+        lines += [f"It wrote: {_shortened(text)}" for text in written if str(text).strip()]
+    labels = at.evaluator.examples.labels(row, others=True)
     return "\n".join([*lines, *(f"Right {name}: {_shortened(text)}" for name, text in labels.items())])
 
 

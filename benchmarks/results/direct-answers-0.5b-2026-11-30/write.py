@@ -66,7 +66,9 @@ def asked(at: StepContext) -> dict[Edit, str]:
             ids = encoder.chat_ids(messages)
             requests += [GenerationRequest(ids, 64, 0.8, 0.95, seed=random.randrange(2**31)) for _ in range(samples)]
             kinds += [f"{origin}{number}"] * samples
-    texts = [written.instruction_in(encoder.decode(each.token_ids)) for each in at.model.generate(requests)]
+    texts = [
+        written.instruction_in(encoder.decode(each.token_ids), ended=False) for each in at.model.generate(requests)
+    ]
     found: dict[str, tuple[Edit, str]] = {}
     for text, kind in zip(texts, kinds, strict=True):
         edit = written._edit(at, text, "written") if text else None

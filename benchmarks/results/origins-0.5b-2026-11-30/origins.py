@@ -59,7 +59,7 @@ def asked(at: StepContext, origin: str, random: Random) -> list[str]:
     requests = [
         GenerationRequest(encoder.chat_ids(each), 64, 0.8, 0.95, seed=random.randrange(2**31)) for each in messages
     ]
-    return [written.instruction_in(encoder.decode(each.token_ids)) for each in at.model.generate(requests)]
+    return [written.instruction_in(encoder.decode(each.token_ids), ended=False) for each in at.model.generate(requests)]
 
 
 def forms(at: StepContext, random: Random) -> list[str]:

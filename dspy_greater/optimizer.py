@@ -241,7 +241,7 @@ class GReaTer(Teleprompter):
         identity = problem.identity()
         versions = {f"server of {server.predictor}": str(server) for server in _servers(problem)}
         with (
-            Journal.open(self.log_dir, identity, versions) as journal,
+            Journal.open(self.log_dir, identity, versions, problem.code()) as journal,
             ProgressBar(show=self.progress, plan=plan_of(problem)) as bar,
             tracked(self.trackers, identity, self.log_dir) as (trackers, folder),
             ReportFile(folder, identity, journal.versions) as report,

@@ -115,7 +115,7 @@ def test_every_line_is_standard_json(tmp_path: Path) -> None:
     text = write(tmp_path).read_text(encoding="ascii")
     parsed = [json.loads(line, parse_constant=refuse)["payload"] for line in text.splitlines()]
     versions = parsed[0].pop("versions")
-    assert parsed[0] == {"format": "dspy_greater journal", "version": 2, "identity": IDENTITY}
+    assert parsed[0] == {"format": "dspy_greater journal", "version": 2, "code": {}, "identity": IDENTITY}
     assert versions == installed() and versions["dspy_greater"] == dspy_greater.__version__
     assert [each["type"] for each in parsed[1:]] == [type(event).__name__ for event in HAPPENED]
 
@@ -337,7 +337,10 @@ def test_a_journal_of_the_older_format_is_refused_and_left_as_it_was(tmp_path: P
 
 def test_a_line_of_the_older_format_is_refused_under_the_header_of_today_too(tmp_path: Path) -> None:
     old = json.loads(lines.read(VERSION_1).payloads[1])
-    rewrite(tmp_path / "journal.jsonl", [{"format": "dspy_greater journal", "version": 2, "identity": IDENTITY}, old])
+    rewrite(
+        tmp_path / "journal.jsonl",
+        [{"format": "dspy_greater journal", "version": 2, "code": {}, "identity": IDENTITY}, old],
+    )
     with pytest.raises(RunDirectoryError, match="Line 2 of .* is intact, but it is not an event of this version: It"):
         Journal.open(tmp_path, IDENTITY)
 
@@ -373,7 +376,7 @@ def test_a_file_of_our_lines_that_is_no_journal_is_refused(tmp_path: Path) -> No
 )
 def test_an_intact_line_that_is_no_event_is_refused(tmp_path: Path, payload: Any) -> None:
     path = tmp_path / "journal.jsonl"
-    header = {"format": "dspy_greater journal", "version": 2, "identity": IDENTITY}
+    header = {"format": "dspy_greater journal", "version": 2, "code": {}, "identity": IDENTITY}
     rewrite(path, [header, to_json(HAPPENED[0]), payload])
     with pytest.raises(RunDirectoryError, match="Line 3 of .* is intact, but it is not an event of this version"):
         Journal.open(tmp_path, IDENTITY)

@@ -187,7 +187,7 @@ class GradSum(Teleprompter):
             return estimate(task)
         stop_file, identity = StopFile(self.log_dir), task.identity()
         with (
-            Journal.open(self.log_dir, identity) as journal,
+            Journal.open(self.log_dir, identity, code=task.code()) as journal,
             ProgressBar(show=self.progress) as bar,
             tracked(self.trackers, identity, self.log_dir) as (trackers, folder),
             ReportFile(folder, identity, journal.versions) as report,

@@ -13,6 +13,7 @@ from dspy_greater.gradsum.settings import GradSumSettings
 from dspy_greater.metric import Metric, RowMetric
 from dspy_greater.notices import warn_caller
 from dspy_greater.program.asked_lm import for_search
+from dspy_greater.program.code import code_of_run
 from dspy_greater.program.dataset import as_list, check_examples, numbers_in, split
 from dspy_greater.program.fingerprint import described, described_lm, fingerprint
 from dspy_greater.program.inputs import refuse_strange_inputs
@@ -75,6 +76,10 @@ class Task:
             "train": fingerprint(self.train),
             "validation": fingerprint(self.validation),
         }
+
+    def code(self) -> dict[str, str]:
+        """Digests of the code that a run depends on."""
+        return code_of_run(self.metric and self.metric.function, self.program, self.predictors)
 
 
 @dataclass(frozen=True)

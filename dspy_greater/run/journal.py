@@ -59,12 +59,17 @@ class Journal(AbstractContextManager["Journal"]):
 
     @classmethod
     def open(
-        cls, directory: str | Path | None, identity: Mapping[str, JSON], servers: Mapping[str, str] | None = None
+        cls,
+        directory: str | Path | None,
+        identity: Mapping[str, JSON],
+        servers: Mapping[str, str] | None = None,
+        code: Mapping[str, str] | None = None,
     ) -> Journal:
         """Begin a run in a directory, or go on with the one that was interrupted there.
 
         `identity` is everything that the run's events depend on; a run goes on only with the identity
         that it began with. `servers` are noted beside the versions of the software: they may be others later.
+        `code` has digests of what it runs; a run goes on with other code, and warns.
         `directory` is created where it does not exist; None keeps the journal
         in memory. Until `close`, no other run can open the directory.
 
@@ -81,7 +86,7 @@ class Journal(AbstractContextManager["Journal"]):
                 resources.callback(DirectoryLock.acquire(folder).release)
                 file = LineFile(folder / NAME)
                 resources.callback(file.close)
-                recorded, begun_with = _begin_or_resume(file, identity, servers or {})
+                recorded, begun_with = _begin_or_resume(file, identity, servers or {}, code or {})
                 lines.sync_directory(folder)
                 return cls(recorded, file, resources.pop_all(), begun_with)
         except RunDirectoryError:
@@ -151,7 +156,7 @@ def _warn_not_written(path: Path, error: OSError) -> None:
 
 
 def _begin_or_resume(
-    file: LineFile, identity: Mapping[str, JSON], servers: Mapping[str, str]
+    file: LineFile, identity: Mapping[str, JSON], servers: Mapping[str, str], code: Mapping[str, str]
 ) -> tuple[tuple[Event, ...], dict[str, str]]:
     """The recorded events, and the versions of the beginning; afterwards the file ends with an intact line."""
     now = json.loads(json.dumps(identity))
@@ -159,13 +164,15 @@ def _begin_or_resume(
     intact = lines.read(content)
     begun_with = {**installed(), **servers}
     if intact.payloads:
-        begun_with = _check_header(file.path, _header(intact.payloads[0]), now)
+        header = _header(intact.payloads[0])
+        begun_with = _check_header(file.path, header, now)
+        _warn_of_other_code(file.path, as_mapping(header.get("code")), code)
     if intact.damaged_line is not None:
         _refuse_damage(file.path, content, intact)
     recorded = tuple(_events(file.path, intact.payloads[1:]))
     file.resume(intact)
     if not intact.payloads:
-        header = {"format": FORMAT, "version": VERSION, "versions": begun_with, "identity": now}
+        header = {"format": FORMAT, "version": VERSION, "versions": begun_with, "code": dict(code), "identity": now}
         file.append(json.dumps(header).encode("ascii"))
     return recorded, begun_with
 
@@ -215,6 +222,17 @@ def _check_header(path: Path, header: Any, now: dict[str, JSON]) -> dict[str, st
         + "\n  ".join(shown)
         + f"\nGo on with what it began with, use another log_dir, or delete {path} to begin again."
     )
+
+
+def _warn_of_other_code(path: Path, then: Mapping[str, Any], now: Mapping[str, str]) -> None:
+    """Not where another Python compiled it, whose digests cannot be compared."""
+    other = [name for name, digest in now.items() if then.get(name, digest) != digest]
+    if other and "Python" not in other:
+        warn_caller(
+            f"{path} goes on with other code than it was begun with: {', '.join(other)}. What was scored under the "
+            "code of then stays as it is. If the code of now answers or scores otherwise, use another log_dir, or "
+            f"delete {path} to begin again.",
+        )
 
 
 def _refuse_damage(path: Path, content: bytes, intact: lines.Intact) -> NoReturn:

@@ -14,6 +14,7 @@ from dspy_greater.metric import Metric, RowMetric
 from dspy_greater.model.engine import Engine
 from dspy_greater.model.interface import Model
 from dspy_greater.notices import warn_caller
+from dspy_greater.program.code import code_of_run
 from dspy_greater.program.dataset import (
     as_list,
     check_examples,
@@ -141,6 +142,10 @@ class Problem:
             "train": fingerprint(self.train),
             "validation": fingerprint(self.validation),
         }
+
+    def code(self) -> dict[str, str]:
+        """Digests of the code that a run depends on."""
+        return code_of_run(self.metric.function, self.program, predictors_of(self.program))
 
 
 @dataclass(frozen=True)

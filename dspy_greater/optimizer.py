@@ -102,7 +102,8 @@ class GReaTer(Teleprompter):
         shards: processes over which each worker divides the weights (FSDP2), for a model that fits no single GPU;
             `workers=2, shards=2` is two workers of two processes each. One when not given.
         strict: where the LM is a server that writes other tokens than the weights here would, stop with an error; by
-            default that is a warning with numbers. Another prompt is an error in any case.
+            default that is a warning with numbers. Another prompt is an error before the search, and during it a
+            warning, or with `strict` an error.
         **keywords: besides those above, any field of `Settings`, which explains them and what they cost.
 
     Raises:
@@ -126,7 +127,7 @@ class GReaTer(Teleprompter):
         seed: int = 0,
         log_dir: str | Path | None = None,
         weights: Any = None,
-        callbacks: Sequence[Listener] = (),
+        callbacks: Sequence[Listener] | None = None,
         **keywords: Unpack[Keywords],
     ) -> None:
         super().__init__()
@@ -142,7 +143,7 @@ class GReaTer(Teleprompter):
         self.mode: Modes = knobs.pop("mode", None)
         self.warm_start: Teleprompter | None = knobs.pop("warm_start", None)
         # Not under the name `callbacks`, where DSPy looks for its own.
-        listeners = checked_callbacks(knobs.pop("listeners", ()), "listeners")
+        listeners = checked_callbacks(knobs.pop("listeners", None), "listeners")
         self.listeners = (*listeners, *checked_callbacks(callbacks))
         self.progress: bool | None = knobs.pop("progress", None)
         self.workers = checked_workers(knobs.pop("workers", None))
@@ -247,6 +248,7 @@ class GReaTer(Teleprompter):
             ReportFile(folder, identity, journal.versions) as report,
             BestFile(self.log_dir, partial(saved, student)) as best_file,
             terminable(),
+            stop_file,
         ):
             logs = [StepLog(), *_estimate_log(problem, journal)]
             yield journal, Listeners([bar, *logs, best_file, report, *trackers, *self.listeners], stop_file)

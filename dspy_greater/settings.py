@@ -93,7 +93,7 @@ class Settings:
     baseline_scale: float = 0.5  # times the mean mistake: how wrong unseen reasonings count until the seed is outdone
     explore_every: int = 2  # while forecasts do not come true, one step in about so many tries edits by chance; 0: none
     max_failed_steps: int = 5  # steps in a row without one finite loss before the search gives up
-    max_errors: int | None = None  # rows of one predictor's search that may fail; None: any number
+    max_errors: int | None = None  # rows of one predictor's search that may fail, trials left out; None: any number
     max_generated_tokens: int | None = None  # of the whole search, without the validation; see above
     max_metric_calls: int | None = None  # runs of the program on a row, counted and bounded in the same way
     max_seconds: float | None = None  # of the whole search, without the final validation

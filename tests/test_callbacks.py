@@ -63,6 +63,11 @@ def found(better: Any) -> Any:
 # --- hearing ---
 
 
+def test_none_is_no_callbacks_as_in_dspy() -> None:
+    assert optimizer(callbacks=None, listeners=None).listeners == ()
+    assert gradsum(callbacks=None, listeners=None).listeners == ()
+
+
 def test_callbacks_and_listeners_are_two_names_for_the_same() -> None:
     heard: list[tuple[str, str]] = []
     compiled(

@@ -32,7 +32,7 @@ from dspy_greater.estimate.reasoned import Lengths, lengths
 from dspy_greater.objective.types import Evaluation, RowOutcome
 from dspy_greater.pocket.tasks import generate, work_out
 from dspy_greater.run.estimate import Budget, Cost
-from dspy_greater.run.events import BeamStarted, IterationTaken, SearchStarted, StepTaken, Validated
+from dspy_greater.run.events import BeamStarted, IterationTaken, NotCalled, SearchStarted, StepTaken, Validated
 from dspy_greater.run.outlook import UNPLANNED, EstimateLog, Outlook, Plan
 
 TRAIN, VALIDATION = planted_rows(24)[:8], planted_rows(24)[8:12]
@@ -234,6 +234,12 @@ def test_the_time_left_is_that_of_steps_validation_and_other_predictors() -> Non
     last = [*done, replace(started, predictor="b"), *(step(n) for n in range(4)), replace(done[-1], predictor="b")]
     assert looking(*last, plan=plan).seconds_left == 0
     assert looking(*taken, plan=Plan(("a",), 0, Budget(seconds=5.5))).seconds_left == pytest.approx(0.5)
+
+
+def test_predictors_that_the_program_does_not_call_take_no_time() -> None:
+    started = SearchStarted("b", SEED, 1, {"runs": 24}, seconds=1.0)
+    events = [NotCalled(("a",)), started, step(0, predictor="b"), Validated("b", {"x": 0.5}, "x", {"runs": 48})]
+    assert looking(*events, plan=Plan(("a", "b"))).seconds_left == 0
 
 
 def test_speed_is_that_of_the_last_steps_and_steps_without_a_time_tell_nothing() -> None:

@@ -762,6 +762,8 @@ def test_an_interrupt_in_the_last_comparison_keeps_the_student_and_a_second_one_
     better = compile_warm()
     assert instruction_of(better) == SEED and better.detailed_results.interrupted
     assert better.detailed_results.warm_start.undone
+    unknown = [math.isnan(each["score"]) for each in better.candidate_programs]
+    assert unknown == sorted(unknown) and any(unknown)  # what was validated comes first
     assert any(instruction_of(each["program"]) == COUNTING for each in better.candidate_programs)
 
     def listener(event: Any) -> None:

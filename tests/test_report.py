@@ -20,7 +20,7 @@ from scripted_gradsum import ROWS, program
 from scripted_gradsum import optimizer as gradsum
 
 from dspy_greater.errors import RunDirectoryError
-from dspy_greater.objective.types import Candidate, Evaluation
+from dspy_greater.objective.types import Candidate, Evaluation, Trial
 from dspy_greater.report import file as report_file
 from dspy_greater.report.data import report_of
 from dspy_greater.report.diff import word_diff
@@ -137,6 +137,37 @@ def test_every_step_and_candidate_is_told_with_the_numbers_of_the_journal(run: t
             assert row[3] == forecast
             assert row[4:6] == [f"{part:+.3g}" for part in candidate.realised]
             assert row[6] == f"{candidate.evaluation.score:.3g}"
+
+
+def test_an_edit_is_compared_with_what_it_was_made_from_and_going_back_to_the_best_is_none() -> None:
+    kept = replace(STEP, step=2, candidates=(), chosen=SEED, reason="kept", began=SEED.instruction)
+    away = replace(BETTER, instruction="Tell us.")
+    steps = (
+        replace(STEP, step=0, began=SEED.instruction, chosen=away),
+        replace(STEP, step=1, began=away.instruction, chosen=replace(away, instruction="Tell me.")),
+        kept,  # after the search has returned to the seed
+        replace(STEP, step=3, began=SEED.instruction),
+    )
+    shown = report_of(Record({}, {}, (STARTED, *steps)))
+    assert shown.searches[0].progress.accepted == (1, 2, 4)
+    [edits] = [each for each in read(page(shown)).all("table") if each.attributes.get("class") == "edits"]
+    _, *rows = table(edits)
+    assert [row[-1] for row in rows][-1] == "ThinkCount hard."
+    of_before = [replace(step, began="") for step in steps[:2]]  # from a journal that does not tell
+    assert report_of(Record({}, {}, (STARTED, *of_before))).searches[0].progress.accepted == (1, 2)
+
+
+def test_whole_instructions_that_reasoned_on_a_few_rows_are_shown_with_what_they_came_to() -> None:
+    tried = [
+        Candidate(5, text, math.nan, None, None, edit="rewrite", trial=Trial(8, score), origin="written")
+        for text, score in (("List them.", 0.25), ("Add them.", 0.125))
+    ]
+    step = replace(STEP, candidates=tuple(tried), chosen=SEED, reason="kept the instruction", asked=True)
+    written = read(page(report_of(Record({}, {}, (STARTED, step)))))
+    [told] = [each for each in written.all("details") if "tokens written" in each.text]
+    _, *rows = table(told.all("table")[0])
+    assert [row[-1] for row in rows] == ["0.25 on 8 rows", "0.125 on 8 rows"]
+    assert "List them." in rows[0][0] and "more were proposed" not in told.text
 
 
 def test_the_costs_are_the_sums_of_the_journal(run: tuple[Path, Any]) -> None:

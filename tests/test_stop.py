@@ -59,7 +59,7 @@ def summed(**settings: Any) -> Any:
     return gradsum(**settings).compile(summed_program(), ROWS[:6], valset=ROWS[8:12])
 
 
-def at(kind: type, number: int, do: Any) -> Any:
+def at(kind: Any, number: int, do: Any) -> Any:
     """A callback that does something at the event of this kind, and of this step or iteration."""
 
     def callback(event: Any) -> None:
@@ -235,6 +235,28 @@ def test_a_stop_file_that_was_there_before_takes_no_step_says_so_and_is_removed(
         details = compiled(steps=4, log_dir=tmp_path).detailed_results
     assert (details.stopped_by, len(details.steps)) == ("STOP file", 2)  # what is recorded counts
     assert found(compiled(steps=4, log_dir=tmp_path)) == found(compiled(steps=4))
+
+
+@pytest.mark.parametrize("kind", [compiled, summed])
+def test_a_stop_file_in_a_run_that_an_error_ends_does_not_stop_the_next_one(tmp_path: Path, kind: Any) -> None:
+    def stopped_and_broken() -> None:
+        (tmp_path / "STOP").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kind(log_dir=tmp_path, callbacks=[at((SearchStarted, BeamStarted), 0, stopped_and_broken)])
+    assert not (tmp_path / "STOP").exists()
+
+
+def test_whoever_finds_the_directory_in_use_leaves_the_stop_file_to_the_run_that_uses_it(tmp_path: Path) -> None:
+    from dspy_greater.errors import RunDirectoryError
+    from dspy_greater.run.journal import Journal
+
+    with Journal.open(tmp_path, {}):
+        (tmp_path / "STOP").touch()
+        with pytest.raises(RunDirectoryError):
+            compiled(log_dir=tmp_path)
+        assert (tmp_path / "STOP").exists()
 
 
 def test_a_stop_file_where_nothing_is_left_to_stop_is_only_removed(tmp_path: Path) -> None:

@@ -101,14 +101,7 @@ def probe(problem: Problem, target: Target, most_rows: int = ROWS) -> Measured:
     began, before = time.perf_counter(), target.engine.counters
     rows = Random(f"{problem.seed}/probe").sample(list(problem.train), min(most_rows, len(problem.train)))
     metric = _Timed(problem.metric)
-    evaluator = Evaluator(
-        Objective(
-            problem.program, target.predictor, target.field, rows, metric.row_metric, problem.extractor, target.fixed
-        ),
-        engine=target.engine,
-        settings=problem.settings,
-        criterion=problem.step.criterion,
-    )
+    evaluator = _evaluator(problem, target, rows, metric)
     served = engines_behind(problem.program) != [target.engine]
     start = evaluator.spent()
     with watched(target.engine) as model:
@@ -152,6 +145,17 @@ def probe(problem: Problem, target: Target, most_rows: int = ROWS) -> Measured:
             max(counted.generated_tokens, spent["generated_tokens"]),
             time.perf_counter() - began,
         ),
+    )
+
+
+def _evaluator(problem: Problem, target: Target, rows: Sequence[Any], metric: _Timed) -> Evaluator:
+    return Evaluator(
+        Objective(
+            problem.program, target.predictor, target.field, rows, metric.row_metric, problem.extractor, target.fixed
+        ),
+        engine=target.engine,
+        settings=problem.settings,
+        criterion=problem.step.criterion,
     )
 
 

@@ -129,8 +129,8 @@ class GradSum(Teleprompter):
         self.seed = checked_seed(seed)
         self.log_dir = checked_log_dir(log_dir)
         # Not under the name `callbacks`, where DSPy looks for its own.
-        listeners = checked_callbacks(knobs.pop("listeners", ()), "listeners")
-        self.listeners = (*listeners, *checked_callbacks(knobs.pop("callbacks", ())))
+        listeners = checked_callbacks(knobs.pop("listeners", None), "listeners")
+        self.listeners = (*listeners, *checked_callbacks(knobs.pop("callbacks", None)))
         self.progress: bool | None = knobs.pop("progress", None)
         self.trackers = checked_trackers(
             use_mlflow=knobs.pop("use_mlflow", False), use_wandb=knobs.pop("use_wandb", False)
@@ -193,6 +193,7 @@ class GradSum(Teleprompter):
             ReportFile(folder, identity, journal.versions) as report,
             BestFile(self.log_dir, partial(saved, student)) as best_file,
             terminable(),
+            stop_file,
         ):
             listeners = Listeners([bar, StepLog(), best_file, report, *trackers, *self.listeners], stop_file)
             run = _Run(task, journal, listeners)

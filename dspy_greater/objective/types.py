@@ -6,7 +6,7 @@ a journal can keep them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,14 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """What an instruction came to on the few rows on which it reasoned first."""
+
+    rows: int
+    score: float  # mean of the metric
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A token, a phrase or a whole instruction that was proposed, and what became of it."""
 
@@ -66,4 +74,5 @@ class Candidate:
     forecast: float | None = None  # predicted change of the expected loss, off-policy
     effective_samples: float | None = None  # how many reasonings carry the forecast
     realised: tuple[float, float] | None = None  # change of mistake rate and of cross-entropy, on the same rows
+    trial: Trial | None = field(default=None, metadata={"later": True})  # of a whole instruction
     origin: str = "token"  # "phrase": several; whole instructions: "written" by the model, "form" of a right answer

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dspy_greater.objective.types import Evaluation, RowOutcome
-from dspy_greater.report.figures import Cost, Fidelity, Progress, cost, fidelity, progress, summed
+from dspy_greater.report.figures import Fidelity, PhaseCosts, Progress, cost, fidelity, progress, summed
 from dspy_greater.run.events import BeamStarted, Event, IterationTaken, NotCalled, SearchStarted, StepTaken, Validated
 from dspy_greater.run.record import Record
 from dspy_greater.run.serialise import as_mapping, leaves
@@ -21,7 +21,7 @@ Texts = tuple[tuple[str, str], ...]  # names and what stands under them
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Averaged:
     """A mean over rows with its 95 % confidence interval, which is nan where it is not known."""
 
     mean: float
@@ -50,7 +50,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Search:
+class SearchShown:
     """One predictor: what changed, and how it came about."""
 
     name: str
@@ -61,16 +61,16 @@ class Search:
     planned: int  # steps
     steps: tuple[StepTaken, ...]
     validated: Validated | None  # after the last step, that is; an earlier validation is not of what is shown
-    before: Estimate  # of the metric, on the validation rows; before the validation, on the training rows
-    after: Estimate
-    gain: Estimate  # mean of the differences, row by row
+    before: Averaged  # of the metric, on the validation rows; before the validation, on the training rows
+    after: Averaged
+    gain: Averaged  # mean of the differences, row by row
     rows: tuple[Row, ...]  # whose score changed; validation rows come first
     progress: Progress
     fidelity: Fidelity
     spent: dict[str, dict[str, int]]  # the engines' counters, by phase
 
     @property
-    def cost(self) -> Cost:
+    def cost(self) -> PhaseCosts:
         """Of this predictor's search."""
         return cost(self.spent)
 
@@ -95,11 +95,11 @@ class Loop:
 class Report:
     """Everything on the page, in the order of the page."""
 
-    searches: tuple[Search, ...]
+    searches: tuple[SearchShown, ...]
     loop: Loop | None
     waiting: tuple[str, ...]  # predictors whose search has not begun
     not_called: tuple[str, ...]
-    cost: Cost
+    cost: PhaseCosts
     about: Texts  # of the run: metric, model
     settings: Texts
     versions: Texts
@@ -132,13 +132,13 @@ def best_of(seed: Evaluation, steps: Sequence[StepTaken]) -> Evaluation:
     return min(_evaluations(seed, steps), key=lambda evaluation: evaluation.objective)
 
 
-def estimate(values: Sequence[float], known_mean: float | None = None) -> Estimate:
+def averaged(values: Sequence[float], known_mean: float | None = None) -> Averaged:
     """The mean of values with its interval; `known_mean` where the values themselves are not on record."""
     low, high = interval(values)
-    return Estimate(mean(values) if known_mean is None else known_mean, low, high, len(values))
+    return Averaged(mean(values) if known_mean is None else known_mean, low, high, len(values))
 
 
-def _search(name: str, about: Mapping[str, Any], events: Sequence[Event]) -> Search:
+def _search(name: str, about: Mapping[str, Any], events: Sequence[Event]) -> SearchShown:
     mine = [event for event in events if getattr(event, "predictor", None) == name]
     started = next(event for event in mine if isinstance(event, SearchStarted))
     steps = tuple(event for event in mine if isinstance(event, StepTaken))
@@ -154,7 +154,7 @@ def _search(name: str, about: Mapping[str, Any], events: Sequence[Event]) -> Sea
         "search": summed(step.spent for step in steps),
         "validation": {} if validated is None else validated.spent,
     }
-    return Search(
+    return SearchShown(
         name=name,
         about=_flat({key: value for key, value in about.items() if key != "instruction"}),
         seed=started.seed,
@@ -163,8 +163,8 @@ def _search(name: str, about: Mapping[str, Any], events: Sequence[Event]) -> Sea
         planned=started.steps,
         steps=steps,
         validated=validated,
-        before=estimate(before, None if validated is None else validated.scores.get(started.seed.instruction)),
-        after=estimate(after, None if validated is None else validated.scores.get(instruction)),
+        before=averaged(before, None if validated is None else validated.scores.get(started.seed.instruction)),
+        after=averaged(after, None if validated is None else validated.scores.get(instruction)),
         gain=_gain(before, after),
         rows=(*_validation_rows(started.seed.instruction, validated), *_training_rows(started.seed, found)),
         progress=progress(name, started.seed, steps),
@@ -191,11 +191,11 @@ def _scores(
     return tuple(row.score for row in seed.rows), tuple(row.score for row in rows)
 
 
-def _gain(before: Sequence[float], after: Sequence[float]) -> Estimate:
+def _gain(before: Sequence[float], after: Sequence[float]) -> Averaged:
     if len(before) != len(after):
-        return Estimate(math.nan, math.nan, math.nan, 0)
+        return Averaged(math.nan, math.nan, math.nan, 0)
     low, high = paired_interval(before, after)
-    return Estimate(mean([new - old for old, new in zip(before, after, strict=True)]), low, high, len(after))
+    return Averaged(mean([new - old for old, new in zip(before, after, strict=True)]), low, high, len(after))
 
 
 def _validation_rows(seed: str, validated: Validated | None) -> Iterator[Row]:

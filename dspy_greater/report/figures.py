@@ -24,7 +24,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Outcome:
     """What was told of a candidate that was tried, and what came."""
 
     step: int  # from 1
@@ -38,13 +38,13 @@ class Fidelity:
     """All forecasts of a predictor, and how well they put the candidates in order."""
 
     name: str
-    forecasts: tuple[Forecast, ...]
+    forecasts: tuple[Outcome, ...]
     rank_correlation: float  # Spearman's; nan for fewer than three
     by_step: tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class Cost:
+class PhaseCosts:
     """Tokens by phase ("seed", "search", "validation"), and how often the program was run on a row."""
 
     phases: tuple[str, ...]
@@ -55,23 +55,25 @@ class Cost:
 def progress(name: str, seed: Evaluation, steps: Sequence[StepTaken]) -> Progress:
     """The path of the current instruction."""
     path = [seed, *(step.chosen for step in steps)]
-    changed = zip(path, steps, strict=False)
+    changed = [step.chosen.instruction != began for step, began in zip(steps, beginnings(seed, steps), strict=True)]
     return Progress(
         name,
         tuple(evaluation.score for evaluation in path),
         tuple(evaluation.cross_entropy for evaluation in path),
-        tuple(
-            place
-            for place, (before, step) in enumerate(changed, start=1)
-            if step.chosen.instruction != before.instruction
-        ),
+        tuple(place for place, accepted in enumerate(changed, start=1) if accepted),
     )
+
+
+def beginnings(seed: Evaluation, steps: Sequence[StepTaken]) -> list[str]:
+    """The instruction before each step, which need not be the one after the step before: a search may have returned."""
+    path = [seed, *(step.chosen for step in steps)]
+    return [step.began or before.instruction for step, before in zip(steps, path, strict=False)]
 
 
 def fidelity(name: str, steps: Sequence[StepTaken]) -> Fidelity:
     """What the forecasts were worth."""
     found = [
-        Forecast(step.step + 1, told, mistakes, loss) for step in steps for told, (mistakes, loss) in step.predictions
+        Outcome(step.step + 1, told, mistakes, loss) for step in steps for told, (mistakes, loss) in step.predictions
     ]
     pairs = [step.predictions for step in steps]
     return Fidelity(
@@ -82,14 +84,14 @@ def fidelity(name: str, steps: Sequence[StepTaken]) -> Fidelity:
     )
 
 
-def cost(phases: Mapping[str, Mapping[str, int]]) -> Cost:
+def cost(phases: Mapping[str, Mapping[str, int]]) -> PhaseCosts:
     """Of the engines' counters by phase.
 
     Example:
         >>> cost({"seed": {"generated_tokens": 5, "runs": 2}}).tokens["written"]
         (5,)
     """
-    return Cost(
+    return PhaseCosts(
         tuple(phases),
         {told: tuple(phase.get(name, 0) for phase in phases.values()) for name, told in COSTS.items()},
         tuple(phase.get("runs", 0) for phase in phases.values()),

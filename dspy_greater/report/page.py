@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from dspy_greater.report.data import Estimate, Report, Row, Search, Texts
+from dspy_greater.report.data import Averaged, Report, Row, SearchShown, Texts
 from dspy_greater.report.html import Markup, element, joined, styled
 from dspy_greater.report.parts import cost_table, diff_of, loop_part, search_part, settings_list, shortened
 from dspy_greater.report.style import STYLE
@@ -88,7 +88,7 @@ def _overall(report: Report) -> Markup | None:
     )
 
 
-def _changed(search: Search, *, titled: bool) -> Markup:
+def _changed(search: SearchShown, *, titled: bool) -> Markup:
     """What changed: scores, instructions, rows."""
     title = element("h2", "Predictor ", element("span", search.name)) if titled else None
     kept = search.instruction == search.seed.instruction
@@ -107,7 +107,7 @@ def _changed(search: Search, *, titled: bool) -> Markup:
     )
 
 
-def _headline(before: Estimate, after: Estimate) -> Markup:
+def _headline(before: Averaged, after: Averaged) -> Markup:
     return element(
         "div",
         element("span", f"{before.mean:.3g}", class_="was"),
@@ -117,16 +117,16 @@ def _headline(before: Estimate, after: Estimate) -> Markup:
     )
 
 
-def _measured(search: Search) -> str:
+def _measured(search: SearchShown) -> str:
     what = "mean of the metric" if search.validated is not None else "so far, mean of the metric"
     return f"{what} on {_rows(search.after, search.measured_on)}".capitalize()
 
 
-def _rows(found: Estimate, kind: str = "validation") -> str:
+def _rows(found: Averaged, kind: str = "validation") -> str:
     return f"{found.rows} {kind} rows" if found.rows else f"the {kind} rows"
 
 
-def _stats(search: Search, fixed: list[Row], broken: list[Row]) -> Markup:
+def _stats(search: SearchShown, fixed: list[Row], broken: list[Row]) -> Markup:
     kind = search.measured_on
     there = [row for row in search.rows if row.place == kind]
     counted = bool(there) or math.isclose(search.before.mean, search.after.mean)
@@ -148,7 +148,7 @@ def _stats(search: Search, fixed: list[Row], broken: list[Row]) -> Markup:
     )
 
 
-def _interval(found: Estimate, sign: str = "") -> str:
+def _interval(found: Averaged, sign: str = "") -> str:
     if not math.isfinite(found.low):
         return "no interval on record"
     return f"95 % interval {found.low:{sign}.3g} to {found.high:{sign}.3g}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from dspy_greater.objective.types import Candidate
-from dspy_greater.report.data import Loop, Report, Search, Texts
+from dspy_greater.report.data import Loop, Report, SearchShown, Texts
 from dspy_greater.report.diff import word_diff
-from dspy_greater.report.figures import Cost
+from dspy_greater.report.figures import PhaseCosts, beginnings
 from dspy_greater.report.html import Markup, element, escaped, joined
 from dspy_greater.report.svg import cost_figure, forecast_figure, loss_figure, score_figure
 from dspy_greater.run.events import StepTaken
@@ -16,7 +16,7 @@ from dspy_greater.run.log import candidate_edit, edit_parts
 _MOST_UNTRIED = 8  # candidates of a step that had a forecast and were not tried
 
 
-def search_part(search: Search, *, titled: bool = False) -> Markup:
+def search_part(search: SearchShown, *, titled: bool = False) -> Markup:
     """How one predictor's search went; `titled` where there are several."""
     return joined(
         element("h2", "The search", f" of {search.name}" if titled else None),
@@ -108,7 +108,7 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} more characters)"
 
 
-def _told(search: Search) -> str:
+def _told(search: SearchShown) -> str:
     rows = len(search.seed.rows)
     accepted = len(search.progress.accepted)
     return (
@@ -117,7 +117,7 @@ def _told(search: Search) -> str:
     )
 
 
-def _figures(search: Search) -> Markup:
+def _figures(search: SearchShown) -> Markup:
     rho = search.fidelity.rank_correlation
     found = [
         (score_figure(search.progress), "Score", "On the training rows. A ring: an edit was accepted."),
@@ -141,12 +141,12 @@ def _figures(search: Search) -> Markup:
     return element("div", shown, class_="figures")
 
 
-def _accepted(search: Search) -> Markup | None:
+def _accepted(search: SearchShown) -> Markup | None:
+    begun = zip(search.steps, beginnings(search.seed, search.steps), strict=True)
     wanted = set(search.progress.accepted)
-    steps = [(place, step) for place, step in enumerate(search.steps, start=1) if place in wanted]
+    steps = [pair for place, pair in enumerate(begun, start=1) if place in wanted]
     if not steps:
         return None
-    path = [search.seed, *(step.chosen for step in search.steps)]
     rows = [
         element(
             "tr",
@@ -154,9 +154,9 @@ def _accepted(search: Search) -> Markup | None:
             element("td", _edit(step), class_="wide"),
             element("td", f"{step.chosen.score:.3g}", class_="n"),
             element("td", _number(step.chosen.cross_entropy), class_="n"),
-            element("td", diff_of(path[place - 1].instruction, step.chosen.instruction), class_="wide", dir="auto"),
+            element("td", diff_of(began, step.chosen.instruction), class_="wide", dir="auto"),
         )
-        for place, step in steps
+        for step, began in steps
     ]
     heads = [("step", "n"), ("edit", None), ("score", "n"), ("loss", "n"), ("instruction", None)]
     return joined(element("h3", "Accepted edits"), _rows_of(heads, rows, "edits"))
@@ -179,7 +179,7 @@ def _token(tag: str, text: str) -> Markup:
     return element(tag, shown, dir="auto") if text else element("span", "nothing", class_="soft")
 
 
-def _steps(search: Search) -> Markup | None:
+def _steps(search: SearchShown) -> Markup | None:
     if not search.steps:
         return None
     correlations = search.fidelity.by_step
@@ -189,10 +189,10 @@ def _steps(search: Search) -> Markup | None:
 
 def _step(step: StepTaken, correlation: float) -> Markup:
     tried = [candidate for candidate in step.candidates if candidate.evaluation is not None]
-    others = [
-        candidate for candidate in step.candidates if candidate.evaluation is None and candidate.forecast is not None
-    ]
-    shown = [*tried, *others[:_MOST_UNTRIED]]
+    untried = [candidate for candidate in step.candidates if candidate.evaluation is None]
+    on_few_rows = [candidate for candidate in untried if candidate.trial is not None]
+    others = [candidate for candidate in untried if candidate.forecast is not None]
+    shown = [*tried, *on_few_rows, *others[:_MOST_UNTRIED]]
     hidden = len(step.candidates) - len(shown)
     kept = edit_parts(step) is None
     summary = element(
@@ -224,7 +224,7 @@ def _candidate(step: StepTaken, found: Candidate) -> Markup:
         _number(found.forecast, sign="+"),
         _number(None if came is None else came[0], sign="+"),
         _number(None if came is None else came[1], sign="+"),
-        _number(None if tried is None else tried.score) if tried is not None else "not tried",
+        _scored(found),
     ]
     chosen = tried is not None and tried.instruction == step.chosen.instruction
     return element(
@@ -235,11 +235,17 @@ def _candidate(step: StepTaken, found: Candidate) -> Markup:
     )
 
 
+def _scored(found: Candidate) -> str:
+    if found.evaluation is not None:
+        return _number(found.evaluation.score)
+    return "not tried" if found.trial is None else f"{found.trial.score:.3g} on {found.trial.rows} rows"
+
+
 def _number(value: float | None, sign: str = "") -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:{sign}.3g}"
 
 
-def _totals(found: Cost) -> list[str]:
+def _totals(found: PhaseCosts) -> list[str]:
     return [f"{sum(counts):,}" for counts in (*found.tokens.values(), found.runs)]
 
 

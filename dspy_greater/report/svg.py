@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from dspy_greater.report.figures import Cost, Fidelity, Progress
+from dspy_greater.report.figures import Fidelity, PhaseCosts, Progress
 from dspy_greater.report.html import Markup, element, joined
 
 _WIDTH, _HEIGHT = 360, 210
@@ -73,7 +73,7 @@ def forecast_figure(found: Fidelity) -> Markup | None:
     return _picture(label, _frame(across, up, "forecast change", _signed, _signed), zero, marks)
 
 
-def cost_figure(found: Cost) -> Markup | None:
+def cost_figure(found: PhaseCosts) -> Markup | None:
     """Tokens read, differentiated and written, each a bar of phases; None where nothing was counted."""
     totals = {name: sum(counts) for name, counts in found.tokens.items()}
     most = max(totals.values(), default=0)

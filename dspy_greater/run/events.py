@@ -41,6 +41,7 @@ class StepTaken:
     spent: dict[str, int]  # this step: the engines' counters, and `runs`, of the program on a row
     current_text: str = ""  # of the current token, or of all where it is rewritten; empty where a token is appended
     asked: bool = False  # for whole instructions, in place of edits
+    began: str = field(default="", metadata=LATER)  # the instruction before the step
     seconds: float = field(default=0.0, compare=False, repr=False)  # since the event before
 
     @property

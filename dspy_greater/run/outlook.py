@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from dspy_greater.run.estimate import Budget, Cost, Estimate
-from dspy_greater.run.events import BeamStarted, Event, IterationTaken, SearchStarted, StepTaken, Validated
+from dspy_greater.run.events import BeamStarted, Event, IterationTaken, NotCalled, SearchStarted, StepTaken, Validated
 from dspy_greater.run.log import LOGGER
 
 _LAST = 10  # steps from which the next ones are told: reasoning grows while a search goes on
@@ -48,6 +48,7 @@ class Outlook:
     def __init__(self, plan: Plan = UNPLANNED, told: Estimate | None = None) -> None:
         self._plan, self._told = plan, told
         self._begun: list[str] = []
+        self._passed_over: set[str] = set()  # the program does not call them
         self._total = self.taken = 0  # steps of this predictor's search
         self._seeds: list[Cost] = []
         self._validations: list[Cost] = []
@@ -68,6 +69,8 @@ class Outlook:
             if event.seconds > 0:
                 spent = event.spent if isinstance(event, StepTaken) else {}
                 self._steps.append(Cost.of(spent, event.seconds))
+        elif isinstance(event, NotCalled):
+            self._passed_over.update(event.predictors)
         elif isinstance(event, Validated):
             self._validated = True
             self._validations.append(Cost.of(event.spent, event.seconds))
@@ -81,7 +84,7 @@ class Outlook:
     @property
     def seconds_left(self) -> float | None:
         """Until the end, or until a budget of seconds is spent; None where nothing is known yet."""
-        step, others = self._step(), max(0, len(self._plan.predictors) - len(self._begun))
+        step, others = self._step(), len({*self._plan.predictors} - {*self._begun, *self._passed_over})
         if step is None:
             return None
         left = max(0, self._total - self.taken)

@@ -245,6 +245,8 @@ def checked_callbacks(given: object, name: str = "callbacks") -> tuple[Listener,
         >>> checked_callbacks([len])
         (<built-in function len>,)
     """
+    if given is None:
+        return ()
     found = tuple(cast("Iterable[object]", given)) if isinstance(given, Iterable) else None
     if found is None or not all(map(callable, found)):
         raise SettingsError(

@@ -86,7 +86,8 @@ class StopFile:
     """A file `STOP` in a run's directory; whoever makes one asks the run to end after the step that it is in.
 
     Only its being there counts: it is not read, and may be empty. It is removed when it was obeyed, and at the end
-    of any run. One that lies there before the run begins is obeyed as well: no step is taken, and a warning says so.
+    of any run: as the context of a `with`, of one that ends with an error too. One that lies there before the run
+    begins is obeyed as well: no step is taken, and a warning says so.
 
     Example:
         >>> StopFile(None).seen()
@@ -114,6 +115,13 @@ class StopFile:
             warn_caller(
                 f"{self._path} was there before the run began, so no step was taken. {now} to go on.", RuntimeWarning
             )
+
+    def __enter__(self) -> StopFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
+        if kind is not None:
+            self.obeyed(ended=False)
 
     def _is_there(self) -> bool:
         return self._path is not None and os.path.lexists(self._path)

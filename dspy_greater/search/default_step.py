@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from random import Random
 
@@ -26,7 +26,7 @@ from dspy_greater.estimators.off_policy import Forecast, Likelihood, forecast, l
 from dspy_greater.estimators.score_gradient import score_gradient
 from dspy_greater.objective.replay import Reasoning, Replay, advantages
 from dspy_greater.objective.score import DEFAULT_CRITERION, Criterion
-from dspy_greater.objective.types import Candidate, Evaluation
+from dspy_greater.objective.types import Candidate, Evaluation, Trial
 from dspy_greater.run.events import StepTaken
 from dspy_greater.search.edits import Edit, propose_edits
 from dspy_greater.search.exploration import baseline_scale, explores, forecasts_are_trusted
@@ -117,6 +117,7 @@ class _Look:
     shortlist: tuple[Edit, ...]
     forecasts: Forecasts
     asked: bool = False  # for whole instructions
+    trials: Mapping[str, Evaluation] = field(default_factory=dict[str, Evaluation])  # by text, on a few rows
 
     @property
     def promise(self) -> float:
@@ -172,6 +173,7 @@ class DefaultStep:
         instructions, every = [edit.instruction for edit in written], [row.row for row in at.current.rows]
         rows = sorted(random.sample(every, min(TRIAL_ROWS, len(every))))
         tried = at.evaluator.try_out(instructions, rows, at.model)
+        look = replace(look, trials={found.instruction: found for found in tried})
         best = min(range(len(tried)), key=lambda place: tried[place].objective)
         if not tried[best].objective < at.evaluator.on_rows(at.current, rows).objective:
             kept = Selection(at.current, f"kept the instruction: on {len(rows)} rows it is the best")
@@ -290,7 +292,7 @@ def _told(look: _Look, evaluated: Sequence[Evaluation]) -> tuple[Candidate, ...]
 
     def tell(edit: Edit) -> Candidate:
         text = edit.instruction.text
-        outcome, told = outcomes.get(text), look.forecasts.get(text)
+        outcome, told, trial = outcomes.get(text), look.forecasts.get(text), look.trials.get(text)
         return Candidate(
             token=edit.token,
             text=text if edit.kind == "rewrite" else decode(list(edit.tokens)),
@@ -301,6 +303,7 @@ def _told(look: _Look, evaluated: Sequence[Evaluation]) -> tuple[Candidate, ...]
             forecast=None if told is None else told.change,
             effective_samples=None if told is None else told.effective_samples,
             realised=None if outcome is None else realised_change(look.at.current, outcome),
+            trial=None if trial is None else Trial(len(trial.rows), trial.score),
             origin=edit.origin,
         )
 

@@ -53,7 +53,9 @@ def minimise(
         known = replay.popleft() if replay else None
         taken = known or _take(search, state)
         now = time.monotonic()
-        taken, since = (taken if known else replace(taken, seconds=now - since)), now
+        if known is None:
+            taken = replace(taken, began=state.current.instruction, seconds=now - since)
+        since = now
         evaluated = [candidate.evaluation for candidate in taken.candidates if candidate.evaluation is not None]
         evaluator.recall([*evaluated, taken.chosen])
         known_by_text.update({evaluation.instruction: evaluation for evaluation in (*evaluated, taken.chosen)})

@@ -94,8 +94,13 @@ def _floored(student: Any, best: Any, found: dict[str, str], warmed: Any, proble
     kept.detailed_results = replace(details, warm_start=warm, rendering=rendering)
     kept.score = kept.detailed_results.score
     programs = [*best.candidate_programs, {"score": scores[0], "program": write_back(student, own)}]
-    kept.candidate_programs = sorted(programs, key=lambda listed: -listed["score"])
+    kept.candidate_programs = sorted(programs, key=lambda listed: _last_if_unknown(listed["score"]))
     return kept
+
+
+def _last_if_unknown(score: float) -> tuple[bool, float]:
+    """Sorts the best first, and what was not validated last."""
+    return math.isnan(score), -score
 
 
 def _unrefined(student: Any, found: dict[str, str], warmed: Any, problem: Problem, ended: BaseException) -> Any:
@@ -111,7 +116,7 @@ def _unrefined(student: Any, found: dict[str, str], warmed: Any, problem: Proble
         raise _unvalidated(write_back(student, texts[-1]), details, error) from ended
     kept = write_back(student, texts[winner(scores)])
     kept.detailed_results, kept.score = details, max(scores)
-    ranked = sorted(zip(scores, texts, strict=True), key=lambda pair: -pair[0])
+    ranked = sorted(zip(scores, texts, strict=True), key=lambda pair: _last_if_unknown(pair[0]))
     kept.candidate_programs = [
         {"score": score, "program": write_back(student, instructions)} for score, instructions in ranked
     ]

@@ -1,6 +1,6 @@
 """The quickstart on every pocket task and several seeds, as a table (docs/results.md).
 
-    python -m benchmarks.quickstart_table --bbh DIR --seeds 3 --out runs/quickstart-table
+    python -m benchmarks.quickstart_table --bbh DIR/bbh --seeds 3 --out runs/quickstart-table
 
 Runs `examples/quickstart.py` once per task and seed, each in its own process and directory; a
 run whose `result.json` is there already is not run again. Prints a Markdown table.

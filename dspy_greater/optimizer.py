@@ -63,9 +63,9 @@ class Keywords(Knobs, total=False):
 class GReaTer(Teleprompter):
     """Optimises a program's instructions with numerical gradients through the model's own reasoning.
 
-    Every predictor that has gold values for one of its output fields is optimised in turn. The
-    LM behind it must be an open-weight model: `local_lm(...)`, or a served one whose weights can be
-    loaded (`weights=` says which, where its name does not).
+    Every predictor is optimised in turn. One without gold values is judged by the program's metric alone, and left out
+    of `variant="paper"`. The LM behind it must be an open-weight model: `local_lm(...)`, or a served one whose weights
+    can be loaded (`weights=` says which, where its name does not).
 
     Args:
         metric: metric(example, prediction, trace=None) -> bool, number or Prediction(score=...).
@@ -168,8 +168,8 @@ class GReaTer(Teleprompter):
 
         Args:
             student: the program; it is not changed.
-            trainset: examples with inputs set and gold values for an output field. In a text field a list of them is
-                a list of acceptable answers.
+            trainset: examples with inputs set. A value under the name of an output field is the gold answer, which
+                only `variant="paper"` needs. In a text field a list of them is a list of acceptable answers.
             metric: instead of the one given to the constructor.
             teacher: accepted for DSPy's interface; gradients need none.
             valset: rows on which the finalists meet the seed; without any, part of the trainset.

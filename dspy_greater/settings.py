@@ -1,6 +1,7 @@
 """Every knob of the search, what it means and what it costs.
 
-One step on N training rows runs the program at most μ x N times: on every row with each of the μ candidates.
+With `variant="paper"`, one step on N training rows runs the program at most μ x N times: on every row with each of the
+μ candidates that are tried (`selections`).
 The current instruction's runs are kept, and so are those of every candidate that was tried before. A step that
 appends a token runs at most N more, for the likeliest one, which it improves on. The seed costs N runs.
 
@@ -8,14 +9,15 @@ Besides, a step makes one forward and backward pass over N rows, whatever the nu
 pass over the rows of the candidates, and one over at most `proposal_draws` x
 `proposal_rows` short contexts.
 
-That is `variant="paper"`. The default variant looks at `positions_ahead` positions. At each it reads short contexts,
+The default variant looks at `positions_ahead` positions. At each it reads short contexts,
 makes up to two forward and backward passes over `replayed` sequences, for replacements and insertions, and up to
 `forecasts` forward passes over them, and one more a step; appending costs no run.
 All that is bounded by `forecast_share` of what the step's runs cost, counted in tokens (`search.prices`): on a CPU a
 step of one candidate usually looks at one position, with a handful of reasonings. Phrases write up to 8 tokens each.
 The first step, and later ones while that pays more (`search.payoff`), try `written` whole instructions in place of it:
-two say what the gold values look like, and the model is asked for the others, in up to `max_instruction_tokens` + 32
-tokens each. Each runs the program on 8 rows, and the best of them on the others.
+behind a new best instruction two say what the gold values look like. The model is asked for the others, half as often
+again as there are to be, in up to `max_instruction_tokens` + 32 tokens each. Each runs the program on 8 rows, and the
+best of them on the others.
 Once its forecasts have proven themselves it tries fewer than μ candidates; while they do not come true,
 about one step in `explore_every` makes neither forecasts nor gradients.
 

@@ -1,4 +1,4 @@
-"""Search without gold values: `python examples/labels_in_the_metric.py --bbh DIR`.
+"""Search without gold values: `python examples/labels_in_the_metric.py --bbh DIR/bbh`.
 
 The rows have a label that no output field is called by; only the metric looks at it. The instruction of
 `dspy.ChainOfThought("question -> answer")` on the pocket model is searched through the metric alone, and both programs

@@ -2,7 +2,7 @@
 
 Starts `dspy.ChainOfThought("question -> answer")` on a small local model with a bad
 instruction, optimises the instruction, and measures both on rows that the search never saw.
-Rows are the real BIG-Bench Hard ones from `--bbh DIR` (files such as `navigate.json`) or the
+Rows are the real BIG-Bench Hard ones from `--bbh DIR/bbh` (files such as `navigate.json`) or the
 Hugging Face hub; where there is neither, rows of the same format from the pocket model's
 generator. It says which.
 """

@@ -77,8 +77,9 @@ class GradSum(Teleprompter):
         editor_lm: writes candidate prompts; by default the gradients'.
         auto: "light" (3 iterations of 10 rows), "medium" (6 of 20), "heavy" (10 of 30) or None, the paper's values.
         seed: decides every random choice.
-        log_dir: directory for the run's journal and for a page that shows the run (`report.html`). Called again with
-            the same inputs, `compile` goes on after the last iteration that was finished.
+        log_dir: directory for the run's journal, the best so far (`best.json`, `best_program.json`) and a page that
+            shows the run (`report.html`). Called again with the same inputs, `compile` goes on after the last
+            iteration that was finished.
         callbacks: functions that are called with every event (`dspy_greater.run.events`). One that returns exactly
             `False` ends the loop after that iteration: the best so far is returned, and a run with a `log_dir` can go
             on from there. One that raises is warned of once and not called again.

@@ -1,0 +1,50 @@
+"""The study's table: accuracy on the test rows in %, draw 0 / draw 1, by optimizer and task.
+
+python benchmarks/results/study-0.5b-2026-11-30/table.py
+"""
+
+import json
+from pathlib import Path
+
+THREE = ("navigate", "web_of_lies", "reasoning_about_colored_objects")
+TASKS = (*THREE, "temporal_sequences")
+cells = [json.loads(line) for line in (Path(__file__).parent / "cells.jsonl").read_text().splitlines()]
+found = {
+    (cell["optimizer"], cell["task"].removeprefix("bbh:"), cell["seed"]): cell["test"]["accuracy"]
+    for cell in cells
+    if cell["test"]
+}
+# The seed instruction is run in every cell.
+found |= {
+    ("seed", cell["task"].removeprefix("bbh:"), cell["seed"]): cell["seed_test"]["accuracy"]
+    for cell in cells
+    if cell["seed_test"]
+}
+
+
+def shown(values: list[float | None]) -> str:
+    """Both draws; the first alone where the second was not run."""
+    told = ["" if value is None else f"{100 * value:.1f}" for value in values]
+    return " / ".join(text or "-" for text in told) if told[1] else told[0]
+
+
+def mean_of_three(optimizer: str, draw: int) -> float | None:
+    """Of the tasks that every optimizer was run on."""
+    values = [found.get((optimizer, task, draw)) for task in THREE]
+    known = [value for value in values if value is not None]
+    return sum(known) / len(THREE) if len(known) == len(THREE) else None
+
+
+def rank(optimizer: str) -> float:
+    """The best first, by the mean of both draws."""
+    means = [mean for draw in (0, 1) if (mean := mean_of_three(optimizer, draw)) is not None]
+    return -sum(means) / len(means) if means else 0.0
+
+
+names = sorted({name for name, *_ in found if name != "seed"}, key=rank)
+print(f"| optimizer | {' | '.join(THREE)} | mean of the three | temporal_sequences |")
+print(f"|{' --- |' * 6}")
+for name in ["seed", *names]:
+    by_task = {task: shown([found.get((name, task, draw)) for draw in (0, 1)]) for task in TASKS}
+    mean = shown([mean_of_three(name, draw) for draw in (0, 1)])
+    print(f"| `{name}` | {' | '.join(by_task[task] for task in THREE)} | {mean} | {by_task[TASKS[-1]]} |")

@@ -85,6 +85,11 @@ class _Waiting:
         return self.result
 
 
+def _knock(door: Door) -> None:
+    with contextlib.suppress(*_HUNG_UP):
+        Client(door.address, authkey=door.authkey).close()
+
+
 class SharedModel:
     """The weights, asked by other processes. Requests that come while others are answered join those.
 
@@ -117,8 +122,9 @@ class SharedModel:
                 with self._changed:
                     self._open = False
                     self._changed.notify_all()
-                with contextlib.suppress(*_HUNG_UP):  # a caller of ours, so that `accept` comes back
-                    Client(door.address, authkey=key).close()
+                # A caller of ours, so that `accept` comes back. Where it is not waiting any more nobody answers, until
+                # the listener is closed.
+                threading.Thread(target=_knock, args=(door,), name="shared-model-knock", daemon=True).start()
                 computing.join()
 
     def submit(self, lane: _Lane, request: GenerationRequest) -> Generation:

@@ -180,6 +180,14 @@ def test_the_others_show_right_answers_alone_behind_other_tasks_with_their_instr
         assert SEED not in prompt and "It wrote: " not in prompt
 
 
+def test_where_the_field_of_the_reasoning_stays_empty_what_was_written_before_it_is_shown() -> None:
+    at = before_a_step(engine := Writer("List and count."), written=4)
+    rows = [replace(row, written={"reasoning": " "}, preamble="First I look.") for row in at.current.rows]
+    propose_written(replace(at, state=replace(at.state, current=replace(at.current, rows=tuple(rows)))))
+    about_mistakes = [prompt for prompt in engine.asked if ANSWERS_ONLY not in prompt]
+    assert about_mistakes and all(prompt.count("It wrote: First I look.") == 3 for prompt in about_mistakes)
+
+
 def test_without_right_answers_every_request_is_about_mistakes() -> None:
     engine = Writer("List and count.")
     rows = [dspy.Example(question=row.question).with_inputs("question") for row in ROWS]

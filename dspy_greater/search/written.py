@@ -232,8 +232,9 @@ def _shown(at: StepContext, row: RowOutcome, *, mistakes: bool = True) -> str:
     """An example: inputs, what the model wrote if it is about mistakes, and what is right where that is known."""
     lines = [f"{name}: {_shortened(value)}" for name, value in row.inputs.items()]
     if mistakes:
-        written = [*row.written.values()] or [row.preamble, *(call.completion for call in row.calls)]
-        lines += [f"It wrote: {_shortened(text)}" for text in written if str(text).strip()]
+        fields = [text for text in row.written.values() if str(text).strip()]
+        written = fields or [text for text in (row.preamble, *(call.completion for call in row.calls)) if text.strip()]
+        lines += [f"It wrote: {_shortened(text)}" for text in written]
     labels = at.evaluator.examples.labels(row, others=True)
     return "\n".join([*lines, *(f"Right {name}: {_shortened(text)}" for name, text in labels.items())])
 

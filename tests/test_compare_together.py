@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dspy import lm15
@@ -30,6 +33,7 @@ from benchmarks.tasks.registry import load
 from dspy_greater.errors import GreaterError
 from dspy_greater.lm.batcher import Batcher
 from dspy_greater.lm.local import LocalEngine
+from dspy_greater.model import generate
 from dspy_greater.model.engine import Engine
 
 ROWS = 12
@@ -92,20 +96,29 @@ def test_cells_that_share_a_model_get_the_answers_and_the_charge_that_each_would
 
 
 def test_a_beginning_is_charged_once_to_the_rows_that_are_under_way_whenever_they_came(
-    engine: Engine, door: Door, slow: None
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    remote, together = RemoteEngine(door, "a"), RemoteEngine(door, "b")
-    asked = [
-        request(f"Tell me of number {number}.", max_tokens=60, temperature=2.0, seed=number) for number in range(4)
-    ]
-    with ThreadPoolExecutor(len(asked)) as pool:
-        waiting = []
-        for one in asked:
-            waiting.append(pool.submit(remote.complete, one))
-            time.sleep(0.4)
-        for future in waiting:
-            future.result()
-    answers(together, asked)
+    monkeypatch.setattr(shared_model, "SILENCE", 2.0)
+    monkeypatch.setattr(generate, "_JOIN_EVERY", 1)  # none of those under way has ended by then
+    asked = [request(f"Tell me of number {number}.") for number in range(4)]
+    shared, left, under_way = SharedModel(engine), list(asked), queue.Queue[Future[Any]]()
+    forwards = itertools.count()
+
+    def another_comes(*_: object) -> None:
+        """While those before it are written, and before the model goes on."""
+        if next(forwards) and left:
+            under_way.put(pool.submit(remote.complete, left.pop()))
+            while not shared._waiting:
+                time.sleep(0.01)
+
+    with shared.opened() as door, ThreadPoolExecutor(len(asked)) as pool:
+        remote, together = RemoteEngine(door, "a"), RemoteEngine(door, "b")
+        hook = engine.model.register_forward_pre_hook(another_comes)
+        under_way.put(pool.submit(remote.complete, left.pop()))
+        for _ in asked:
+            under_way.get(timeout=60).result()
+        hook.remove()
+        answers(together, asked)
     prompts = sum(len(LocalEngine(engine).prompt_ids(one)) for one in asked)
     assert remote.counters.prefilled_tokens < 0.75 * prompts
     assert remote.counters.prefilled_tokens == pytest.approx(together.counters.prefilled_tokens, rel=0.15)

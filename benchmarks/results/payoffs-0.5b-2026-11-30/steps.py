@@ -2,9 +2,9 @@
 
     python benchmarks/results/payoffs-0.5b-2026-11-30/steps.py
 
-prints the log's tables: of searches before steps were chosen by what they paid (`steps.jsonl`) and after it
-(`steps-after.jsonl`). `steps.py JOURNAL.jsonl ...` writes such lines for other searches, with 6 whole instructions
-a step.
+prints the log's tables: of searches before steps were chosen by what they paid (`steps.jsonl`), after it
+(`steps-after.jsonl`), and with the mended search (`steps-mended.jsonl`). `steps.py JOURNAL.jsonl ...` writes such
+lines for other searches, with 6 whole instructions a step.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
             for step in steps_of(Path(journal)):
                 print(json.dumps(step))
         return
-    for name in ("steps", "steps-after"):
+    for name in ("steps", "steps-after", "steps-mended"):
         tables([json.loads(line) for line in (Path(__file__).parent / f"{name}.jsonl").read_text().splitlines()])
 
 

@@ -6,8 +6,7 @@ python benchmarks/results/study-0.5b-2026-11-30/table.py
 import json
 from pathlib import Path
 
-THREE = ("navigate", "web_of_lies", "reasoning_about_colored_objects")
-TASKS = (*THREE, "temporal_sequences")
+TASKS = ("navigate", "web_of_lies", "reasoning_about_colored_objects", "temporal_sequences")
 cells = [json.loads(line) for line in (Path(__file__).parent / "cells.jsonl").read_text().splitlines()]
 found = {
     (cell["optimizer"], cell["task"].removeprefix("bbh:"), cell["seed"]): cell["test"]["accuracy"]
@@ -29,23 +28,22 @@ def shown(values: list[float | None]) -> str:
     return " / ".join(text or "-" for text in told) if told[1] else told[0]
 
 
-def mean_of_three(optimizer: str, draw: int) -> float | None:
-    """Of the tasks that every optimizer was run on."""
-    values = [found.get((optimizer, task, draw)) for task in THREE]
+def mean(optimizer: str, draw: int) -> float | None:
+    """Over the tasks; None where one was not run."""
+    values = [found.get((optimizer, task, draw)) for task in TASKS]
     known = [value for value in values if value is not None]
-    return sum(known) / len(THREE) if len(known) == len(THREE) else None
+    return sum(known) / len(TASKS) if len(known) == len(TASKS) else None
 
 
 def rank(optimizer: str) -> float:
     """The best first, by the mean of both draws."""
-    means = [mean for draw in (0, 1) if (mean := mean_of_three(optimizer, draw)) is not None]
+    means = [value for draw in (0, 1) if (value := mean(optimizer, draw)) is not None]
     return -sum(means) / len(means) if means else 0.0
 
 
 names = sorted({name for name, *_ in found if name != "seed"}, key=rank)
-print(f"| optimizer | {' | '.join(THREE)} | mean of the three | temporal_sequences |")
+print(f"| optimizer | {' | '.join(TASKS)} | mean |")
 print(f"|{' --- |' * 6}")
 for name in ["seed", *names]:
-    by_task = {task: shown([found.get((name, task, draw)) for draw in (0, 1)]) for task in TASKS}
-    mean = shown([mean_of_three(name, draw) for draw in (0, 1)])
-    print(f"| `{name}` | {' | '.join(by_task[task] for task in THREE)} | {mean} | {by_task[TASKS[-1]]} |")
+    by_task = [shown([found.get((name, task, draw)) for draw in (0, 1)]) for task in TASKS]
+    print(f"| `{name}` | {' | '.join(by_task)} | {shown([mean(name, draw) for draw in (0, 1)])} |")

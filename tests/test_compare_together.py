@@ -107,17 +107,16 @@ def test_a_beginning_is_charged_once_to_the_rows_that_are_under_way_whenever_the
     def another_comes(*_: object) -> None:
         """While those before it are written, and before the model goes on."""
         if next(forwards) and left:
-            under_way.put(pool.submit(remote.complete, left.pop()))
-            while not shared._waiting:
+            under_way.put(coming := pool.submit(remote.complete, left.pop()))
+            while not shared._waiting and not coming.done():
                 time.sleep(0.01)
 
     with shared.opened() as door, ThreadPoolExecutor(len(asked)) as pool:
         remote, together = RemoteEngine(door, "a"), RemoteEngine(door, "b")
-        hook = engine.model.register_forward_pre_hook(another_comes)
-        under_way.put(pool.submit(remote.complete, left.pop()))
-        for _ in asked:
-            under_way.get(timeout=60).result()
-        hook.remove()
+        with engine.model.register_forward_pre_hook(another_comes):
+            under_way.put(pool.submit(remote.complete, left.pop()))
+            for _ in asked:
+                under_way.get(timeout=60).result()
         answers(together, asked)
     prompts = sum(len(LocalEngine(engine).prompt_ids(one)) for one in asked)
     assert remote.counters.prefilled_tokens < 0.75 * prompts
